@@ -1,0 +1,321 @@
+"""GPT-2 as one file: configuration, layers, forward, generation, optimizer groups, flops.
+
+Parameter names and shapes are those of the family's checkpoints (`transformer.wte.weight`,
+`transformer.h.0.attn.c_attn.weight`, ...), so weights move between tools without a converter.
+The model knows nothing of ranks, files or logging.
+
+Shapes: B sequences, T positions, C channels, H heads, D = C / H, V vocabulary.
+Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017 (tied embedding, arXiv:1608.05859).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT. ValueError where no such model can be built."""
+    block_size: int = 1024      # longest context, tokens
+    vocab_size: int = 50304     # GPT-2's 50257 rounded up to a multiple of 64, for fast matmuls
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True           # in Linears and LayerNorms
+    activation: str = 'gelu'    # 'gelu' is exact, as the family trains; 'gelu_tanh' is GPT-2's own
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f'{name}={value!r} should be a whole number of at least 1')
+        if self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(f'n_embd={self.n_embd} does not divide over n_head={self.n_head}; '
+                             f'try --n_embd={nearest}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} should be at least 0 and below 1')
+        if self.activation not in ('gelu', 'gelu_tanh'):
+            raise ValueError(f"activation={self.activation!r} should be 'gelu' or 'gelu_tanh'")
+
+
+class Attention(nn.Module):
+    """Causal self-attention of H heads over D channels each."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = residual_projection(config.n_embd, config)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, memory=None):                          # (B, T, C)
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, H, T, D)
+        first = memory is None or memory.length == 0
+        if memory is not None:
+            k, v = memory.extend(k, v)                          # each (B, H, S, D), S >= T
+        # Several queries behind earlier keys would need a mask of their own; nothing asks for it.
+        assert first or T == 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=first and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Four times wider inside, GELU between."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.approximate = 'tanh' if config.activation == 'gelu_tanh' else 'none'
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = residual_projection(4 * config.n_embd, config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):                                       # (B, T, C)
+        h = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4C)
+        return self.dropout(self.c_proj(h))
+
+
+class Block(nn.Module):
+    """Pre-norm: each half reads a normalised copy of the stream and adds to the stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, memory=None):                          # (B, T, C)
+        x = x + self.attn(self.ln_1(x), memory)
+        return x + self.mlp(self.ln_2(x))
+
+
+def residual_projection(n_in, config):
+    """A Linear whose output is added to the stream. Its weights start smaller by
+    1/sqrt(2 n_layer), so that the stream's variance does not grow with depth (GPT-2, 2.3)."""
+    layer = nn.Linear(n_in, config.n_embd, bias=config.bias)
+    layer.init_std = 0.02 / math.sqrt(2 * config.n_layer)
+    return layer
+
+
+class Memory:
+    """Keys and values of the positions read so far, for one layer; allocated once.
+
+    length counts the positions held; `extend` appends T more and returns views of all.
+    """
+
+    def __init__(self, B, H, positions, D, like):
+        self.keys = like.new_empty(B, H, positions, D)
+        self.values = like.new_empty(B, H, positions, D)
+        self.length = 0
+
+    def extend(self, k, v):                                     # each (B, H, T, D)
+        end = self.length + k.size(2)
+        self.keys[:, :, self.length:end] = k
+        self.values[:, :, self.length:end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight       # tied: one matrix, two names
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(layer.weight, std=getattr(layer, 'init_std', 0.02))
+                if getattr(layer, 'bias', None) is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def hidden(self, idx, memories=None):
+        """The last layer's normalised output, (B, T, C), for idx (B, T).
+
+        memories: one Memory per layer; idx then continues what they hold.
+        """
+        start = memories[0].length if memories else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f'{end} tokens do not fit block_size={self.config.block_size}')
+        positions = torch.arange(start, end, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for block, memory in zip(self.transformer.h, memories or [None] * len(self.transformer.h)):
+            x = block(x, memory)
+        return self.transformer.ln_f(x)                         # (B, T, C)
+
+    def forward(self, idx, targets=None):
+        """Logits, and the mean cross-entropy in nats where targets are given.
+
+        idx: (B, T) token ids. targets: (B, T) ids, -1 where a position does not count.
+        Returns ((B, T, V), scalar), or ((B, 1, V), None): of the last position only.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)                                # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    # Generation
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+        """idx (B, T) followed by max_new_tokens drawn ones: (B, T + max_new_tokens).
+
+        Options are those of `stream`, which yields the same tokens one at a time.
+        """
+        drawn = list(self.stream(idx, max_new_tokens, temperature, top_k, **options))
+        return torch.cat([idx] + [token[:, None] for token in drawn], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0,
+               noise=None, vocab_size=None, exact_window=False):
+        """Yield max_new_tokens times the next token of every sequence, (B,).
+
+        temperature: 0 takes the likeliest token. top_k: draw among the k likeliest; None or
+        0 for all. top_p: draw among the likeliest that together reach this probability. noise: (B, max_new_tokens) uniform numbers in [0, 1), one for each draw;
+        None takes them from torch's global generator. vocab_size: ids from there on (the
+        padding of the embedding) are never drawn.
+
+        Learned positions cannot slide in a cache. Once block_size is full, the last half of
+        it is read again and the cache goes on from there, which costs one pass per half
+        block; exact_window=True reads the whole last window again for every token instead.
+        """
+        if temperature < 0 or (top_k or 0) < 0:
+            raise ValueError(f'temperature={temperature} and top_k={top_k} cannot be negative')
+        B, block_size = idx.size(0), self.config.block_size
+        if noise is None:
+            noise = torch.rand(B, max_new_tokens, device=idx.device)
+        noise = noise.t().unsqueeze(2).contiguous()                              # (max_new_tokens, B, 1)
+        window = unread = idx[:, -block_size:]
+        memories = None
+        for i in range(max_new_tokens):
+            if memories is None or memories[0].length + unread.size(1) > block_size:
+                if memories is not None:
+                    unread = window[:, -(block_size if exact_window else -(-block_size // 2)):]
+                room = min(block_size, unread.size(1) + max_new_tokens - i)
+                memories = self.new_memories(B, room)
+            x = self.hidden(unread, memories)
+            logits = self.lm_head(x[:, -1]).float()[:, :vocab_size]              # (B, V)
+            unread = draw(logits, temperature, top_k, top_p, noise[i])[:, None]  # (B, 1)
+            window = torch.cat([window, unread], dim=1)[:, -block_size:]
+            yield unread[:, 0]
+
+    def new_memories(self, B, positions):
+        H, like = self.config.n_head, self.transformer.wte.weight
+        return [Memory(B, H, positions, self.config.n_embd // H, like) for _ in self.transformer.h]
+
+    # Weights from elsewhere
+
+    @classmethod
+    def from_pretrained(cls, source, override_args=None):
+        """GPT-2 from Hugging Face: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
+        saved by transformers. override_args: {'dropout': p} only, as the weights fix the rest.
+        """
+        import hf                                               # transformers takes seconds to import
+        refused = set(override_args or {}) - {'dropout'}
+        if refused:
+            raise ValueError(f'the weights of {source} fix {", ".join(sorted(refused))}; '
+                             f'only dropout can be given')
+        arguments, weights = hf.load(source)
+        return cls.from_weights(GPTConfig(**{**arguments, **(override_args or {})}), weights)
+
+    @classmethod
+    def from_weights(cls, config, weights):
+        """A GPT that holds `weights` itself, {name: tensor}, without initialising others first.
+        ValueError where a name or shape is missing, unknown or different."""
+        # A hostile n_layer would build for hours, even without memory: count before building.
+        layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
+        if len(layers) != config.n_layer:
+            raise ValueError(f'the weights have {len(layers)} layers, the settings {config.n_layer}')
+        with torch.device('meta'):
+            model = cls(config)
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(f'weight {name}: {found.get(name, "missing")} in the file, '
+                                 f'{expected.get(name, "nothing of that name")} in the model')
+        model.load_state_dict(weights, assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model.requires_grad_(True)
+
+    def crop_block_size(self, block_size):
+        """Shorten the context: fewer position embeddings, the same model otherwise."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size={block_size} is over the {self.config.block_size} that '
+                             f'the weights were trained with; try --block_size={self.config.block_size}')
+        self.config.block_size = block_size
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False)
+
+    # Training
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type=None):
+        """AdamW with decay on matrices and embeddings, none on biases and LayerNorms.
+
+        Fused on every device that PyTorch fuses it on, the CPU included (three times faster
+        than its loop there). The order of groups and parameters is the family's, so that
+        optimizer states of its checkpoints fit. device_type is not needed, and taken for habit.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
+                  dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    def get_num_params(self, non_embedding=True):
+        """Parameters, the tied matrix once; without the position embeddings by default."""
+        count = sum(p.numel() for p in self.parameters())
+        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+
+    def flops_per_token(self):
+        """Floating point operations of forward and backward, per token of a full block.
+        Source: Chowdhery et al. 2022, appendix B (arXiv:2204.02311)."""
+        c = self.config
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
+        """Share of the device's peak that the model's own arithmetic uses.
+
+        fwdbwd_per_iter: sequences per iteration. dt: seconds per iteration. peak_flops:
+        operations per second of this device and precision; None gives None, never a guess.
+        """
+        if peak_flops is None:
+            return None
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+
+def draw(logits, temperature, top_k, top_p, noise):
+    """One token per row, (B,), from logits (B, V); noise (B, 1) decides, the same noise alike."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = (logits - logits.amax(dim=-1, keepdim=True)) / temperature, None
+    if top_k and top_k < logits.size(-1) or top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
+    upto = logits.softmax(dim=-1).cumsum(dim=-1)                # (B, V or k)
+    # rounding leaves the total a hair from 1; after the division every noise below finds a token
+    total = upto[:, -1:] if ids is None else nucleus(upto, top_p)
+    picked = torch.searchsorted(upto / total, noise, right=True)
+    return (picked if ids is None else ids.gather(1, picked))[:, 0]
+
+
+def nucleus(upto, top_p):
+    """The probability, (B, 1), of the fewest tokens that reach top_p of the total. (arXiv:1904.09751)"""
+    total = upto[:, -1:]
+    return upto.gather(1, torch.searchsorted(upto, total * top_p).clamp(max=upto.size(-1) - 1))
