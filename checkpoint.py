@@ -1,0 +1,227 @@
+"""Saving and loading a run: the only place that knows the file format.
+
+`ckpt.pt` is the model for people, in the format of the family. `state.pt` is the run, with
+everything that the next step depends on; the one before it is kept as `state.prev.pt`.
+A file is replaced only by a complete one that has reached the disk, and is read only after
+its own checksums agree, by a reader that runs no code.
+"""
+
+import os
+import re
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+import torch
+
+from model import GPT, GPTConfig
+
+MODEL, STATE, PREVIOUS, ASIDE = 'ckpt.pt', 'state.pt', 'state.prev.pt', 'state.damaged.pt'
+
+
+# Files
+
+def write(path, payload, keep_as=None):
+    """Put `payload` at `path`, whole or not at all; the file that stood there moves to keep_as."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # PyTorch's writer wraps the system's error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise RuntimeError(f'{path} could not be written ({str(cause).splitlines()[0]}); '
+                               f'the files already in {path.parent} are untouched') from None
+        raise
+    if keep_as and path.exists():
+        # Between these two lines there is no state.pt, but a whole state.prev.pt, which is read then.
+        os.replace(path, path.with_name(keep_as))
+    os.replace(temporary, path)
+    if os.name == 'posix':                              # the names must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read(path):
+    """What `write` put at `path`, with tensors mapped from the file rather than read.
+
+    Raises ValueError with the fault for a file that is missing, damaged, not a checkpoint,
+    or that asks for code to be run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # PyTorch stores without compression, so a small file cannot unpack to a large one
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
+                    sum(e.file_size for e in entries) > os.path.getsize(path)):
+                raise ValueError('it is larger inside than outside, no checkpoint of PyTorch')
+            damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f'its part {damaged} fails its checksum')
+        payload = torch.load(path, weights_only=True, mmap=True, map_location='cpu')
+    except FileNotFoundError:
+        raise ValueError(f'{path} does not exist') from None
+    except Exception as error:                          # a damaged file can provoke anything
+        text = ' '.join(str(error).split())
+        code = re.search(r'Unsupported (?:global: GLOBAL|class) ([\w.]+)', text)
+        if code:
+            text = f'it asks to run {code[1]}, which no checkpoint needs'
+        elif isinstance(error, zipfile.BadZipFile):
+            text = f'not a checkpoint of PyTorch, or truncated ({text})'
+        raise ValueError(f'{path} cannot be read: {text[:200] or type(error).__name__}') from None
+    if not isinstance(payload, dict):
+        raise ValueError(f'{path} holds a {type(payload).__name__}, not a checkpoint')
+    return payload
+
+
+# Contents
+
+def save_model(out_dir, model, **rest):
+    """Write ckpt.pt: the weights, and `rest` (iter_num, best_val_loss, config, tokenizer)."""
+    write(Path(out_dir) / MODEL, {**describe(model), **rest})
+
+
+def save_state(out_dir, model, optimizer, scaler, **rest):
+    """Write state.pt, keeping the one before: what `load_state` gives back."""
+    write(Path(out_dir) / STATE, {**describe(model), 'optimizer': optimizer.state_dict(),
+                                  'scaler': scaler.state_dict(), **rest}, keep_as=PREVIOUS)
+
+
+def describe(model):
+    # Tools of the family build their model from exactly these arguments, so the one that they
+    # do not know goes beside. Without it the activation is their exact GELU.
+    arguments = asdict(model.config)
+    return dict(activation=arguments.pop('activation'), model_args=arguments, model=model.state_dict())
+
+
+def holds_run(out_dir):
+    return any((Path(out_dir) / name).exists() for name in (STATE, PREVIOUS, MODEL))
+
+
+def load_state(out_dir):
+    """The newest state in out_dir that can be read, and a list of what was wrong before it.
+
+    A ckpt.pt alone will do: one of the family has its optimizer inside, another leaves the
+    optimizer to start afresh. Raises ValueError that names each file and its fault.
+    """
+    out_dir, faults = Path(out_dir), []
+    for name in (STATE, PREVIOUS):
+        try:
+            if (out_dir / name).exists():
+                return check(read(out_dir / name), out_dir / name, ('optimizer', 'scaler')), faults
+            if name == STATE and (out_dir / PREVIOUS).exists():
+                faults.append(f'{out_dir / STATE} is missing')
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(f'no state to resume: {"; ".join(faults)}')
+    if not (out_dir / MODEL).exists():
+        raise ValueError(f'{out_dir} holds no run to resume (no {STATE}, no {MODEL}); '
+                         f'check --out_dir, or start one with --init_from=scratch')
+    state = load_model(out_dir)
+    faults.append(f'{out_dir / MODEL} alone, ' + ('with the optimizer inside it' if 'optimizer' in state
+                  else 'without optimizer state, which starts afresh'))
+    return state, faults
+
+
+def load_model(out_dir):
+    """The contents of out_dir's ckpt.pt."""
+    path = Path(out_dir) / MODEL
+    if not path.exists():
+        raise ValueError(f'{path} does not exist; train first, or check --out_dir')
+    return check(read(path), path, ())
+
+
+def check(payload, path, needed):
+    """`payload` with what every reader relies on, in our types, or ValueError."""
+    missing = [key for key in ('model', 'model_args', 'iter_num', 'best_val_loss', *needed)
+               if key not in payload]
+    if missing:
+        raise ValueError(f'{path} lacks {", ".join(missing)}; it is no checkpoint of a training run')
+    weights = payload['model']
+    if not isinstance(weights, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+        raise ValueError(f'{path}: its model is not a table of named weights')
+    try:
+        # torch.compile and DDP prefix the names; old models of the family carry attention masks
+        weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value
+                   for name, value in weights.items() if not name.endswith('.attn.bias')}
+        config = GPTConfig(**payload['model_args'], activation=payload.get('activation') or 'gelu')
+        return {**payload, 'model': weights, 'gpt_config': config, 'iter_num': int(payload['iter_num']),
+                'best_val_loss': float(payload['best_val_loss'])}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def build_model(payload, dropout=None):
+    """The GPT of a loaded file, in float32 and in memory of its own: the file may be replaced."""
+    config = payload['gpt_config']
+    if dropout is not None:
+        config.dropout = dropout
+    return GPT.from_weights(config, own(payload['model'], torch.float32))
+
+
+def own(value, dtype=None):
+    """A copy of nested dicts and lists whose tensors no longer hang on the mapped file."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype or value.dtype, copy=True).contiguous()
+    if isinstance(value, dict):
+        return {key: own(item, dtype) for key, item in value.items()}
+    return value
+
+
+def restore_optimizer(optimizer, scaler, saved):
+    """Put a loaded state's moments into `optimizer`, whose learning rate, betas and decay stay
+    as they are, and its loss scale into `scaler`.
+
+    Raises ValueError where the moments do not belong to these parameters.
+    """
+    if scaler.is_enabled() and saved.get('scaler'):
+        scaler.load_state_dict(saved['scaler'])
+    if 'optimizer' not in saved:
+        return
+    saved, fresh = saved['optimizer'], optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    try:
+        moments = own(dict(saved['state']))
+        orders = [[group['params'] for group in state['param_groups']] for state in (saved, fresh)]
+        fits = orders[0] == orders[1]
+        for index, moment in moments.items():
+            for name in ('exp_avg', 'exp_avg_sq'):
+                rows = len(parameters[index])           # fewer where block_size was lowered meanwhile
+                moment[name] = moment[name][:rows].clone()
+                fits = fits and moment[name].shape == parameters[index].shape
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f'the optimizer state is not one of AdamW ({type(error).__name__}: {error})') from None
+    if not fits:
+        raise ValueError('the optimizer state belongs to a model of another shape')
+    optimizer.load_state_dict({'state': moments, 'param_groups': fresh['param_groups']})
+
+
+def set_aside(out_dir):
+    """Move a damaged state.pt out of the way, so that no save keeps it as the previous one."""
+    if (Path(out_dir) / STATE).exists():
+        os.replace(Path(out_dir) / STATE, Path(out_dir) / ASIDE)
+
+
+def lock(out_dir, clear=False):
+    """Hold out_dir for this process until it ends, or ValueError if another one has it.
+    clear: drop the files of the run that stood there, which a new one is about to replace."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(Path(out_dir) / '.lock')
+        held.acquire(blocking=False)
+        for name in (MODEL, PREVIOUS, STATE) if clear else ():
+            (Path(out_dir) / name).unlink(missing_ok=True)
+        return held
+    except filelock.Timeout:
+        raise ValueError(f'{out_dir} is in use by another training process; '
+                         f'wait for it, or choose another --out_dir') from None
+    except OSError as error:
+        raise ValueError(f'{out_dir} cannot be written ({error.strerror}); choose another --out_dir') from None

@@ -1,0 +1,290 @@
+"""Where a script runs: device, precision, compiler, seeds, ranks, signals.
+
+`start()` yields one small Runtime; a single process is one rank and runs the same code.
+"""
+
+import hashlib
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
+
+# Dense tensor-core TFLOP/s of NVIDIA's data sheets: (bfloat16 and float16, float32 as TF32).
+# Volta and Turing have no TF32, theirs is plain float32. Matched against the device's name.
+PEAKS = {r'B200': (2250, 1125), r'H200 NVL': (835.5, 417.8), r'G?H200': (989.4, 494.7),
+         r'H100 PCIe': (756, 378), r'H100 NVL': (835.5, 417.8), r'H100': (989.4, 494.7),
+         r'A100\b': (312, 156), r'A40': (149.7, 74.8), r'A10': (125, 62.5), r'L40S': (362, 183),
+         r'L4': (121, 60), r'RTX 4090': (165.2, 82.6), r'RTX 3090': (71, 35.6),
+         r'V100-SXM2': (125, 15.7), r'V100-PCIE': (112, 14), r'T4': (65, 8.1)}
+
+
+def start(device='auto', dtype='auto', compile=False, backend='auto', seed=0, timeout=600):
+    """Choose what is 'auto', refuse what this machine lacks, join torchrun's other ranks.
+
+    timeout: seconds that a rank waits for another before it gives up.
+    Raises ValueError for a value that is unknown or that cannot be had here.
+    """
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    device, why_device = choose_device(device, local_rank)
+    dtype, why_dtype = choose_dtype(dtype, device)
+    compile, why_compile = choose_compile(compile, device)
+    if world > 1:
+        backend = join(backend, device, timeout)
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')      # TF32 where float32 is multiplied
+    summary = (f'device {device} ({why_device}), dtype {dtype} ({why_dtype}), '
+               f'{"compiled" if compile else "not compiled"} ({why_compile})'
+               + (f', {world} ranks over {backend}' if world > 1 else ''))
+    return Runtime(device, dtype, compile, world, int(os.environ.get('RANK', 0)), local_rank,
+                   seed, summary)
+
+
+class Runtime:
+    """device: torch.device. dtype: name of the autocast precision. rank, world: which of how
+    many processes. summary: one line that says what was chosen and why."""
+
+    def __init__(self, device, dtype, compile, world, rank, local_rank, seed, summary):
+        self.device, self.dtype, self.compile = device, dtype, compile
+        self.world, self.rank, self.local_rank = world, rank, local_rank
+        self.main = rank == 0
+        self.seed, self.summary = seed, summary
+        self.received = 0                               # number of the first signal, once it came
+
+    # Precision and wrapping
+
+    def autocast(self):
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.dtype])
+
+    def scaler(self):
+        """A GradScaler that does nothing but for float16, whose small gradients vanish without."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
+
+    def wrap(self, model):
+        """The model as the loop calls it: compiled, and averaging gradients over the ranks."""
+        if self.compile:
+            model = torch.compile(model)
+        if self.world > 1:
+            devices = [self.device.index] if self.device.type == 'cuda' else None
+            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return model
+
+    def without_sync(self, model, skip):
+        """Context in which a wrapped model keeps gradients to itself, if `skip`."""
+        return model.no_sync() if skip and self.world > 1 else nullcontext()
+
+    # Randomness
+
+    def seed_for(self, *purpose):
+        """Seed the global generators as a pure function of the run's seed and `purpose`."""
+        torch.manual_seed(derive_seed(self.seed, *purpose))
+
+    # Ranks
+
+    def sum(self, tensor):
+        """`tensor`, summed over the ranks in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value):
+        """Every rank's `value`, in order of rank."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self):
+        """A mistake that any rank finds in this block ends all of them, told once."""
+        found = None
+        try:
+            yield
+        except ValueError as error:
+            if self.world == 1:
+                raise
+            found = str(error)
+        first = next((text for text in self.gather(found) if text), None)
+        if first:
+            raise ValueError(first)
+
+    def check_same(self, what, value):
+        """ValueError, on every rank, unless all ranks have the same value."""
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            raise ValueError(f'the ranks differ in the {what}: {", ".join(map(str, values))}')
+
+    def say(self, line):
+        if self.main:
+            print(line, flush=True)
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    # Signals
+
+    def catch_signals(self):
+        """Note SIGTERM, SIGINT and SIGUSR1 in `received` instead of dying of them."""
+        def note(number, frame):
+            self.received = self.received or number
+        for number in SIGNALS:
+            signal.signal(number, note)
+
+    def signal_flags(self):
+        """(len(SIGNALS),) float32 on the device: 1 for the signal that this rank received."""
+        return torch.tensor([float(self.received == number) for number in SIGNALS], device=self.device)
+
+    def signal_anywhere(self):
+        """The number of a signal that reached any rank, or 0; waits for all ranks."""
+        return self.signal_from(self.sum(self.signal_flags()).tolist()) if self.world > 1 else self.received
+
+    def signal_from(self, flags):
+        """The signal's number in flags summed over ranks, or 0."""
+        return next((int(number) for number, flag in zip(SIGNALS, flags) if flag), 0)
+
+    # Time
+
+    @property
+    def asynchronous(self):
+        """True where the host runs ahead of the device, so that reading a result waits."""
+        return self.device.type != 'cpu'
+
+    def read_later(self, tensor):
+        """A function that returns `tensor` as a list. The copy starts now, the wait is there."""
+        if self.device.type != 'cuda':
+            return tensor.tolist
+        host = tensor.to('cpu', non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read():
+            copied.synchronize()
+            return host.tolist()
+        return read
+
+    def peak_memory(self):
+        """Bytes: allocated by PyTorch on a GPU, resident in the whole process on a CPU."""
+        if self.device.type == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == 'mps':
+            return torch.mps.driver_allocated_memory()
+        import resource                                 # Windows has none
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+    def peak_flops(self):
+        """Operations per second that this device can do in this precision: a data sheet's
+        for a known GPU, measured on a CPU; None where it is not known."""
+        if self.device.type == 'cuda':
+            name = torch.cuda.get_device_name(self.device)
+            for pattern, (half, single) in PEAKS.items():
+                if re.search(rf'\b{pattern}\b', name):
+                    return (single if self.dtype == 'float32' else half) * 1e12
+        return measure_matmul(DTYPES[self.dtype]) if self.device.type == 'cpu' else None
+
+
+def derive_seed(*parts):
+    """A seed of 63 bits that depends on every part: independent streams from one seed."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
+
+def measure_matmul(dtype, n=1024, repeats=8):
+    """Operations per second of an (n, n) by (n, n) product on the CPU, the best of repeats."""
+    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
+# Choices: each returns what was chosen and the reason
+
+def choose_device(wanted, local_rank):
+    if wanted == 'auto':
+        if torch.cuda.is_available():
+            wanted, why = 'cuda', torch.cuda.get_device_name()
+        elif torch.backends.mps.is_available():
+            wanted, why = 'mps', 'no CUDA'
+        else:
+            wanted, why = 'cpu', 'no GPU found'
+    else:
+        why = 'as given'
+    match = re.fullmatch(r'(cuda|cpu|mps)(?::(\d+))?', wanted)
+    if not match:
+        raise ValueError(f"device={wanted!r} is unknown; try 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
+    kind, index = match.groups()
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError('device=mps: this machine has no Metal GPU; try --device=auto')
+    if kind != 'cuda':
+        return torch.device(kind), why
+    if not torch.cuda.is_available():
+        raise ValueError(f'device={wanted}: this PyTorch finds no CUDA GPU; try --device=auto')
+    index, count = int(index or local_rank), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f'rank {local_rank} of this machine would use GPU {index}, but it has {count}; '
+                         f'try --nproc_per_node={count}')
+    torch.cuda.set_device(index)
+    return torch.device('cuda', index), why
+
+
+def choose_dtype(wanted, device):
+    capability = torch.cuda.get_device_capability(device) if device.type == 'cuda' else None
+    if wanted == 'auto':
+        if not capability:
+            return 'float32', f'the default on {device.type}'
+        if capability >= (8, 0):
+            return 'bfloat16', f'capability {capability[0]}.{capability[1]}'
+        return 'float16', f'capability {capability[0]}.{capability[1]} has no bfloat16'
+    if wanted not in DTYPES:
+        raise ValueError(f"dtype={wanted!r} is unknown; try 'auto', {', '.join(map(repr, DTYPES))}")
+    if wanted == 'bfloat16' and capability and capability < (8, 0):
+        raise ValueError(f'dtype=bfloat16: this GPU has capability {capability[0]}.{capability[1]}, '
+                         f'bfloat16 takes 8.0; try --dtype=float16')
+    return wanted, 'as given'
+
+
+def choose_compile(wanted, device):
+    if wanted not in ('auto', True, False):
+        raise ValueError(f"compile={wanted!r} should be True, False or 'auto'")
+    if wanted is False:
+        return False, 'as given'
+    if wanted == 'auto' and device.type != 'cuda':
+        return False, f'eager starts sooner on {device.type}'
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        return True, 'as given' if wanted is True else 'a GPU'
+    except Exception as error:          # Triton, a C compiler or Python support may be missing
+        reason = ' '.join(str(error).split())[:120] or type(error).__name__
+        if wanted is True:
+            raise ValueError(f'compile=True: no working compiler here ({reason}); '
+                             f'try --compile=False') from None
+        return False, f'no working compiler here: {reason}'
+
+
+def join(wanted, device, timeout):
+    """Meet torchrun's other ranks; the backend's name."""
+    backend = wanted
+    if wanted == 'auto':
+        backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
+    if backend not in ('nccl', 'gloo'):
+        raise ValueError(f"backend={backend!r} is unknown; try 'auto', 'nccl' or 'gloo'")
+    if backend == 'nccl' and (device.type != 'cuda' or not dist.is_nccl_available()):
+        raise ValueError(f'backend=nccl moves data between NVIDIA GPUs, and this runs on '
+                         f'{device.type}; try --backend=gloo')
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return backend
