@@ -57,13 +57,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, H, T, D)
-        first = memory is None or memory.length == 0
-        if memory is not None:
-            k, v = memory.extend(k, v)                          # each (B, H, S, D), S >= T
-        # Several queries behind earlier keys would need a mask of their own; nothing asks for it.
-        assert first or T == 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=first and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if memory is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        else:
+            y = memory.attend(q, k, v)                          # earlier positions included
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -106,23 +104,46 @@ def residual_projection(n_in, config):
     return layer
 
 
-class Memory:
-    """Keys and values of the positions read so far, for one layer; allocated once.
+class ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy of x (N, C) times weight (V, C), targets (N,) with -1 not counting.
 
-    length counts the positions held; `extend` appends T more and returns views of all.
+    Logits exist for one chunk of positions at a time, and their gradients are taken while
+    they do, so neither memory nor bandwidth goes to N x V numbers, and nothing is computed
+    twice.
     """
+    CHUNK = 2 ** 24                                             # logits at a time
 
-    def __init__(self, B, H, positions, D, like):
-        self.keys = like.new_empty(B, H, positions, D)
-        self.values = like.new_empty(B, H, positions, D)
-        self.length = 0
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradients):
+        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+        x_low, w_low = x.to(dtype), weight.to(dtype)
+        counted = (targets >= 0).sum()
+        loss = torch.zeros((), dtype=torch.float32)
+        dx = torch.empty_like(x) if with_gradients else None
+        dw = torch.zeros_like(weight) if with_gradients else None
+        size = max(1, ChunkedLoss.CHUNK // len(weight))
+        for first in range(0, len(x), size):
+            rows = slice(first, first + size)
+            logits = (x_low[rows] @ w_low.t()).float()          # (n, V)
+            target = targets[rows].clamp(min=0)[:, None]        # (n, 1)
+            live = (targets[rows] >= 0).float()[:, None]
+            top = logits.amax(dim=-1, keepdim=True)
+            label = logits.gather(1, target) - top              # (n, 1)
+            total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+            loss += ((total.log() - label) * live).sum()
+            if with_gradients:
+                logits.mul_(live / total / counted)             # now d loss / d logits, but for the label
+                logits.scatter_add_(1, target, -live / counted)
+                grads = logits.to(dtype)
+                dx[rows] = grads @ w_low
+                dw += grads.t() @ x_low[rows]
+        ctx.save_for_backward(dx, dw)
+        return loss / counted
 
-    def extend(self, k, v):                                     # each (B, H, T, D)
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length:end] = k
-        self.values[:, :, self.length:end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dw = ctx.saved_tensors
+        return dx * upstream, dw * upstream, None, None
 
 
 class GPT(nn.Module):
@@ -145,81 +166,52 @@ class GPT(nn.Module):
                 if getattr(layer, 'bias', None) is not None:
                     nn.init.zeros_(layer.bias)
 
-    def hidden(self, idx, memories=None):
+    def hidden(self, idx, memories=None, positions=None):
         """The last layer's normalised output, (B, T, C), for idx (B, T).
 
-        memories: one Memory per layer; idx then continues what they hold.
+        memories: one decoding.Memory per layer; idx then continues what they hold.
+        positions: (T,) of idx, where they do not follow from that.
         """
-        start = memories[0].length if memories else 0
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f'{end} tokens do not fit block_size={self.config.block_size}')
-        positions = torch.arange(start, end, device=idx.device)
+        if positions is None:
+            start = memories[0].length if memories else 0
+            end = start + idx.size(1)
+            if end > self.config.block_size:
+                raise ValueError(f'{end} tokens do not fit block_size={self.config.block_size}')
+            positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for block, memory in zip(self.transformer.h, memories or [None] * len(self.transformer.h)):
             x = block(x, memory)
         return self.transformer.ln_f(x)                         # (B, T, C)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, loss_only=False):
         """Logits, and the mean cross-entropy in nats where targets are given.
 
         idx: (B, T) token ids. targets: (B, T) ids, -1 where a position does not count.
         Returns ((B, T, V), scalar), or ((B, 1, V), None): of the last position only.
+        loss_only: None in place of logits; on a CPU they are then never held whole.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)                                # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        x, targets = x.flatten(0, 1), targets.flatten()         # (N, C), (N,)
+        if loss_only and x.device.type == 'cpu':
+            return None, ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
+        logits = self.lm_head(x)                                # (N, V)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1)
+        return None if loss_only else logits.view(*idx.shape, -1), loss
 
-    # Generation
-
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) followed by max_new_tokens drawn ones: (B, T + max_new_tokens).
 
-        Options are those of `stream`, which yields the same tokens one at a time.
+        Options are those of decoding.stream, which yields the same tokens one at a time.
         """
-        drawn = list(self.stream(idx, max_new_tokens, temperature, top_k, **options))
-        return torch.cat([idx] + [token[:, None] for token in drawn], dim=1)
+        drawn = [token[:, None] for token in self.stream(idx, max_new_tokens, temperature, top_k, **options)]
+        return torch.cat([idx] + drawn, dim=1)
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0,
-               noise=None, vocab_size=None, exact_window=False):
-        """Yield max_new_tokens times the next token of every sequence, (B,).
-
-        temperature: 0 takes the likeliest token. top_k: draw among the k likeliest; None or
-        0 for all. top_p: draw among the likeliest that together reach this probability. noise: (B, max_new_tokens) uniform numbers in [0, 1), one for each draw;
-        None takes them from torch's global generator. vocab_size: ids from there on (the
-        padding of the embedding) are never drawn.
-
-        Learned positions cannot slide in a cache. Once block_size is full, the last half of
-        it is read again and the cache goes on from there, which costs one pass per half
-        block; exact_window=True reads the whole last window again for every token instead.
-        """
-        if temperature < 0 or (top_k or 0) < 0:
-            raise ValueError(f'temperature={temperature} and top_k={top_k} cannot be negative')
-        B, block_size = idx.size(0), self.config.block_size
-        if noise is None:
-            noise = torch.rand(B, max_new_tokens, device=idx.device)
-        noise = noise.t().unsqueeze(2).contiguous()                              # (max_new_tokens, B, 1)
-        window = unread = idx[:, -block_size:]
-        memories = None
-        for i in range(max_new_tokens):
-            if memories is None or memories[0].length + unread.size(1) > block_size:
-                if memories is not None:
-                    unread = window[:, -(block_size if exact_window else -(-block_size // 2)):]
-                room = min(block_size, unread.size(1) + max_new_tokens - i)
-                memories = self.new_memories(B, room)
-            x = self.hidden(unread, memories)
-            logits = self.lm_head(x[:, -1]).float()[:, :vocab_size]              # (B, V)
-            unread = draw(logits, temperature, top_k, top_p, noise[i])[:, None]  # (B, 1)
-            window = torch.cat([window, unread], dim=1)[:, -block_size:]
-            yield unread[:, 0]
-
-    def new_memories(self, B, positions):
-        H, like = self.config.n_head, self.transformer.wte.weight
-        return [Memory(B, H, positions, self.config.n_embd // H, like) for _ in self.transformer.h]
+    def stream(self, idx, *arguments, **options):
+        """Tokens as they are drawn, with the arguments of `generate`; see decoding.stream."""
+        import decoding
+        return decoding.stream(self, idx, *arguments, **options)
 
     # Weights from elsewhere
 
@@ -300,22 +292,3 @@ class GPT(nn.Module):
             return None
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
-
-def draw(logits, temperature, top_k, top_p, noise):
-    """One token per row, (B,), from logits (B, V); noise (B, 1) decides, the same noise alike."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits, ids = (logits - logits.amax(dim=-1, keepdim=True)) / temperature, None
-    if top_k and top_k < logits.size(-1) or top_p < 1:
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
-    upto = logits.softmax(dim=-1).cumsum(dim=-1)                # (B, V or k)
-    # rounding leaves the total a hair from 1; after the division every noise below finds a token
-    total = upto[:, -1:] if ids is None else nucleus(upto, top_p)
-    picked = torch.searchsorted(upto / total, noise, right=True)
-    return (picked if ids is None else ids.gather(1, picked))[:, 0]
-
-
-def nucleus(upto, top_p):
-    """The probability, (B, 1), of the fewest tokens that reach top_p of the total. (arXiv:1904.09751)"""
-    total = upto[:, -1:]
-    return upto.gather(1, torch.searchsorted(upto, total * top_p).clamp(max=upto.size(-1) - 1))

@@ -16,6 +16,7 @@ import checkpoint
 import configurator
 import runtime
 from dataloader import GPT2, Tokenizer, dataset_tokenizer
+from decoding import lay_out
 from model import GPT
 
 # model
@@ -36,7 +37,7 @@ seed = 1337                 # sample i depends on this and i alone
 # machine
 device = 'auto'             # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'              # auto, float32, bfloat16 or float16
-compile = False             # True compiles the model
+compile = False             # True compiles the decoding step; worth its minute on a GPU
 
 
 def load():
@@ -97,8 +98,10 @@ def main():
         print(f'note: the prompt has {len(ids):,} tokens, the model reads its last {block_size:,}', file=sys.stderr)
     print(rt.summary, file=sys.stderr)
     model.to(rt.device, runtime.DTYPES[rt.dtype]).eval()
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, exact_window=exact_window,
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, exact_window=exact_window, compile=rt.compile,
                    vocab_size=tokenizer.vocab_size)
+    if rt.device.type == 'cpu':
+        lay_out(model, min(num_samples, max_batch))
     live = sys.stdout.isatty() and num_samples == 1
     bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=True if live else None)
     for first in range(0, num_samples, max_batch):
