@@ -86,25 +86,37 @@ class Dataset:
 
 
 def prefetch(make, requests, device):
-    """make(*request) on `device` for each request in turn, one made in the background."""
-    pin = device.type == 'cuda'
+    """make(*request) on `device` for each request in turn, one made in the background.
+    To a GPU it is copied from pinned memory on a stream of its own, beside the computation."""
+    cuda = device.type == 'cuda'
+    side = torch.cuda.Stream(device) if cuda else None
 
     def fetch(request):
-        x, y = make(*request)
-        return (x.contiguous().pin_memory(), y.contiguous().pin_memory()) if pin else (x, y)
+        if not cuda:
+            return tuple(t.to(device) for t in make(*request))
+        with torch.cuda.stream(side):                           # which is also this thread's device then
+            return tuple(t.contiguous().pin_memory().to(device, non_blocking=True) for t in make(*request))
+
+    def hand_over(future):
+        batch = future.result()
+        if cuda:
+            torch.cuda.current_stream(device).wait_stream(side)
+            for tensor in batch:                                # their memory is not free before we are done
+                tensor.record_stream(torch.cuda.current_stream(device))
+        return batch
 
     with ThreadPoolExecutor(1, 'prefetch') as thread:
         ahead = None
         for request in requests:
             ready, ahead = ahead, thread.submit(fetch, request)
             if ready:
-                yield tuple(t.to(device, non_blocking=True) for t in ready.result())
+                yield hand_over(ready)
         if ahead:
-            yield tuple(t.to(device, non_blocking=True) for t in ahead.result())
+            yield hand_over(ahead)
 
 
 def dataset_folder(name):
-    if not name or name != os.path.basename(name) or name.startswith('.') or '\\' in name:
+    if not isinstance(name, str) or not name or name != os.path.basename(name) or name.startswith('.') or '\\' in name:
         raise ValueError(f'dataset={name!r} should be the name of a folder in {DATA}')
     return DATA / name
 
@@ -159,8 +171,10 @@ def read_meta(folder):
             with open(path, 'rb') as file:
                 meta = PlainUnpickler(file).load()
             itos = meta['itos']
-            chars = ''.join(itos[i] for i in range(len(itos)))
-            return check_tokenizer(dict(tokenizer='char', vocab_size=meta['vocab_size'], chars=chars))
+            chars = [itos[i] for i in range(meta['vocab_size'])]
+            if not all(type(char) is str and len(char) == 1 for char in chars):
+                raise ValueError('its itos maps to something else than characters')
+            return check_tokenizer(dict(tokenizer='char', vocab_size=len(itos), chars=''.join(chars)))
     except Exception as error:                                  # whatever a damaged file provokes
         raise ValueError(f'{path} cannot be used: {type(error).__name__}: {error}; '
                          f'prepare the dataset again') from None
@@ -174,6 +188,8 @@ def dataset_tokenizer(name):
 
 def check_tokenizer(spec):
     """`spec` if it describes a tokenizer that exists, else ValueError."""
+    if not isinstance(spec, dict):
+        raise ValueError(f'it is a {type(spec).__name__}')
     kind, size = spec.get('tokenizer'), spec.get('vocab_size')
     if type(size) is not int or not 0 < size <= 65536:
         raise ValueError(f'vocab_size is {size!r}')
@@ -191,6 +207,7 @@ class Tokenizer:
     GPT-2's byte pair encoding is fetched once by tiktoken."""
 
     def __init__(self, spec=GPT2):
+        check_tokenizer(spec)
         self.vocab_size, self.chars, self.bpe = spec['vocab_size'], spec.get('chars'), None
         if spec['tokenizer'] == 'gpt2':
             import tiktoken

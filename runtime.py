@@ -145,7 +145,9 @@ class Runtime:
 
     def signal_flags(self):
         """(len(SIGNALS),) float32 on the device: 1 for the signal that this rank received."""
-        return torch.tensor([float(self.received == number) for number in SIGNALS], device=self.device)
+        if self.received:
+            return torch.tensor([float(self.received == number) for number in SIGNALS], device=self.device)
+        return torch.zeros(len(SIGNALS), device=self.device)    # made there: a copy would wait for the device
 
     def signal_anywhere(self):
         """The number of a signal that reached any rank, or 0; waits for all ranks."""
@@ -166,7 +168,9 @@ class Runtime:
         """A function that returns `tensor` as a list. The copy starts now, the wait is there."""
         if self.device.type != 'cuda':
             return tensor.tolist
-        host = tensor.to('cpu', non_blocking=True)
+        # only into pinned memory does the copy run behind the host's back
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
 
@@ -193,6 +197,30 @@ class Runtime:
                 if re.search(rf'\b{pattern}\b', name):
                     return (single if self.dtype == 'float32' else half) * 1e12
         return measure_matmul(DTYPES[self.dtype]) if self.device.type == 'cpu' else None
+
+
+@contextmanager
+def one_voice():
+    """Of several ranks that end because something failed on one, the first alone tells why: the
+    others only miss it, and end quietly. What PyTorch says of a lost rank becomes one line."""
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not dist.is_initialized():
+            raise
+        try:
+            # torchrun holds this store, so that it outlives the ranks; a new start has a new one
+            first = dist.distributed_c10d._get_default_store().add('ranks that failed', 1) == 1
+        except RuntimeError:                            # without torchrun it went with rank 0
+            first = True
+        if not first:
+            raise SystemExit(1) from None
+        text = str(error)
+        if isinstance(error, dist.DistError) or re.search('gloo|nccl', text, re.IGNORECASE):
+            how = 'did not answer within --rank_timeout' if re.search('time.?d? ?out', text, re.IGNORECASE) else 'ended'
+            raise RuntimeError(f'another rank {how}, so this one stops; what is saved is whole, '
+                               f'go on with --init_from=auto') from None
+        raise
 
 
 def derive_seed(*parts):
