@@ -1,8 +1,10 @@
-"""Time the training step alone: the step of train.py itself, without evaluation or saving.
+"""Time what this repository does, and how near that comes to what the machine can do.
 
-    python bench.py
-    python bench.py --batch_size=4 --block_size=256 --device=cpu
-    python bench.py --profile=True      # writes bench-trace.json for ui.perfetto.dev or chrome://tracing
+    python bench.py                                     # the training step: the step of train.py itself
+    python bench.py --bench=sample --dtype=float16      # generation, as in sample.py
+    python bench.py --bench=data                        # batches from token files, and GPT-2's encoding
+    python bench.py --compare=transformers --device=cpu --batch_size=4 --block_size=256
+    python bench.py --profile=True                      # writes bench-trace.json for ui.perfetto.dev
 """
 
 import statistics
@@ -15,15 +17,20 @@ import torch
 import configurator
 import runtime
 from dataloader import Dataset, prefetch
+from decoding import lay_out
 from model import GPT, GPTConfig
 from train import train_step            # the one script that another imports: a copy would drift
 
 # work
-batch_size = 12                         # sequences per micro-batch
+bench = 'train'                         # train, sample or data
+compare = ''                            # transformers: its GPT-2 of the same shape in turn with ours
+batch_size = 12                         # sequences per micro-batch; of sample: sequences at once (1 if not given)
 block_size = 1024                       # tokens per sequence
 gradient_accumulation_steps = 1         # micro-batches per step
 real_data = False                       # True reads `dataset`, False draws random tokens
 dataset = 'openwebtext'
+prompt_tokens = 32                      # of sample
+new_tokens = 100                        # of sample, per repeat
 # model: GPT-2 124M
 n_layer = 12
 n_head = 12
@@ -33,7 +40,7 @@ dropout = 0.0
 bias = False
 # measurement
 warmup_steps = 5                        # untimed, compilation included
-steps = 20                              # timed, one by one
+steps = 20                              # timed, one by one; of sample and data: a fourth of them
 profile = False                         # True records 5 steps more as bench-trace.json
 # machine
 device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
@@ -43,66 +50,155 @@ backend = 'auto'                        # between ranks, under torchrun: auto, n
 seed = 1337
 
 
-def main():
-    for name in ('batch_size', 'gradient_accumulation_steps', 'warmup_steps', 'steps'):
-        if globals()[name] < 1:
-            raise ValueError(f'{name}={globals()[name]} should be at least 1')
-    rt = runtime.start(device, dtype, compile, backend, seed)
-    rt.say(rt.summary)
+def race(runners, warmup, repeats):
+    """{name: [seconds]} of functions that wait for their own result, run in turn, so that a
+    machine that slows down slows all of them."""
+    seconds = {name: [] for name in runners}
+    for i in range(warmup + repeats):
+        for name, run in runners.items():
+            began = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def report(rt, seconds, amount, unit):
+    """A line for each runner: the median, its spread, and `amount` per second; then the ratio."""
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        rt.say(f'{name:<8}{middle * 1000:.2f} ms, median of {len(times)} ({min(times) * 1000:.2f} to '
+               f'{max(times) * 1000:.2f}), {amount / middle:,.1f} {unit}')
+    if len(seconds) > 1:
+        ours, theirs = seconds.values()
+        ratios = [b / a for a, b in zip(ours, theirs)]
+        rt.say(f'ratio   {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
+    return statistics.median(next(iter(seconds.values())))
+
+
+def build(rt, size):
+    rt.seed_for('weights')
+    model = GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
+    theirs = None
+    if compare:
+        import hf
+        theirs = hf.to_transformers(model).to(rt.device)
+    return model.to(rt.device), theirs
+
+
+def bench_train(rt):
     data = Dataset(dataset) if real_data else None
     size = vocab_size
     if data:
         data.cut(block_size)
         size = 50304 if data.vocab_size == 50257 else data.vocab_size
-    rt.seed_for('weights')
-    model = GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias)).to(rt.device)
+    model, theirs = build(rt, size)
+    net, scaler, micros = rt.wrap(model), rt.scaler(), gradient_accumulation_steps
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
-    net = rt.wrap(model)
-    scaler = rt.scaler()
 
     def random_batch(seed, stream, iteration, first, count):
         tokens = torch.randint(size, (count, block_size + 1))
         return tokens[:, :-1], tokens[:, 1:]
 
-    micros = gradient_accumulation_steps                # per rank here: more ranks do more work
     batches = prefetch(data.batch if data else random_batch,
                        ((seed, 'train', i, (rt.rank * micros + m) * batch_size, batch_size)
                         for i in count() for m in range(micros)), rt.device)
+    iteration, losses = count(), []
 
-    def step(iteration):
-        """Seconds and loss of one step, waited for."""
-        began = time.perf_counter()
-        loss = rt.read_later(train_step(net, optimizer, scaler, batches, micros, iteration, rt))()[0]
-        return time.perf_counter() - began, loss
+    def step():
+        numbers = train_step(net, optimizer, scaler, batches, micros, next(iteration), rt)
+        losses.append(rt.read_later(numbers)()[0])
 
+    runners = {'ours': step}
+    if theirs:
+        their_optimizer = torch.optim.AdamW(theirs.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
+
+        def their_step():
+            for _ in range(micros):
+                x, _ = next(batches)
+                with rt.autocast():
+                    loss = theirs(x, labels=x).loss / micros
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            their_optimizer.step()
+            their_optimizer.zero_grad()
+            loss.item()
+        runners['theirs'] = their_step
     peak = rt.peak_flops()
-    for i in range(warmup_steps):
-        seconds, loss = step(i)
-        rt.say(f'warm-up {i}: {seconds * 1000:.1f} ms, loss {loss:.4f}')
-    timed = [step(warmup_steps + i)[0] for i in range(steps)]
-    seconds = statistics.median(timed)
     sequences = micros * batch_size
+    seconds = report(rt, race(runners, warmup_steps, steps), sequences * rt.world * block_size, 'tokens/s')
     mfu = model.estimate_mfu(sequences, seconds, peak)
-    rt.say(f'{model.get_num_params():,} parameters, {sequences * rt.world} x {block_size} tokens per step, {steps} steps')
-    rt.say(f'time    {seconds * 1000:.1f} ms per iteration, median ({min(timed) * 1000:.1f} to {max(timed) * 1000:.1f})')
-    rt.say(f'speed   {sequences * rt.world * block_size / seconds:,.0f} tokens/s')
-    rt.say('mfu     ' + ('n/a, the peak of this device is not known' if mfu is None else
-                         f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s'
-                         + (', measured here' if rt.device.type == 'cpu' else ", the data sheet's")))
+    where = 'measured here' if rt.device.type == 'cpu' else "the data sheet's"
+    rt.say(f'loss    {losses[0]:.4f} first, {losses[-1]:.4f} last')
+    rt.say(f'mfu     {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {where}' if mfu else
+           'mfu     n/a, the peak of this device is not known')
     rt.say(f'memory  {rt.peak_memory() / 2 ** 30:.2f} GiB at the most')
     if profile:
         with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
-            for i in range(5):
-                step(warmup_steps + steps + i)
+            for _ in range(5):
+                step()
         if rt.main:
             recorded.export_chrome_trace('bench-trace.json')
         rt.say(recorded.key_averages().table(sort_by='self_cpu_time_total', row_limit=10, max_name_column_width=40))
         rt.say('trace   bench-trace.json')
     batches.close()
-    rt.close()
+
+
+def bench_sample(rt, sequences):
+    model, theirs = build(rt, vocab_size)
+    kind = runtime.DTYPES[rt.dtype]
+    model.to(kind).eval()
+    stored = sum(p.numel() * p.element_size() for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    if rt.device.type == 'cpu':
+        lay_out(model, sequences)
+    prompt = torch.randint(vocab_size, (sequences, prompt_tokens), device=rt.device)
+    runners = {'ours': lambda: model.generate(prompt, new_tokens, top_k=200, compile=rt.compile).tolist()}
+    if theirs:
+        theirs.to(kind).eval()
+        runners['theirs'] = lambda: theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200, pad_token_id=0,
+            min_new_tokens=new_tokens, max_new_tokens=new_tokens).tolist()
+    rate = rt.memory_rate()
+    seconds = report(rt, race(runners, 1, max(2, steps // 4)), new_tokens * sequences, 'tokens/s')
+    read = stored * new_tokens / seconds
+    rt.say(f'weights {read / 1e9:.1f} GB/s read, {read / rate:.0%} of the {rate / 1e9:.1f} GB/s measured here')
+
+
+def bench_data(rt):
+    sys.path.insert(0, str(configurator.ROOT / 'data'))
+    import tokenfiles
+    if real_data:
+        data = Dataset(dataset)
+        data.cut(block_size)
+        batch = count()
+        report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch), 0, batch_size)}, 50, 1000),
+               batch_size * block_size * 2 / 1e9, 'GB/s')
+    text = ''.join(path.read_text(encoding='utf-8') for path in sorted(configurator.ROOT.rglob('*.py'))
+                   if 'site-packages' not in path.parts)
+    text = (text * (1 + 10 ** 7 // len(text)))[:10 ** 7]        # our own source, 10 MB of it
+    encode = tokenfiles.encoder(tokenfiles.GPT2)
+    pieces = [piece for piece, _ in tokenfiles.safe_pieces([text])]
+    report(rt, race({'one core': lambda: [encode(piece) for piece in pieces],
+                     'all': lambda: list(tokenfiles.in_order(encode, pieces, 0))}, 1, max(2, steps // 4)), 10, 'MB/s of text')
+
+
+def main(given):
+    for name in ('batch_size', 'gradient_accumulation_steps', 'warmup_steps', 'steps', 'prompt_tokens', 'new_tokens'):
+        if globals()[name] < 1:
+            raise ValueError(f'{name}={globals()[name]} should be at least 1')
+    if bench not in ('train', 'sample', 'data') or compare not in ('', 'transformers'):
+        raise ValueError(f'bench={bench!r} should be train, sample or data, and compare={compare!r} transformers or nothing')
+    rt = runtime.start(device, dtype, compile, backend, seed)
+    rt.say(rt.summary + f', PyTorch {torch.__version__}')
+    if bench == 'train':
+        bench_train(rt)
+    elif bench == 'sample':
+        bench_sample(rt, given.get('batch_size', 1))
+    else:
+        bench_data(rt)
+    rt.part()
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
-        configurator.configure(globals(), sys.argv[1:])
-        main()
+    with runtime.parting(), configurator.plain_errors(), runtime.one_voice():
+        main(configurator.configure(globals(), sys.argv[1:]))

@@ -31,21 +31,22 @@ def write(path, payload, keep_as=None):
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_as and path.exists():
+            # Between these two lines there is no state.pt, but a whole state.prev.pt, which is read then.
+            os.replace(path, path.with_name(keep_as))
+        os.replace(temporary, path)
+        if os.name == 'posix':                          # the names must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):  # PyTorch's writer wraps the system's error
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise RuntimeError(f'{path} could not be written ({str(cause).splitlines()[0]}); '
-                               f'the files already in {path.parent} are untouched') from None
+                               f'the files already in {path.parent} are whole, make room and go on '
+                               f'with --init_from=auto') from None
         raise
-    if keep_as and path.exists():
-        # Between these two lines there is no state.pt, but a whole state.prev.pt, which is read then.
-        os.replace(path, path.with_name(keep_as))
-    os.replace(temporary, path)
-    if os.name == 'posix':                              # the names must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def read(path):
@@ -65,11 +66,15 @@ def read(path):
             if damaged:
                 raise ValueError(f'its part {damaged} fails its checksum')
         payload = torch.load(path, weights_only=True, mmap=True, map_location='cpu')
+        # a tied weight is stored once and counted twice; a hostile one repeats a number a trillion times
+        if count_bytes(payload) > 2 * os.path.getsize(path):
+            raise ValueError('its tensors are larger than the file')
     except FileNotFoundError:
         raise ValueError(f'{path} does not exist') from None
     except Exception as error:                          # a damaged file can provoke anything
         text = ' '.join(str(error).split())
-        code = re.search(r'Unsupported (?:global: GLOBAL|class) ([\w.]+)', text)
+        code = re.search(r'(?:GLOBAL|[Uu]nsupported class) ([\w.]+)', text)
+        text = text.rpartition('WeightsUnpickler error: ')[2]
         if code:
             text = f'it asks to run {code[1]}, which no checkpoint needs'
         elif isinstance(error, zipfile.BadZipFile):
@@ -78,6 +83,22 @@ def read(path):
     if not isinstance(payload, dict):
         raise ValueError(f'{path} holds a {type(payload).__name__}, not a checkpoint')
     return payload
+
+
+def count_bytes(payload):
+    """Bytes that all tensors in nested dicts, lists and tuples would take in memory of their own.
+    ValueError for a tensor that is more than numbers in order (sparse, of no device, ...)."""
+    waiting, seen, total = [payload], set(), 0
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != 'cpu' or item.is_quantized or item.is_nested:
+                raise ValueError('it holds a tensor of a kind that no checkpoint needs')
+            total += item.numel() * item.element_size()
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))                          # each once: containers can hold one another
+            waiting.extend(item.values() if isinstance(item, dict) else item)
+    return total
 
 
 # Contents
@@ -114,13 +135,15 @@ def load_state(out_dir):
     for name in (STATE, PREVIOUS):
         try:
             if (out_dir / name).exists():
-                return check(read(out_dir / name), out_dir / name, ('optimizer', 'scaler')), faults
+                state = check(read(out_dir / name), out_dir / name, ('optimizer', 'scaler'))
+                return dict(state, fell_back=bool(faults)), faults
             if name == STATE and (out_dir / PREVIOUS).exists():
                 faults.append(f'{out_dir / STATE} is missing')
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        raise ValueError(f'no state to resume: {"; ".join(faults)}')
+        raise ValueError(f'no state to resume: {"; ".join(faults)}; restore one, move them away to go on '
+                         f'from a {MODEL}, or start over with --init_from=scratch --overwrite=True')
     if not (out_dir / MODEL).exists():
         raise ValueError(f'{out_dir} holds no run to resume (no {STATE}, no {MODEL}); '
                          f'check --out_dir, or start one with --init_from=scratch')
@@ -148,14 +171,21 @@ def check(payload, path, needed):
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         raise ValueError(f'{path}: its model is not a table of named weights')
+    for name, kind in dict(config=dict, tokenizer=dict, optimizer=dict, scaler=dict, fingerprint=str,
+                           wandb_id=str, evaluated=int).items():
+        if payload.get(name) is not None and not isinstance(payload[name], kind):
+            raise ValueError(f'{path}: its {name} is a {type(payload[name]).__name__}, not a {kind.__name__}')
     try:
         # torch.compile and DDP prefix the names; old models of the family carry attention masks
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value
                    for name, value in weights.items() if not name.endswith('.attn.bias')}
         config = GPTConfig(**payload['model_args'], activation=payload.get('activation') or 'gelu')
-        return {**payload, 'model': weights, 'gpt_config': config, 'iter_num': int(payload['iter_num']),
-                'best_val_loss': float(payload['best_val_loss'])}
-    except (TypeError, ValueError, RuntimeError) as error:
+        iter_num, best_val_loss = int(payload['iter_num']), float(payload['best_val_loss'])
+        if not 0 <= iter_num < 2 ** 63 or best_val_loss != best_val_loss:
+            raise ValueError(f'iter_num={iter_num}, best_val_loss={best_val_loss} cannot be')
+        return {**payload, 'model': weights, 'gpt_config': config, 'iter_num': iter_num,
+                'best_val_loss': best_val_loss}
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f'{path}: {error}') from None
 
 
@@ -164,7 +194,11 @@ def build_model(payload, dropout=None):
     config = payload['gpt_config']
     if dropout is not None:
         config.dropout = dropout
-    return GPT.from_weights(config, own(payload['model'], torch.float32))
+    weights = own(payload['model'], torch.float32)
+    try:
+        return GPT.from_weights(config, weights)
+    except RuntimeError as error:                       # sizes beyond what a tensor can have
+        raise ValueError(f'no model has such model_args ({str(error).splitlines()[0][:100]})') from None
 
 
 def own(value, dtype=None):
@@ -182,43 +216,45 @@ def restore_optimizer(optimizer, scaler, saved):
 
     Raises ValueError where the moments do not belong to these parameters.
     """
-    if scaler.is_enabled() and saved.get('scaler'):
-        scaler.load_state_dict(saved['scaler'])
     if 'optimizer' not in saved:
         return
-    saved, fresh = saved['optimizer'], optimizer.state_dict()
+    fresh, moments = optimizer.state_dict(), {}
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     try:
-        moments = own(dict(saved['state']))
-        orders = [[group['params'] for group in state['param_groups']] for state in (saved, fresh)]
+        if scaler.is_enabled() and saved.get('scaler'):
+            scaler.load_state_dict(saved['scaler'])
+        orders = [[group['params'] for group in state['param_groups']] for state in (saved['optimizer'], fresh)]
         fits = orders[0] == orders[1]
-        for index, moment in moments.items():
+        for index, moment in saved['optimizer']['state'].items():
+            moments[index] = {'step': torch.tensor(float(moment['step']))}
             for name in ('exp_avg', 'exp_avg_sq'):
                 rows = len(parameters[index])           # fewer where block_size was lowered meanwhile
-                moment[name] = moment[name][:rows].clone()
-                fits = fits and moment[name].shape == parameters[index].shape
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+                moments[index][name] = moment[name][:rows].clone()
+                fits = fits and moments[index][name].shape == parameters[index].shape
+        fits = fits and len(moments) in (0, len(parameters))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f'the optimizer state is not one of AdamW ({type(error).__name__}: {error})') from None
     if not fits:
         raise ValueError('the optimizer state belongs to a model of another shape')
     optimizer.load_state_dict({'state': moments, 'param_groups': fresh['param_groups']})
 
 
-def set_aside(out_dir):
-    """Move a damaged state.pt out of the way, so that no save keeps it as the previous one."""
-    if (Path(out_dir) / STATE).exists():
-        os.replace(Path(out_dir) / STATE, Path(out_dir) / ASIDE)
-
-
-def lock(out_dir, clear=False):
+def lock(out_dir, state):
     """Hold out_dir for this process until it ends, or ValueError if another one has it.
-    clear: drop the files of the run that stood there, which a new one is about to replace."""
+
+    state: what the run goes on from. If None, the files of a run that stood there are dropped, as a
+    new one is about to replace them. If it is the previous one, because the newest was damaged, that
+    is moved aside, as the next save would else keep it in place of the one that is whole.
+    """
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(Path(out_dir) / '.lock')
         held.acquire(blocking=False)
-        for name in (MODEL, PREVIOUS, STATE) if clear else ():
+        leftovers = [f'{MODEL}.tmp', f'{STATE}.tmp']    # of a process that was killed in a save
+        for name in leftovers if state else [*leftovers, MODEL, PREVIOUS, STATE]:
             (Path(out_dir) / name).unlink(missing_ok=True)
+        if state and state.get('fell_back') and (Path(out_dir) / STATE).exists():
+            os.replace(Path(out_dir) / STATE, Path(out_dir) / ASIDE)
         return held
     except filelock.Timeout:
         raise ValueError(f'{out_dir} is in use by another training process; '

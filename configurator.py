@@ -10,6 +10,7 @@ import difflib
 import os
 import sys
 import textwrap
+import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,18 +179,24 @@ def plain_errors():
         yield
     except BrokenPipeError:                         # `python sample.py | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None             # as SIGPIPE ends other programs: it may have been training
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(last.filename).resolve()
         ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts and last.line.startswith('raise')
-        out_of_memory = type(error).__name__ == 'OutOfMemoryError' or isinstance(error, MemoryError)
+        out_of_memory = (type(error).__name__ == 'OutOfMemoryError' or isinstance(error, MemoryError)
+                         or 'DefaultCPUAllocator' in str(error))
         if not (ours or isinstance(error, OSError) or out_of_memory):
             raise
         line = ' '.join(str(error).split()) or type(error).__name__
         if out_of_memory:
             line = f'out of memory; a smaller batch, or a smaller model, may fit ({line[:150]})'
-        if MAIN_RANK:
-            print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr, flush=True)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+        mistake = isinstance(error, ValueError)     # all ranks have it alike; a failure is one rank's own
+        if MAIN_RANK or not mistake:
+            where = '' if MAIN_RANK else f' rank {os.environ["RANK"]}:'
+            print(f'{os.path.basename(sys.argv[0])}:{where} {line}', file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)                           # torchrun ends all ranks with the first: let rank 0 speak
+        raise SystemExit(2 if mistake else 1) from None

@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 FILE = 'metrics.jsonl'
@@ -26,12 +27,16 @@ class Metrics:
         except OSError as error:
             say(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
         if wandb_run is not None:
+            terminal = sys.stdin
             try:
-                import wandb
-                self.wandb = wandb.init(**wandb_run)
+                with open(os.devnull, encoding='utf-8') as sys.stdin:  # it would ask whom it finds there to log in
+                    import wandb
+                    self.wandb = wandb.init(**wandb_run)
                 self.wandb_id = self.wandb.id
             except Exception as error:                  # missing, not logged in, no network, ...
                 say(f'wandb is off ({one_line(error)}); training goes on without it')
+            finally:
+                sys.stdin = terminal
 
     def log(self, iter_num, **numbers):
         """numbers: floats; one that is not finite is written as null, which JSON has."""
@@ -69,8 +74,8 @@ def read_metrics(path):
     for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             record = json.loads(line)
-            record['iter']
-            records.append(record)
+            if type(record['iter']) is int:
+                records.append(record)
         except (ValueError, KeyError, TypeError):
             continue
     return records
@@ -82,8 +87,14 @@ def keep_before(path, iter_num, evaluated):
         temporary = path.with_suffix('.tmp')
         kept = [record for record in read_metrics(path) if record['iter'] < iter_num
                 or evaluated and record['iter'] == iter_num and 'val_loss' in record]
-        temporary.write_text(''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8')
-        os.replace(temporary, path)
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                file.write(''.join(json.dumps(record) + '\n' for record in kept))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def draw(folders, picture):

@@ -133,7 +133,7 @@ def estimate_loss(model, data, rt):
             batch = next(batches, None)
             if batch:
                 with rt.autocast():
-                    total += model(*batch)[1]
+                    total += model(*batch, loss_only=True)[1]
             if rt.signal_anywhere():
                 batches.close()
                 model.train()
@@ -156,7 +156,7 @@ def train_step(model, optimizer, scaler, batches, micros, iteration, rt):
         rt.seed_for('dropout', iteration, rt.rank * micros + micro)
         with rt.without_sync(model, skip=micro < micros - 1):
             with rt.autocast():
-                _, loss = model(x, y)
+                _, loss = model(x, y, loss_only=True)
             scaler.scale(loss / micros).backward()      # the last one averages over the ranks
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
@@ -278,7 +278,7 @@ def main(given):
             iteration, best_val_loss = state['iter_num'], state['best_val_loss']
             evaluated = state.get('evaluated')
             checkpoint.restore_optimizer(optimizer, scaler, state)
-        lock = checkpoint.lock(out_dir, clear=state is None) if rt.main and not eval_only else None
+        lock = checkpoint.lock(out_dir, state) if rt.main and not eval_only else None
     rt.check_same('fingerprint of the dataset', data.fingerprint)
     rt.say(rt.summary)
     rt.say(f'{model.get_num_params():,} parameters, {micros * rt.world} micro-batches of {micro_size} x '
@@ -339,11 +339,11 @@ def main(given):
         metrics.close()
     if lock:
         lock.release()
-    rt.close()
+    rt.part()
     if caught:
         raise SystemExit(128 + caught)
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
+    with runtime.parting(), configurator.plain_errors(), runtime.one_voice():
         main(configurator.configure(globals(), sys.argv[1:]))

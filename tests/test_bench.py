@@ -9,19 +9,39 @@ SMALL = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_si
 
 def test_figures_agree_with_each_other(workspace):
     shown = workspace.run('bench.py', *SMALL, '--gradient_accumulation_steps=3').stdout
-    figures = {key: float(value.replace(',', '')) for key, value in
-               re.findall(r'^(time|speed|mfu|memory) +([\d.,]+)', shown, re.MULTILINE)}
-    assert figures['speed'] == pytest.approx(3 * 4 * 32 / figures['time'] * 1000, rel=0.02)
-    assert 0 < figures['mfu'] < 100 and 0.05 < figures['memory'] < 5
+    ms, rate = re.search(r'ours +([\d.]+) ms.*, ([\d,.]+) tokens/s', shown).groups()
+    assert float(rate.replace(',', '')) == pytest.approx(3 * 4 * 32 / float(ms) * 1000, rel=0.02)
+    assert 0 < float(re.search(r'mfu +([\d.]+)%', shown)[1]) < 100
+    assert 0.05 < float(re.search(r'memory +([\d.]+)', shown)[1]) < 5
 
 
 def test_the_step_is_that_of_training(workspace):
     """On real data, the losses are those that train.py logs at the same constant learning rate."""
-    shown = workspace.run('bench.py', *SMALL, '--real_data=True', '--dataset=toy', '--warmup_steps=4').stdout
-    found = [float(value) for value in re.findall(r'loss ([\d.]+)', shown)]
-    workspace.train('out-bench', '--dropout=0', '--gradient_accumulation_steps=1', '--max_iters=4', '--learning_rate=1e-4',
+    shown = workspace.run('bench.py', *SMALL, '--real_data=True', '--dataset=toy', '--warmup_steps=4', '--steps=2').stdout
+    found = [float(value) for value in re.search(r'loss +([\d.]+) first, ([\d.]+) last', shown).groups()]
+    workspace.train('out-bench', '--dropout=0', '--gradient_accumulation_steps=1', '--max_iters=6', '--learning_rate=1e-4',
                     '--decay_lr=False')
-    assert found == pytest.approx([r['loss'] for r in workspace.records('out-bench') if 'loss' in r], abs=1e-4)
+    logged = [r['loss'] for r in workspace.records('out-bench') if 'loss' in r]
+    assert found == pytest.approx([logged[0], logged[-1]], abs=1e-4)
+
+
+@pytest.mark.parametrize('what', ['train', 'sample'])
+def test_it_runs_beside_transformers(workspace, what):
+    pytest.importorskip('transformers')
+    shown = workspace.run('bench.py', *SMALL, f'--bench={what}', '--compare=transformers', '--prompt_tokens=5',
+                          '--new_tokens=20').stdout
+    ours, theirs = (float(re.search(rf'{name} +([\d.]+) ms', shown)[1]) for name in ('ours', 'theirs'))
+    assert ours > 0 and theirs > 0 and re.search(r'ratio +[\d.]+ times', shown)
+
+
+def test_batches_and_encoding_are_timed(workspace):
+    import tiktoken
+    try:
+        tiktoken.get_encoding('gpt2')
+    except Exception as error:
+        pytest.skip(f"GPT-2's encoding cannot be had: {error}")
+    shown = workspace.run('bench.py', *SMALL, '--bench=data', '--real_data=True', '--dataset=toy').stdout
+    assert re.search(r'batch +[\d.]+ ms.*GB/s', shown) and shown.count('MB/s of text') == 2
 
 
 def test_the_trace_is_one_that_a_browser_opens(workspace):
