@@ -46,6 +46,7 @@ profile = False                         # True records 5 steps more as bench-tra
 device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                          # auto, float32, bfloat16 or float16
 compile = 'auto'                        # auto (on CUDA), True or False
+recompute = False                       # True recomputes activations in backward
 backend = 'auto'                        # between ranks, under torchrun: auto, nccl or gloo
 seed = 1337
 
@@ -93,6 +94,7 @@ def bench_train(rt):
         data.cut(block_size)
         size = 50304 if data.vocab_size == 50257 else data.vocab_size
     model, theirs = build(rt, size)
+    model.recompute = recompute
     net, scaler, micros = rt.wrap(model), rt.scaler(), gradient_accumulation_steps
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -160,6 +161,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight       # tied: one matrix, two names
+        self.recompute = False      # True keeps only each block's input for backward, and runs it again there
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(layer.weight, std=getattr(layer, 'init_std', 0.02))
@@ -180,7 +182,7 @@ class GPT(nn.Module):
             positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for block, memory in zip(self.transformer.h, memories or [None] * len(self.transformer.h)):
-            x = block(x, memory)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x, memory)
         return self.transformer.ln_f(x)                         # (B, T, C)
 
     def forward(self, idx, targets=None, loss_only=False):

@@ -69,6 +69,7 @@ backend = 'auto'                    # between ranks: auto, nccl (GPUs) or gloo (
 device = 'auto'                     # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                      # auto, float32, bfloat16 or float16 (with loss scaling)
 compile = 'auto'                    # auto (on CUDA), True or False: torch.compile
+recompute = False                   # True recomputes activations in backward: less memory, a third more work
 seed = 1337                         # of the initial weights, the batches and dropout
 rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
 
@@ -270,7 +271,7 @@ def main(given):
         data = Dataset(dataset)
         model, state = load_or_build(data, given, rt)
         data.cut(model.config.block_size)
-        model.to(rt.device)
+        model.to(rt.device).recompute = recompute
         optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
         scaler = rt.scaler()
         iteration, best_val_loss, evaluated = 0, math.inf, None

@@ -170,6 +170,19 @@ def test_dropout_is_where_gpt2_has_it():
     assert rates == [0.5, 0.5, 0.0, 0.0]
 
 
+def test_recomputed_activations_give_the_same_gradients():
+    """Dropout included: the second run of a block drops what the first did."""
+    idx = torch.randint(50, (4, 16))
+    found = []
+    for recompute in (False, True):
+        model = tiny_gpt(dropout=0.3)
+        model.recompute = recompute
+        torch.manual_seed(5)
+        model(idx, idx)[1].backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_flops_count_the_matmuls():
     model = tiny_gpt(bias=False, n_embd=64, n_layer=3)
     c, forward = model.config, 0
