@@ -345,5 +345,15 @@ def join(wanted, device, timeout):
     if backend == 'nccl' and (device.type != 'cuda' or not dist.is_nccl_available()):
         raise ValueError(f'backend=nccl moves data between NVIDIA GPUs, and this runs on '
                          f'{device.type}; try --backend=gloo')
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    try:
+        store, rank, world = next(dist.distributed_c10d.rendezvous('env://', timeout=limit))
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+            # torchrun keeps one store over its restarts (2.13), with the addresses of the ranks that died.
+            # On several machines this number can differ between them, and cannot tell the starts apart.
+            store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except RuntimeError as error:
+        raise RuntimeError(f'the ranks did not meet over {backend} ({str(error).splitlines()[0][:150]}); '
+                           f'check that all were started, with the same address and port') from None
     return backend
