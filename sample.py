@@ -15,7 +15,7 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import runtime
-from dataloader import GPT2, Tokenizer, dataset_tokenizer
+from dataloader import GPT2, Tokenizer, check_tokenizer, dataset_tokenizer
 from decoding import lay_out
 from model import GPT
 
@@ -47,6 +47,10 @@ def load():
     saved = checkpoint.load_model(out_dir)
     # files of the family carry no tokenizer, but name the dataset that has it
     spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
+    size = saved['gpt_config'].vocab_size
+    if check_tokenizer(spec)['vocab_size'] > size:
+        raise ValueError(f'{out_dir} has a model of {size} tokens and no tokenizer of its own, and the dataset that '
+                         f'it names is not here; prepare that dataset in data/ first')
     return checkpoint.build_model(saved, dropout=0.0), Tokenizer(spec)
 
 

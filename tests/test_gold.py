@@ -23,7 +23,13 @@ GOLD = Path(__file__).with_name('gold.json')
 
 def build():
     """What the last bits of a sum depend on: PyTorch's version, the processor and its vector width."""
-    return [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    try:
+        names = [line for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+                 if line.startswith(('model name', 'cpu family', 'model\t'))]
+        processor = ', '.join(' '.join(line.split()) for line in sorted(set(names)))
+    except OSError:
+        processor = platform.processor()
+    return [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor]
 
 
 def curve(out):

@@ -51,6 +51,9 @@ def test_a_family_checkpoint_takes_the_tokenizer_of_its_dataset(trained):
     family = {k: saved[k] for k in ('model', 'model_args', 'iter_num', 'best_val_loss', 'config')}
     torch.save(family, trained.folder / 'out-family' / 'ckpt.pt')
     assert run(trained, '--num_samples=2', '--out_dir=out-family') == run(trained, '--num_samples=2')
+    torch.save(dict(family, config=dict(dataset='elsewhere')), trained.folder / 'out-family' / 'ckpt.pt')
+    refused = trained.run('sample.py', '--out_dir=out-family', '--device=cpu', code=2).stderr
+    assert 'no tokenizer of its own' in refused and refused.count('\n') == 1
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(workspace):
