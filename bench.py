@@ -2,7 +2,7 @@
 
     python bench.py                                     # the training step: the step of train.py itself
     python bench.py --bench=sample --dtype=float16      # generation, as in sample.py
-    python bench.py --bench=data                        # batches from token files, and GPT-2's encoding
+    python bench.py --bench=data                        # GPT-2's encoding; with --real_data=True batches too
     python bench.py --compare=transformers --device=cpu --batch_size=4 --block_size=256
     python bench.py --profile=True                      # writes bench-trace.json for ui.perfetto.dev
 """
@@ -113,6 +113,7 @@ def bench_train(rt):
 
     runners = {'ours': step}
     if theirs:
+        rt.say('theirs is transformers, not compiled' if rt.compile else 'theirs is transformers')
         their_optimizer = torch.optim.AdamW(theirs.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
 
         def their_step():
@@ -134,7 +135,8 @@ def bench_train(rt):
     rt.say(f'loss    {losses[0]:.4f} first, {losses[-1]:.4f} last')
     rt.say(f'mfu     {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {where}' if mfu else
            'mfu     n/a, the peak of this device is not known')
-    rt.say(f'memory  {rt.peak_memory() / 2 ** 30:.2f} GiB at the most')
+    if not theirs:
+        rt.say(f'memory  {rt.peak_memory() / 2 ** 30:.2f} GiB at the most')
     if profile:
         with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
             for _ in range(5):
@@ -151,7 +153,7 @@ def bench_sample(rt, sequences):
     kind = runtime.DTYPES[rt.dtype]
     model.to(kind).eval()
     stored = sum(p.numel() * p.element_size() for p in model.parameters()) - model.transformer.wpe.weight.nbytes
-    if rt.device.type == 'cpu':
+    if rt.device.type == 'cpu' and not rt.compile:
         lay_out(model, sequences)
     prompt = torch.randint(vocab_size, (sequences, prompt_tokens), device=rt.device)
     runners = {'ours': lambda: model.generate(prompt, new_tokens, top_k=200, compile=rt.compile).tolist()}
@@ -191,6 +193,8 @@ def main(given):
     if bench not in ('train', 'sample', 'data') or compare not in ('', 'transformers'):
         raise ValueError(f'bench={bench!r} should be train, sample or data, and compare={compare!r} transformers or nothing')
     rt = runtime.start(device, dtype, compile, backend, seed)
+    if compare and rt.world > 1:
+        raise ValueError('compare=transformers runs in one process; leave torchrun away')
     rt.say(rt.summary + f', PyTorch {torch.__version__}')
     if bench == 'train':
         bench_train(rt)

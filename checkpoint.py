@@ -9,7 +9,7 @@ its own checksums agree, by a reader that runs no code.
 import os
 import re
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import filelock
@@ -193,7 +193,7 @@ def build_model(payload, dropout=None):
     """The GPT of a loaded file, in float32 and in memory of its own: the file may be replaced."""
     config = payload['gpt_config']
     if dropout is not None:
-        config.dropout = dropout
+        config = replace(config, dropout=dropout)
     weights = own(payload['model'], torch.float32)
     try:
         return GPT.from_weights(config, weights)

@@ -75,7 +75,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0,
     noise = noise.t().unsqueeze(2).contiguous()                 # (max_new_tokens, B, 1)
     window = unread = idx[:, -block_size:]
     H, D = model.config.n_head, model.config.n_embd // model.config.n_head
-    room = min(block_size, window.size(1) + max_new_tokens)
+    room = window.size(1) + max_new_tokens
+    room = min(block_size, -(-room // 256) * 256 if compile else room)  # few sizes to compile for
     memories = [(FixedMemory if compile else Memory)(B, H, room, D, model.transformer.wte.weight)
                 for _ in model.transformer.h]
     step = compiled_step(model, memories) if compile else None

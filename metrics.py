@@ -27,15 +27,15 @@ class Metrics:
         except OSError as error:
             say(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
         if wandb_run is not None:
-            terminal = sys.stdin
-            try:
-                with open(os.devnull, encoding='utf-8') as sys.stdin:  # it would ask whom it finds there to log in
-                    import wandb
-                    self.wandb = wandb.init(**wandb_run)
+            terminal, sys.stdin = sys.stdin, open(os.devnull, encoding='utf-8')
+            try:                                        # without a terminal it does not ask to log in
+                import wandb
+                self.wandb = wandb.init(**wandb_run)
                 self.wandb_id = self.wandb.id
             except Exception as error:                  # missing, not logged in, no network, ...
                 say(f'wandb is off ({one_line(error)}); training goes on without it')
             finally:
+                sys.stdin.close()
                 sys.stdin = terminal
 
     def log(self, iter_num, **numbers):
@@ -117,8 +117,6 @@ def draw(folders, picture):
 
 
 if __name__ == '__main__':
-    import sys
-
     import configurator
     with configurator.plain_errors():
         missing = [folder for folder in sys.argv[1:] if not (Path(folder) / FILE).is_file()]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 
 @dataclass
@@ -105,6 +105,9 @@ def residual_projection(n_in, config):
     return layer
 
 
+LOGITS_AT_ONCE = 2 ** 24        # 333 positions of GPT-2's vocabulary, 64 MiB
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Mean cross-entropy of x (N, C) times weight (V, C), targets (N,) with -1 not counting.
 
@@ -112,7 +115,6 @@ class ChunkedLoss(torch.autograd.Function):
     they do, so neither memory nor bandwidth goes to N x V numbers, and nothing is computed
     twice.
     """
-    CHUNK = 2 ** 24                                             # logits at a time
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
@@ -122,7 +124,7 @@ class ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if with_gradients else None
         dw = torch.zeros_like(weight) if with_gradients else None
-        size = max(1, ChunkedLoss.CHUNK // len(weight))
+        size = max(1, LOGITS_AT_ONCE // len(weight))
         for first in range(0, len(x), size):
             rows = slice(first, first + size)
             logits = (x_low[rows] @ w_low.t()).float()          # (n, V)
@@ -133,18 +135,20 @@ class ChunkedLoss(torch.autograd.Function):
             total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
             loss += ((total.log() - label) * live).sum()
             if with_gradients:
-                logits.mul_(live / total / counted)             # now d loss / d logits, but for the label
-                logits.scatter_add_(1, target, -live / counted)
+                # now d loss / d logits but for 1 / counted, which would vanish in float16
+                logits.mul_(live / total).scatter_add_(1, target, -live)
                 grads = logits.to(dtype)
                 dx[rows] = grads @ w_low
                 dw += grads.t() @ x_low[rows]
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx, dw, counted)
         return loss / counted
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        dx, dw = ctx.saved_tensors
-        return dx * upstream, dw * upstream, None, None
+        dx, dw, counted = ctx.saved_tensors
+        scale = upstream / counted
+        return dx * scale, dw.mul_(scale), None, None
 
 
 class GPT(nn.Module):
@@ -182,7 +186,7 @@ class GPT(nn.Module):
             positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for block, memory in zip(self.transformer.h, memories or [None] * len(self.transformer.h)):
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x, memory)
+            x = recomputed(block, x, use_reentrant=False) if self.recompute and self.training else block(x, memory)
         return self.transformer.ln_f(x)                         # (B, T, C)
 
     def forward(self, idx, targets=None, loss_only=False):
@@ -246,6 +250,8 @@ class GPT(nn.Module):
             if expected.get(name) != found.get(name):
                 raise ValueError(f'weight {name}: {found.get(name, "missing")} in the file, '
                                  f'{expected.get(name, "nothing of that name")} in the model')
+        if not torch.equal(weights['lm_head.weight'], weights['transformer.wte.weight']):
+            raise ValueError('lm_head.weight differs from transformer.wte.weight, and here they are one')
         model.load_state_dict(weights, assign=True)
         model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True)
@@ -266,7 +272,7 @@ class GPT(nn.Module):
 
         Fused on every device that PyTorch fuses it on, the CPU included (three times faster
         than its loop there). The order of groups and parameters is the family's, so that
-        optimizer states of its checkpoints fit. device_type is not needed, and taken for habit.
+        optimizer states of its checkpoints fit. device_type: not needed, taken for habit.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
@@ -284,13 +290,13 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
+    def estimate_mfu(self, sequences, seconds, peak_flops):
         """Share of the device's peak that the model's own arithmetic uses.
 
-        fwdbwd_per_iter: sequences per iteration. dt: seconds per iteration. peak_flops:
-        operations per second of this device and precision; None gives None, never a guess.
+        sequences, seconds: of one iteration. peak_flops: operations per second of this device
+        and precision; None gives None, never a guess.
         """
         if peak_flops is None:
             return None
-        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+        return self.flops_per_token() * self.config.block_size * sequences / seconds / peak_flops
 

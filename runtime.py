@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import math
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if
 # Volta and Turing have no TF32, theirs is plain float32. Matched against the device's name.
 PEAKS = {r'B200': (2250, 1125), r'H200 NVL': (835.5, 417.8), r'G?H200': (989.4, 494.7),
          r'H100 PCIe': (756, 378), r'H100 NVL': (835.5, 417.8), r'H100': (989.4, 494.7),
-         r'A100\b': (312, 156), r'A40': (149.7, 74.8), r'A10': (125, 62.5), r'L40S': (362, 183),
+         r'A100': (312, 156), r'A40': (149.7, 74.8), r'A10': (125, 62.5), r'L40S': (362, 183),
          r'L4': (121, 60), r'RTX 4090': (165.2, 82.6), r'RTX 3090': (71, 35.6),
          r'V100-SXM2': (125, 15.7), r'V100-PCIE': (112, 14), r'T4': (65, 8.1)}
 
@@ -36,6 +37,12 @@ def start(device='auto', dtype='auto', compile=False, backend='auto', seed=0, ti
     """
     world = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    if backend not in ('auto', 'nccl', 'gloo'):
+        raise ValueError(f"backend={backend!r} is unknown; try 'auto', 'nccl' or 'gloo'")
+    if world > 1 and (device == 'mps' or ':' in device):
+        raise ValueError(f'device={device} is one device, and {world} ranks take one each; try --device=auto')
+    if world > 1 and device == 'auto' and not torch.cuda.is_available():
+        device = 'cpu'                                  # gloo does not reach a Mac's GPU
     device, why_device = choose_device(device, local_rank)
     dtype, why_dtype = choose_dtype(dtype, device)
     compile, why_compile = choose_compile(compile, device)
@@ -121,11 +128,13 @@ class Runtime:
         if first:
             raise ValueError(first)
 
-    def check_same(self, what, value):
-        """ValueError, on every rank, unless all ranks have the same value."""
-        values = self.gather(value)
-        if len(set(values)) > 1:
-            raise ValueError(f'the ranks differ in the {what}: {", ".join(map(str, values))}')
+    def check_same(self, values):
+        """ValueError, on every rank, unless all ranks have the same {name: value}."""
+        everyone = self.gather(values)
+        for name in values:
+            found = [other[name] for other in everyone]
+            if any(value != found[0] for value in found):
+                raise ValueError(f'the ranks differ in {name}: {", ".join(map(str, found))}')
 
     def say(self, line):
         if self.main:
@@ -138,12 +147,13 @@ class Runtime:
 
     # Signals
 
-    def catch_signals(self):
+    def catch_signals(self, but=None):
         """Note SIGTERM, SIGINT and SIGUSR1 in `received` instead of dying of them."""
         def note(number, frame):
             self.received = self.received or number
         for number in SIGNALS:
-            signal.signal(number, note)
+            if number != but:
+                signal.signal(number, note)
 
     def signal_flags(self):
         """(len(SIGNALS),) float32 on the device: 1 for the signal that this rank received."""
@@ -187,7 +197,10 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         if self.device.type == 'mps':
             return torch.mps.driver_allocated_memory()
-        import resource                                 # Windows has none
+        try:
+            import resource
+        except ImportError:                             # Windows has none
+            return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
     def peak_flops(self):
@@ -196,13 +209,15 @@ class Runtime:
         if self.device.type == 'cuda':
             name = torch.cuda.get_device_name(self.device)
             for pattern, (half, single) in PEAKS.items():
-                if re.search(rf'\b{pattern}\b', name):
+                # a part of a GPU, and its slower namesakes, are other devices
+                if re.search(rf'\b{pattern}\b(?! (?:Laptop|D|Ti|SUPER)\b)', name) and 'MIG' not in name:
                     return (single if self.dtype == 'float32' else half) * 1e12
         return measure_matmul(DTYPES[self.dtype]) if self.device.type == 'cpu' else None
 
     def memory_rate(self):
         """Bytes per second that this device reads, measured on a sum too large for its caches."""
-        numbers = torch.ones(2 ** 26, device=self.device)       # 256 MiB
+        size = 2 ** (26 if self.device.type == 'cpu' else 29)   # 256 MiB; 2 GiB take a GPU half a millisecond
+        numbers = torch.ones(size, device=self.device)
         seconds = []
         for _ in range(6):
             began = time.perf_counter()
@@ -240,14 +255,16 @@ def one_voice():
         if not dist.is_initialized():
             raise
         try:
-            # torchrun holds this store, so that it outlives the ranks; a new start has a new one
-            first = dist.distributed_c10d._get_default_store().add('ranks that failed', 1) == 1
+            # torchrun holds this store, which outlives the ranks, and may outlive a restart
+            key = f'ranks that failed, start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
+            first = dist.distributed_c10d._get_default_store().add(key, 1) == 1
         except RuntimeError:                            # without torchrun it went with rank 0
             first = True
         if not first:
             raise SystemExit(1) from None
         text = str(error)
-        if isinstance(error, dist.DistError) or re.search('gloo|nccl', text, re.IGNORECASE):
+        lost = isinstance(error, dist.DistError) or re.search(r'gloo/|\bNCCL\b|ProcessGroup|Gloo', text)
+        if lost and not isinstance(error, OSError):
             how = 'did not answer within --rank_timeout' if re.search('time.?d? ?out', text, re.IGNORECASE) else 'ended'
             raise RuntimeError(f'another rank {how}, so this one stops; what is saved is whole, '
                                f'go on with --init_from=auto') from None
@@ -260,11 +277,12 @@ def derive_seed(*parts):
     return int.from_bytes(digest, 'little') >> 1
 
 
-def measure_matmul(dtype, n=1024, repeats=8):
-    """Operations per second of an (n, n) by (n, n) product on the CPU, the best of repeats."""
+def measure_matmul(dtype, n=1024):
+    """Operations per second of an (n, n) by (n, n) product on the CPU, the best within 0.2 s."""
     a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    a[:64] @ b                                          # starts the threads
     seconds = []
-    for _ in range(repeats):
+    while sum(seconds) < 0.2:
         began = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - began)
@@ -340,8 +358,6 @@ def join(wanted, device, timeout):
     backend = wanted
     if wanted == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
-    if backend not in ('nccl', 'gloo'):
-        raise ValueError(f"backend={backend!r} is unknown; try 'auto', 'nccl' or 'gloo'")
     if backend == 'nccl' and (device.type != 'cuda' or not dist.is_nccl_available()):
         raise ValueError(f'backend=nccl moves data between NVIDIA GPUs, and this runs on '
                          f'{device.type}; try --backend=gloo')
@@ -352,7 +368,8 @@ def join(wanted, device, timeout):
             # torchrun keeps one store over its restarts (2.13), with the addresses of the ranks that died.
             # On several machines this number can differ between them, and cannot tell the starts apart.
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit,
+                                device_id=device if backend == 'nccl' else None)
     except RuntimeError as error:
         raise RuntimeError(f'the ranks did not meet over {backend} ({str(error).splitlines()[0][:150]}); '
                            f'check that all were started, with the same address and port') from None

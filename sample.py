@@ -41,17 +41,13 @@ compile = False             # True compiles the decoding step; worth its minute 
 
 
 def load():
-    """The model and its tokenizer: the checkpoint's, else its dataset's, else GPT-2's."""
+    """The model, and what tokenizer it has: the checkpoint's, else its dataset's, else GPT-2's."""
     if init_from != 'resume':
-        return GPT.from_pretrained(init_from), Tokenizer(GPT2)
+        return GPT.from_pretrained(init_from), GPT2
     saved = checkpoint.load_model(out_dir)
     # files of the family carry no tokenizer, but name the dataset that has it
     spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
-    size = saved['gpt_config'].vocab_size
-    if check_tokenizer(spec)['vocab_size'] > size:
-        raise ValueError(f'{out_dir} has a model of {size} tokens and no tokenizer of its own, and the dataset that '
-                         f'it names is not here; prepare that dataset in data/ first')
-    return checkpoint.build_model(saved, dropout=0.0), Tokenizer(spec)
+    return checkpoint.build_model(saved, dropout=0.0), check_tokenizer(spec)
 
 
 def read_prompt(text):
@@ -91,8 +87,11 @@ def main():
     if not 0 < top_p <= 1:
         raise ValueError(f'top_p={top_p} should be above 0 and at most 1')
     rt = runtime.start(device, dtype, compile, seed=seed)
-    model, tokenizer = load()
-    prompt = read_prompt(start)
+    model, spec = load()
+    if spec['vocab_size'] > model.config.vocab_size:
+        raise ValueError(f'the tokenizer has {spec["vocab_size"]} tokens and the model {model.config.vocab_size}, so they '
+                         f'do not belong together; prepare the dataset that the model was trained on in data/ first')
+    tokenizer, prompt = Tokenizer(spec), read_prompt(start)
     ids = tokenizer.encode(prompt)
     if not ids and not tokenizer.bpe:
         raise ValueError('start is empty, and this model needs a character to begin with; try --start="A"')
@@ -101,10 +100,11 @@ def main():
     if len(ids) > block_size:
         print(f'note: the prompt has {len(ids):,} tokens, the model reads its last {block_size:,}', file=sys.stderr)
     print(rt.summary, file=sys.stderr)
+    sys.stdout.reconfigure(errors='replace')            # a pipe on Windows has not every character
     model.to(rt.device, runtime.DTYPES[rt.dtype]).eval()
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, exact_window=exact_window, compile=rt.compile,
                    vocab_size=tokenizer.vocab_size)
-    if rt.device.type == 'cpu':
+    if rt.device.type == 'cpu' and not rt.compile:      # the compiler lays out for itself
         lay_out(model, min(num_samples, max_batch))
     live = sys.stdout.isatty() and num_samples == 1
     bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=True if live else None)

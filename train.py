@@ -82,7 +82,7 @@ def check_settings():
         ('max_iters warmup_iters lr_decay_iters min_lr weight_decay grad_clip',
          lambda v: 0 <= v < math.inf, 'zero or more'),
         ('learning_rate', lambda v: 0 < v < math.inf, 'above zero'),
-        ('beta1 beta2', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
+        ('beta1 beta2 dropout', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
         ('seed', lambda v: 0 <= v < 2 ** 63, 'at least 0 and below 2**63'),
         ('out_dir', lambda v: v.strip(), 'the name of a folder'),
     )
@@ -149,7 +149,8 @@ def train_step(model, optimizer, scaler, batches, micros, iteration, rt):
 
     Returns a tensor not yet read, (2 + signals,): mean loss in nats and gradient norm, both of
     the global batch, then runtime's signal flags. Where either number is not finite the
-    weights stay as they are, decided on the device, so that the host need not wait.
+    weights stay as they are, decided on the device, so that the host need not wait. (A Mac's
+    AdamW does not look; the run still ends before anything is saved.)
     """
     loss_sum = torch.zeros((), device=rt.device)
     for micro in range(micros):
@@ -215,7 +216,8 @@ class Progress:
         self.model, self.metrics, self.rt = model, metrics, rt
         self.sequences, self.peak = sequences, rt.peak_flops()
         self.pending = deque()                          # (iteration, function that waits for numbers)
-        self.seconds = None                             # per iteration, smoothed
+        self.seconds = None                             # per iteration, smoothed, from the second line on
+        self.lines = self.skipped = 0
         self.restart_clock()
 
     def restart_clock(self):
@@ -234,7 +236,8 @@ class Progress:
             loss, norm, *flags = read()
             caught = caught or self.rt.signal_from(flags)
             # float16 meets infinite gradients while its loss scale settles, and skips those steps
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.rt.dtype == 'float16'):
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if not math.isfinite(loss) or self.skipped > (20 if self.rt.dtype == 'float16' else 0):
                 raise RuntimeError(f'iteration {iteration}: loss {loss}, gradient norm {norm}; stopped before '
                                    f'that update, what {out_dir} holds is from before it; '
                                    f'a lower --learning_rate may help')
@@ -246,7 +249,8 @@ class Progress:
     def log(self, iteration, loss, norm):
         seconds = (time.perf_counter() - self.began) / self.steps
         self.restart_clock()
-        self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
+        self.lines += 1                                 # the first line may hold a minute of compilation
+        self.seconds = seconds if self.lines < 3 else 0.9 * self.seconds + 0.1 * seconds
         tokens = self.sequences * self.model.config.block_size / seconds
         mfu = self.model.estimate_mfu(self.sequences / self.rt.world, seconds, self.peak)
         left = datetime.timedelta(seconds=round(self.seconds * (max_iters - iteration - 1)))
@@ -262,7 +266,10 @@ def main(given):
     """given: the settings that a config file or a flag named."""
     check_settings()
     rt = runtime.start(device, dtype, compile, backend, seed, rank_timeout)
-    rt.catch_signals()
+    if rt.device.type == 'mps' and rt.dtype == 'float16':
+        raise ValueError('dtype=float16: the fused AdamW of a Mac steps even where gradients overflowed; '
+                         'try --dtype=bfloat16 or float32')
+    rt.catch_signals(but=signal.SIGINT)                 # until the loop begins, Ctrl-C ends a download at once
     with rt.together():
         micros, micro_size = share_of_batch(rt.world)
         if rt.local_rank == 0:
@@ -271,24 +278,27 @@ def main(given):
         data = Dataset(dataset)
         model, state = load_or_build(data, given, rt)
         data.cut(model.config.block_size)
-        model.to(rt.device).recompute = recompute
+        model.to(rt.device)
+        model.recompute = recompute
         optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
         scaler = rt.scaler()
-        iteration, best_val_loss, evaluated = 0, math.inf, None
+        iteration, best_val_loss, evaluated, wandb_id = 0, math.inf, None, None
         if state:
             iteration, best_val_loss = state['iter_num'], state['best_val_loss']
-            evaluated = state.get('evaluated')
+            evaluated, wandb_id = state.get('evaluated'), state.get('wandb_id')
             checkpoint.restore_optimizer(optimizer, scaler, state)
         lock = checkpoint.lock(out_dir, state) if rt.main and not eval_only else None
-    rt.check_same('fingerprint of the dataset', data.fingerprint)
+        resumed, state = state is not None, None        # lets go of the mapped file
+    config = configurator.snapshot(globals())
+    rt.check_same({**config, 'the dataset': data.fingerprint,
+                   'the iteration to go on from (all machines need to see the same out_dir)': iteration})
     rt.say(rt.summary)
     rt.say(f'{model.get_num_params():,} parameters, {micros * rt.world} micro-batches of {micro_size} x '
-           f'{model.config.block_size} tokens per iteration' + (f', from iteration {iteration}' if state else ''))
-    config = configurator.snapshot(globals())
+           f'{model.config.block_size} tokens per iteration' + (f', from iteration {iteration}' if resumed else ''))
     writes, metrics = rt.main and not eval_only, None
     if writes:
         wandb_run = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir,
-                         id=(state or {}).get('wandb_id'), resume='allow')
+                         id=wandb_id, resume='allow')
         metrics = Metrics(out_dir, iteration, evaluated == iteration, rt.say, wandb_run if wandb_log else None)
 
     def save_state():
@@ -303,6 +313,9 @@ def main(given):
     batches = prefetch(data.batch, ((seed, 'train', i, first + m * micro_size, micro_size)
                                     for i in range(iteration, max_iters) for m in range(micros)), rt.device)
     progress = Progress(model, metrics, micros * micro_size * rt.world, rt)
+    rt.catch_signals()
+    if iteration >= max_iters and not eval_only:
+        rt.say(f'nothing is left to train up to max_iters={max_iters}; raise it to go on')
     caught = 0
     while not caught:
         due = iteration % eval_interval == 0 or iteration >= max_iters
@@ -333,8 +346,9 @@ def main(given):
         caught = progress.add(iteration - 1, numbers)
     progress.settle()
     batches.close()
-    if caught:
+    if caught and writes:
         save_state()
+    if caught and not eval_only:
         rt.say(f'{signal.Signals(caught).name}: saved at iteration {iteration}; go on with --init_from=resume')
     if metrics:
         metrics.close()

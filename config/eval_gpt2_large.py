@@ -1,6 +1,5 @@
-# The loss of OpenAI's gpt2-large (774M parameters) on OpenWebText, without training.
+# The loss of OpenAI's gpt2-large on OpenWebText; nothing is trained or written.
 init_from = 'gpt2-large'
 eval_only = True
-eval_iters = 500                    # more batches, a steadier estimate
+eval_iters = 500
 batch_size = 8
-wandb_log = False

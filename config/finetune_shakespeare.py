@@ -9,7 +9,7 @@ wandb_run_name = 'finetune'
 eval_interval = 5
 eval_iters = 40
 log_interval = 1
-always_save_checkpoint = False      # it overfits soon; keep the best
+always_save_checkpoint = False      # 20 iterations are more than two passes over the text
 
 batch_size = 1
 gradient_accumulation_steps = 32    # 32 x 1024 tokens per iteration; Shakespeare has 301,966

@@ -34,6 +34,24 @@ def test_scripts_and_settings_of_a_command_exist(command):
         configurator.configure({**settings, '__file__': str(script)}, arguments)
 
 
+def test_blocks_do_not_collide():
+    """No two commands that train from scratch or finetune write to the same folder, but for the one
+    command of a first result that has variants by hardware."""
+    folders = {}
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if 'train.py' in words and '--help' not in words and '--init_from=auto' not in words and 'eval_gpt2' not in command:
+            script = ROOT / 'train.py'
+            settings = {name: setting.default for name, setting in configurator.read_settings(script).items()}
+            settings['__file__'] = str(script)
+            configurator.configure(settings, words[words.index('train.py') + 1:])
+            folders.setdefault(settings['out_dir'], set()).add(re.sub(r'--node_rank=\d', '', command))
+    variants = folders.pop('out-shakespeare-char')
+    assert len(variants) == 3                           # GPU, CPU and Mac: a person has one of them
+    folders['out-gpt2'] = {c for c in folders['out-gpt2'] if '--nnodes' not in c}       # or on several machines
+    assert all(len(commands) == 1 for commands in folders.values()), folders
+
+
 @pytest.mark.parametrize('command', [c for c in COMMANDS if re.match(r'python (train|sample|bench)\.py', c)
                                      and not any(word in c for word in NETWORK)])
 def test_a_command_runs_at_toy_size(trained, command):
@@ -41,7 +59,7 @@ def test_a_command_runs_at_toy_size(trained, command):
     if script == 'train.py':
         arguments = [a for a in arguments if not a.startswith(('--n_', '--device'))]
         out_dir = trained.folder / 'out-readme'
-        shutil.rmtree(out_dir, ignore_errors=True)
+        shutil.rmtree(out_dir, ignore_errors=True)      # test_blocks_do_not_collide sees to the real ones
         trained.run(script, *arguments, *SMALL, '--dataset=toy', '--max_iters=3', '--warmup_iters=0',
                     '--wandb_log=False', f'--out_dir={out_dir}')
         assert '--help' in arguments or (out_dir / 'state.pt').exists()
