@@ -98,12 +98,12 @@ def bench_train(rt):
     net, scaler, micros = rt.wrap(model), rt.scaler(), gradient_accumulation_steps
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
 
-    def random_batch(seed, stream, iteration, first, count):
+    def random_batch(seed, stream, first, count):
         tokens = torch.randint(size, (count, block_size + 1))
         return tokens[:, :-1], tokens[:, 1:]
 
     batches = prefetch(data.batch if data else random_batch,
-                       ((seed, 'train', i, (rt.rank * micros + m) * batch_size, batch_size)
+                       ((seed, 'train', ((i * rt.world + rt.rank) * micros + m) * batch_size, batch_size)
                         for i in count() for m in range(micros)), rt.device)
     iteration, losses = count(), []
 
@@ -175,7 +175,7 @@ def bench_data(rt):
         data = Dataset(dataset)
         data.cut(block_size)
         batch = count()
-        report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch), 0, batch_size)}, 50, 1000),
+        report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)}, 50, 1000),
                batch_size * block_size * 2 / 1e9, 'GB/s')
     text = ''.join(path.read_text(encoding='utf-8') for path in sorted(configurator.ROOT.rglob('*.py'))
                    if 'site-packages' not in path.parts)

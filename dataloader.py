@@ -1,7 +1,7 @@
 """Token files to batches, and the tokenizer that a dataset was made with.
 
-A batch is a pure function of (seed, stream, iteration, index of the sequence): nothing is
-remembered between batches, so a resumed run or another number of ranks draws the same ones.
+A batch is a pure function of (seed, stream, numbers of its sequences): nothing is remembered
+between batches, so a resumed run or another number of ranks draws the same ones.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 
 DATA = Path(__file__).resolve().parent / 'data'
 GPT2 = dict(tokenizer='gpt2', vocab_size=50257)
-STREAMS = ('train', 'eval train', 'eval val')   # windows to train on, and two fixed sets to judge by
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)          # 2**64 divided by the golden ratio, odd
 
 
 class Dataset:
@@ -71,15 +71,21 @@ class Dataset:
                              f'{self.fingerprint}, was {fingerprint}); restore it, or go on with '
                              f'--accept_dataset_change=True')
 
-    def batch(self, seed, stream, iteration, first, count):
-        """Sequences first..first+count of an iteration's global batch, one gather for all.
+    def batch(self, seed, stream, first, count):
+        """Sequences number first to first + count, one gather for all, of a stream: 'train' to train
+        on, 'eval train' or 'eval val' to judge by.
 
         Returns (x, y), each (count, block_size) int64; y is x one token later.
+
+        Each window starts a golden section of the text behind the one before, from a place that the
+        seed decides; in evaluation from the beginning, so that runs of all seeds are judged by the same
+        text. Any number of successive windows, a batch as well as an epoch, is spread evenly over the
+        text, where independent draws leave a third of an epoch unseen.
         """
         tokens = self.tokens['val' if stream == 'eval val' else 'train']
-        # Philox is a keyed hash of a counter, and NumPy keeps its raw stream fixed for good
-        noise = np.random.Philox(key=[seed, STREAMS.index(stream)], counter=[0, iteration, 0, 0])
-        starts = noise.random_raw(first + count)[first:] % np.uint64(len(tokens) - self.block_size)
+        begin = np.random.Philox(key=seed).random_raw() if stream == 'train' else 0     # NumPy fixed it for good
+        turns = np.arange(first, first + count, dtype=np.uint64) * GOLDEN + np.uint64(begin)
+        starts = ((turns >> np.uint64(11)) * (2.0 ** -53 * (len(tokens) - self.block_size))).astype(np.int64)
         windows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[starts]
         both = torch.from_numpy(windows.astype(np.int64))       # (count, block_size + 1)
         return both[:, :-1], both[:, 1:]

@@ -127,7 +127,7 @@ def estimate_loss(model, data, rt):
     model.eval()
     losses = {}
     for split in ('train', 'val'):
-        mine = [(seed, f'eval {split}', i, 0, batch_size) for i in range(rt.rank, eval_iters, rt.world)]
+        mine = [(seed, f'eval {split}', i * batch_size, batch_size) for i in range(rt.rank, eval_iters, rt.world)]
         batches = prefetch(data.batch, mine, rt.device)
         total = torch.zeros((), device=rt.device)
         for _ in range(0, eval_iters, rt.world):        # as often on every rank
@@ -187,7 +187,7 @@ def load_or_build(data, given, rt):
     if init_from in ('scratch', 'auto') and not resume:
         # GPT-2's 50257 tokens are padded to 50304, which multiplies faster; 65 characters are 65
         size = 50304 if data.vocab_size == 50257 else data.vocab_size
-        rt.seed_for('weights')
+        torch.manual_seed(seed)
         return GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias)), None
     if resume:
         state, faults = checkpoint.load_state(out_dir)
@@ -309,10 +309,11 @@ def main(given):
 
     net = rt.wrap(model)
     net.train()
-    first = rt.rank * micros * micro_size               # where this rank's share of a global batch begins
-    batches = prefetch(data.batch, ((seed, 'train', i, first + m * micro_size, micro_size)
+    sequences = micros * micro_size * rt.world          # in a global batch
+    first = rt.rank * micros * micro_size               # where this rank's share of it begins
+    batches = prefetch(data.batch, ((seed, 'train', i * sequences + first + m * micro_size, micro_size)
                                     for i in range(iteration, max_iters) for m in range(micros)), rt.device)
-    progress = Progress(model, metrics, micros * micro_size * rt.world, rt)
+    progress = Progress(model, metrics, sequences, rt)
     rt.catch_signals()
     if iteration >= max_iters and not eval_only:
         rt.say(f'nothing is left to train up to max_iters={max_iters}; raise it to go on')
