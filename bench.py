@@ -78,7 +78,7 @@ def report(rt, seconds, amount, unit):
 
 
 def build(rt, size):
-    rt.seed_for('weights')
+    torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
     theirs = None
     if compare:

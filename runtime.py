@@ -77,6 +77,9 @@ class Runtime:
 
     def scaler(self):
         """A GradScaler that does nothing but for float16, whose small gradients vanish without."""
+        if self.dtype == 'float16' and self.device.type == 'mps':
+            raise ValueError("dtype=float16: a Mac's fused AdamW steps even where gradients overflowed; "
+                             'try --dtype=bfloat16 or float32')
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
 
     def wrap(self, model):
@@ -99,6 +102,17 @@ class Runtime:
         torch.manual_seed(derive_seed(self.seed, *purpose))
 
     # Ranks
+
+    def share_of_batch(self, accumulation, batch_size):
+        """(micro-batches, sequences in each) of one rank: an equal share of accumulation x batch_size
+        sequences, in micro-batches of at most batch_size."""
+        total = accumulation * batch_size
+        micros = math.ceil(total / self.world / batch_size)
+        if total % (self.world * micros):
+            nearest = math.ceil(accumulation / self.world) * self.world
+            raise ValueError(f'{accumulation} x {batch_size} sequences do not divide over {self.world} ranks in '
+                             f'equal micro-batches; try --gradient_accumulation_steps={nearest}')
+        return micros, total // self.world // micros
 
     def sum(self, tensor):
         """`tensor`, summed over the ranks in place."""

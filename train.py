@@ -98,18 +98,6 @@ def check_settings():
                          f'try --min_lr={learning_rate / 10:g}')
 
 
-def share_of_batch(ranks):
-    """(micro-batches, sequences in each) of one rank, an equal share of the global batch."""
-    total = gradient_accumulation_steps * batch_size
-    micros = math.ceil(total / ranks / batch_size)
-    if total % (ranks * micros):
-        nearest = math.ceil(gradient_accumulation_steps / ranks) * ranks
-        raise ValueError(f'{gradient_accumulation_steps} x {batch_size} sequences do not divide over '
-                         f'{ranks} ranks in equal micro-batches; '
-                         f'try --gradient_accumulation_steps={nearest}')
-    return micros, total // ranks // micros
-
-
 def learning_rate_at(iteration):
     """Linear rise, cosine fall to min_lr, constant after that. (arXiv:1608.03983)"""
     if not decay_lr:
@@ -266,12 +254,9 @@ def main(given):
     """given: the settings that a config file or a flag named."""
     check_settings()
     rt = runtime.start(device, dtype, compile, backend, seed, rank_timeout)
-    if rt.device.type == 'mps' and rt.dtype == 'float16':
-        raise ValueError('dtype=float16: the fused AdamW of a Mac steps even where gradients overflowed; '
-                         'try --dtype=bfloat16 or float32')
     rt.catch_signals(but=signal.SIGINT)                 # until the loop begins, Ctrl-C ends a download at once
     with rt.together():
-        micros, micro_size = share_of_batch(rt.world)
+        micros, micro_size = rt.share_of_batch(gradient_accumulation_steps, batch_size)
         if rt.local_rank == 0:
             Dataset(dataset)                            # scanned once a machine, the others find its cache
     with rt.together():
@@ -287,7 +272,7 @@ def main(given):
             iteration, best_val_loss = state['iter_num'], state['best_val_loss']
             evaluated, wandb_id = state.get('evaluated'), state.get('wandb_id')
             checkpoint.restore_optimizer(optimizer, scaler, state)
-        lock = checkpoint.lock(out_dir, state) if rt.main and not eval_only else None
+        held = checkpoint.lock(out_dir, state) if rt.main and not eval_only else None  # until the process ends
         resumed, state = state is not None, None        # lets go of the mapped file
     config = configurator.snapshot(globals())
     rt.check_same({**config, 'the dataset': data.fingerprint,
@@ -295,7 +280,7 @@ def main(given):
     rt.say(rt.summary)
     rt.say(f'{model.get_num_params():,} parameters, {micros * rt.world} micro-batches of {micro_size} x '
            f'{model.config.block_size} tokens per iteration' + (f', from iteration {iteration}' if resumed else ''))
-    writes, metrics = rt.main and not eval_only, None
+    writes, metrics = held is not None, None
     if writes:
         wandb_run = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir,
                          id=wandb_id, resume='allow')
@@ -347,14 +332,11 @@ def main(given):
         caught = progress.add(iteration - 1, numbers)
     progress.settle()
     batches.close()
-    if caught and writes:
-        save_state()
     if caught and not eval_only:
+        save_state()
         rt.say(f'{signal.Signals(caught).name}: saved at iteration {iteration}; go on with --init_from=resume')
     if metrics:
         metrics.close()
-    if lock:
-        lock.release()
     rt.part()
     if caught:
         raise SystemExit(128 + caught)

@@ -91,3 +91,23 @@ def test_the_first_signal_is_noted_and_kills_nothing():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def share(accumulation, batch, ranks):
+    rt = runtime.start(device='cpu')
+    rt.world = ranks
+    return rt.share_of_batch(accumulation, batch)
+
+
+@pytest.mark.parametrize('accumulation, batch, ranks, expected', [
+    (40, 12, 1, (40, 12)), (40, 12, 8, (5, 12)), (1, 64, 2, (1, 32)), (5, 12, 2, (3, 10)), (1, 64, 64, (1, 1))])
+def test_each_rank_takes_an_equal_share(accumulation, batch, ranks, expected):
+    micros, size = share(accumulation, batch, ranks)
+    assert (micros, size) == expected and micros * size * ranks == accumulation * batch and size <= batch
+
+
+@pytest.mark.parametrize('accumulation, batch, ranks', [(1, 12, 5), (3, 1, 2), (7, 3, 4)])
+def test_what_does_not_divide_is_refused_with_settings_that_do(accumulation, batch, ranks):
+    with pytest.raises(ValueError) as error:
+        share(accumulation, batch, ranks)
+    share(int(str(error.value).split('=')[-1]), batch, ranks)

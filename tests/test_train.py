@@ -29,23 +29,6 @@ def test_the_schedule_rises_falls_and_stays(settings):
     assert {train.learning_rate_at(i) for i in range(200)} == {1.0}
 
 
-@pytest.mark.parametrize('accumulation, batch, ranks, expected', [
-    (40, 12, 1, (40, 12)), (40, 12, 8, (5, 12)), (1, 64, 2, (1, 32)), (5, 12, 2, (3, 10)), (1, 64, 64, (1, 1))])
-def test_each_rank_takes_an_equal_share(settings, accumulation, batch, ranks, expected):
-    settings(gradient_accumulation_steps=accumulation, batch_size=batch)
-    micros, size = train.share_of_batch(ranks)
-    assert (micros, size) == expected and micros * size * ranks == accumulation * batch and size <= batch
-
-
-@pytest.mark.parametrize('accumulation, batch, ranks', [(1, 12, 5), (3, 1, 2), (7, 3, 4)])
-def test_what_does_not_divide_is_refused_with_settings_that_do(settings, accumulation, batch, ranks):
-    settings(gradient_accumulation_steps=accumulation, batch_size=batch)
-    with pytest.raises(ValueError) as error:
-        train.share_of_batch(ranks)
-    settings(gradient_accumulation_steps=int(str(error.value).split('=')[-1]))
-    train.share_of_batch(ranks)
-
-
 def test_a_run_is_the_textbook_loop(workspace):
     """Losses of the first steps equal those of a loop written from the formulas: AdamW by hand,
     the whole global batch at once, clipping, warm-up. Without dropout, which has its own stream."""
