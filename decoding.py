@@ -114,9 +114,10 @@ def draw(logits, temperature, top_k, top_p, noise):
     """One token per row, (B,), from logits (B, V); noise (B, 1) decides, the same noise alike."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = (logits - logits.amax(dim=-1, keepdim=True)) / temperature, None
+    ids = None
     if top_k and top_k < logits.size(-1) or top_p < 1:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature            # no overflow near 0
     upto = logits.softmax(dim=-1).cumsum(dim=-1)                # (B, V or k)
     total = upto[:, -1:]
     if top_p < 1:                                               # nucleus sampling, arXiv:1904.09751
