@@ -322,6 +322,7 @@ def main(given):
                     checkpoint.save_model(out_dir, model, iter_num=iteration, best_val_loss=best_val_loss,
                                           config=config, tokenizer=data.tokenizer)
                 save_state()
+            progress.peak = rt.peak_flops()             # a CPU's is measured again
             progress.restart_clock()
         if eval_only or iteration >= max_iters:
             break
