@@ -12,11 +12,16 @@ import torch.nn.functional as F
 
 
 class Memory:
-    """Keys and values of the positions read so far, for one layer, in buffers made once."""
+    """Keys and values of the positions read so far, for one layer, in buffers made once.
+
+    On a CPU they are float32 whatever the weights are: attention of one query over 432
+    positions of GPT-2 takes 36 us then, and 237 or 367 us in bfloat16 or float16 (AVX-512).
+    """
 
     def __init__(self, B, H, positions, D, like):
-        self.keys = like.new_zeros(B, H, positions, D)
-        self.values = like.new_zeros(B, H, positions, D)
+        dtype = torch.float32 if like.device.type == 'cpu' else like.dtype
+        self.keys = like.new_zeros(B, H, positions, D, dtype=dtype)
+        self.values = like.new_zeros(B, H, positions, D, dtype=dtype)
         self.length = 0
 
     def attend(self, q, k, v):
@@ -27,8 +32,8 @@ class Memory:
         self.keys[:, :, self.length:end] = k
         self.values[:, :, self.length:end] = v
         self.length = end
-        return F.scaled_dot_product_attention(q, self.keys[:, :, :end], self.values[:, :, :end],
-                                              is_causal=T > 1)
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, is_causal=T > 1).to(q.dtype)
 
 
 class FixedMemory(Memory):
@@ -45,10 +50,11 @@ class FixedMemory(Memory):
     def attend(self, q, k, v):
         if self.position is None:
             return super().attend(q, k, v)
-        self.keys.index_copy_(2, self.position, k)
-        self.values.index_copy_(2, self.position, v)
+        like = self.keys.dtype
+        self.keys.index_copy_(2, self.position, k.to(like))
+        self.values.index_copy_(2, self.position, v.to(like))
         seen = torch.arange(self.keys.size(2), device=q.device) <= self.position
-        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen[None])
+        return F.scaled_dot_product_attention(q.to(like), self.keys, self.values, attn_mask=seen[None]).to(q.dtype)
 
 
 @torch.inference_mode()

@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import lean
+
 
 @dataclass
 class GPTConfig:
@@ -78,8 +80,12 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):                                       # (B, T, C)
-        h = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4C)
-        return self.dropout(self.c_proj(h))
+        h = self.c_fc(x)                                        # (B, T, 4C)
+        if self.training and lean.fits(h):
+            y = lean.GELULinear.apply(h, self.c_proj.weight, self.c_proj.bias, self.approximate)
+        else:
+            y = self.c_proj(F.gelu(h, approximate=self.approximate))
+        return self.dropout(y)
 
 
 class Block(nn.Module):
@@ -105,52 +111,6 @@ def residual_projection(n_in, config):
     return layer
 
 
-LOGITS_AT_ONCE = 2 ** 24        # 333 positions of GPT-2's vocabulary, 64 MiB
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of x (N, C) times weight (V, C), targets (N,) with -1 not counting.
-
-    Logits exist for one chunk of positions at a time, and their gradients are taken while
-    they do, so neither memory nor bandwidth goes to N x V numbers, and nothing is computed
-    twice.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        x_low, w_low = x.to(dtype), weight.to(dtype)
-        counted = (targets >= 0).sum()
-        loss = torch.zeros((), dtype=torch.float32)
-        dx = torch.empty_like(x) if with_gradients else None
-        dw = torch.zeros_like(weight) if with_gradients else None
-        size = max(1, LOGITS_AT_ONCE // len(weight))
-        for first in range(0, len(x), size):
-            rows = slice(first, first + size)
-            logits = (x_low[rows] @ w_low.t()).float()          # (n, V)
-            target = targets[rows].clamp(min=0)[:, None]        # (n, 1)
-            live = (targets[rows] >= 0).float()[:, None]
-            top = logits.amax(dim=-1, keepdim=True)
-            label = logits.gather(1, target) - top              # (n, 1)
-            total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
-            loss += ((total.log() - label) * live).sum()
-            if with_gradients:
-                # now d loss / d logits but for 1 / counted, which would vanish in float16
-                logits.mul_(live / total).scatter_add_(1, target, -live)
-                grads = logits.to(dtype)
-                dx[rows] = grads @ w_low
-                dw += grads.t() @ x_low[rows]
-        ctx.save_for_backward(dx, dw, counted)
-        return loss / counted
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        dx, dw, counted = ctx.saved_tensors
-        scale = upstream / counted
-        return dx * scale, dw.mul_(scale), None, None
-
-
 class GPT(nn.Module):
 
     def __init__(self, config):
@@ -172,11 +132,12 @@ class GPT(nn.Module):
                 if getattr(layer, 'bias', None) is not None:
                     nn.init.zeros_(layer.bias)
 
-    def hidden(self, idx, memories=None, positions=None):
+    def hidden(self, idx, memories=None, positions=None, tokens=None):
         """The last layer's normalised output, (B, T, C), for idx (B, T).
 
         memories: one decoding.Memory per layer; idx then continues what they hold.
         positions: (T,) of idx, where they do not follow from that.
+        tokens: (B, T, C) embeddings of idx, where they were looked up already.
         """
         if positions is None:
             start = memories[0].length if memories else 0
@@ -184,7 +145,8 @@ class GPT(nn.Module):
             if end > self.config.block_size:
                 raise ValueError(f'{end} tokens do not fit block_size={self.config.block_size}')
             positions = torch.arange(start, end, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        tokens = self.transformer.wte(idx) if tokens is None else tokens
+        x = self.transformer.drop(tokens + self.transformer.wpe(positions))
         for block, memory in zip(self.transformer.h, memories or [None] * len(self.transformer.h)):
             x = recomputed(block, x, use_reentrant=False) if self.recompute and self.training else block(x, memory)
         return self.transformer.ln_f(x)                         # (B, T, C)
@@ -196,15 +158,15 @@ class GPT(nn.Module):
         Returns ((B, T, V), scalar), or ((B, 1, V), None): of the last position only.
         loss_only: None in place of logits; on a CPU they are then never held whole.
         """
-        x = self.hidden(idx)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        x, targets = x.flatten(0, 1), targets.flatten()         # (N, C), (N,)
-        if loss_only and x.device.type == 'cpu':
-            return None, ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
-        logits = self.lm_head(x)                                # (N, V)
-        loss = F.cross_entropy(logits, targets, ignore_index=-1)
-        return None if loss_only else logits.view(*idx.shape, -1), loss
+            return self.lm_head(self.hidden(idx)[:, -1:]), None
+        if loss_only and lean.fits(idx):
+            tokens, weight = lean.TiedEmbedding.apply(self.transformer.wte.weight, idx)
+            x = self.hidden(idx, tokens=tokens).flatten(0, 1)   # (N, C)
+            return None, lean.CrossEntropy.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
+        logits = self.lm_head(self.hidden(idx))                 # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return None if loss_only else logits, loss
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) followed by max_new_tokens drawn ones: (B, T + max_new_tokens).
