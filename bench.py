@@ -24,6 +24,7 @@ from train import train_step            # the one script that another imports: a
 # work
 bench = 'train'                         # train, sample or data
 compare = ''                            # transformers: its GPT-2 of the same shape in turn with ours
+compare_dtype = 'auto'                  # theirs: auto is the same as ours, or float32, bfloat16, float16
 batch_size = 12                         # sequences per micro-batch; of sample: sequences at once (1 if not given)
 block_size = 1024                       # tokens per sequence
 gradient_accumulation_steps = 1         # micro-batches per step
@@ -68,12 +69,12 @@ def report(rt, seconds, amount, unit):
     """A line for each runner: the median, its spread, and `amount` per second; then the ratio."""
     for name, times in seconds.items():
         middle = statistics.median(times)
-        rt.say(f'{name:<8}{middle * 1000:.2f} ms, median of {len(times)} ({min(times) * 1000:.2f} to '
+        rt.say(f'{name:<10}{middle * 1000:.2f} ms, median of {len(times)} ({min(times) * 1000:.2f} to '
                f'{max(times) * 1000:.2f}), {amount / middle:,.1f} {unit}')
     if len(seconds) > 1:
         ours, theirs = seconds.values()
         ratios = [b / a for a, b in zip(ours, theirs)]
-        rt.say(f'ratio   {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
+        rt.say(f'ratio     {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
     return statistics.median(next(iter(seconds.values())))
 
 
@@ -113,13 +114,14 @@ def bench_train(rt):
 
     runners = {'ours': step}
     if theirs:
-        rt.say('theirs is transformers, not compiled' if rt.compile else 'theirs is transformers')
+        kind = compare_dtype.replace('auto', rt.dtype)
+        rt.say(f'theirs is transformers in {kind}' + (', not compiled' if rt.compile else ''))
         their_optimizer = torch.optim.AdamW(theirs.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
 
         def their_step():
             for _ in range(micros):
                 x, _ = next(batches)
-                with rt.autocast():
+                with torch.autocast(rt.device.type, runtime.DTYPES[kind], enabled=kind != 'float32'):
                     loss = theirs(x, labels=x).loss / micros
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -127,17 +129,17 @@ def bench_train(rt):
             their_optimizer.zero_grad()
             loss.item()
         runners['theirs'] = their_step
-    rt.peak_flops()                                     # before and after: a busy CPU hides its peak
+    rt.peak_flops(look=0.3)                             # before and after: a busy CPU hides its peak
     sequences = micros * batch_size
     seconds = report(rt, race(runners, warmup_steps, steps), sequences * rt.world * block_size, 'tokens/s')
-    peak = rt.peak_flops()
+    peak = rt.peak_flops(look=0.3)
     mfu = model.estimate_mfu(sequences, seconds, peak)
     where = 'measured here' if rt.device.type == 'cpu' else "the data sheet's"
-    rt.say(f'loss    {losses[0]:.4f} first, {losses[-1]:.4f} last')
-    rt.say(f'mfu     {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {where}' if mfu else
-           'mfu     n/a, the peak of this device is not known')
+    rt.say(f'loss      {losses[0]:.4f} first, {losses[-1]:.4f} last')
+    rt.say(f'mfu       {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {where}' if mfu else
+           'mfu       n/a, the peak of this device is not known')
     if not theirs:
-        rt.say(f'memory  {rt.peak_memory() / 2 ** 30:.2f} GiB at the most')
+        rt.say(f'memory    {rt.peak_memory() / 2 ** 30:.2f} GiB at the most')
     if profile:
         with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
             for _ in range(5):
@@ -145,7 +147,7 @@ def bench_train(rt):
         if rt.main:
             recorded.export_chrome_trace('bench-trace.json')
         rt.say(recorded.key_averages().table(sort_by='self_cpu_time_total', row_limit=10, max_name_column_width=40))
-        rt.say('trace   bench-trace.json')
+        rt.say('trace     bench-trace.json')
     batches.close()
 
 
@@ -159,14 +161,14 @@ def bench_sample(rt, sequences):
     prompt = torch.randint(vocab_size, (sequences, prompt_tokens), device=rt.device)
     runners = {'ours': lambda: model.generate(prompt, new_tokens, top_k=200, compile=rt.compile).tolist()}
     if theirs:
-        theirs.to(kind).eval()
+        theirs.to(runtime.DTYPES[compare_dtype.replace('auto', rt.dtype)]).eval()
         runners['theirs'] = lambda: theirs.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200, pad_token_id=0,
             min_new_tokens=new_tokens, max_new_tokens=new_tokens).tolist()
     rate = rt.memory_rate()
     seconds = report(rt, race(runners, 1, max(2, steps // 4)), new_tokens * sequences, 'tokens/s')
     read = stored * new_tokens / seconds
-    rt.say(f'weights {read / 1e9:.1f} GB/s read, {read / rate:.0%} of the {rate / 1e9:.1f} GB/s measured here')
+    rt.say(f'weights   {read / 1e9:.1f} GB/s read, {read / rate:.0%} of the {rate / 1e9:.1f} GB/s measured here')
 
 
 def bench_data(rt):
@@ -175,24 +177,28 @@ def bench_data(rt):
     if real_data:
         data = Dataset(dataset)
         data.cut(block_size)
-        batch = count()
-        report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)}, 50, 1000),
-               batch_size * block_size * 2 / 1e9, 'GB/s')
+        batch, read, rate = count(), batch_size * block_size * 2, rt.memory_rate()
+        seconds = report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)}, 50, 1000),
+                         read / 1e9, 'GB/s')
+        rt.say(f'tokens    {read / seconds / rate:.1%} of the {rate / 1e9:.1f} GB/s that memory was read at here')
     text = ''.join(path.read_text(encoding='utf-8') for path in sorted(configurator.ROOT.rglob('*.py'))
                    if 'site-packages' not in path.parts)
     text = (text * (1 + 10 ** 7 // len(text)))[:10 ** 7]        # our own source, 10 MB of it
     encode = tokenfiles.encoder(tokenfiles.GPT2)
     pieces = [piece for piece, _ in tokenfiles.safe_pieces([text])]
-    report(rt, race({'one core': lambda: [encode(piece) for piece in pieces],
-                     'all': lambda: list(tokenfiles.in_order(encode, pieces, 0))}, 1, max(2, steps // 4)), 10, 'MB/s of text')
+    size = sum(len(piece.encode()) for piece in pieces) / 1e6
+    report(rt, race({'all cores': lambda: list(tokenfiles.in_order(encode, pieces, 0)),
+                     'one core': lambda: [encode(piece) for piece in pieces]}, 1, max(2, steps // 4)), size, 'MB/s of text')
 
 
 def main(given):
     for name in ('batch_size', 'gradient_accumulation_steps', 'warmup_steps', 'steps', 'prompt_tokens', 'new_tokens'):
         if globals()[name] < 1:
             raise ValueError(f'{name}={globals()[name]} should be at least 1')
-    if bench not in ('train', 'sample', 'data') or compare not in ('', 'transformers'):
-        raise ValueError(f'bench={bench!r} should be train, sample or data, and compare={compare!r} transformers or nothing')
+    for name, known in (('bench', ('train', 'sample', 'data')), ('compare', ('', 'transformers')),
+                        ('compare_dtype', ('auto', *runtime.DTYPES))):
+        if globals()[name] not in known:
+            raise ValueError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
     rt = runtime.start(device, dtype, compile, backend, seed)
     if compare and rt.world > 1:
         raise ValueError('compare=transformers runs in one process; leave torchrun away')

@@ -1,12 +1,13 @@
 """The numbers of a run: one JSON line each in metrics.jsonl, the same to wandb.
 
-`python metrics.py OUT_DIR...` draws the loss curves of one or several runs as a picture.
+`python metrics.py OUT_DIR...` draws the loss of one or several runs against iterations and against time.
 """
 
 import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 FILE = 'metrics.jsonl'
@@ -21,8 +22,9 @@ class Metrics:
 
     def __init__(self, out_dir, iter_num, evaluated, say, wandb_run=None):
         self.say, self.file, self.wandb, self.wandb_id = say, None, None, None
+        self.began = time.perf_counter()
         try:
-            keep_before(Path(out_dir) / FILE, iter_num, evaluated)
+            self.began -= keep_before(Path(out_dir) / FILE, iter_num, evaluated)
             self.file = open(Path(out_dir) / FILE, 'a', encoding='utf-8')
         except OSError as error:
             say(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
@@ -39,11 +41,13 @@ class Metrics:
                 sys.stdin = terminal
 
     def log(self, iter_num, **numbers):
-        """numbers: floats; one that is not finite is written as null, which JSON has."""
+        """numbers: floats; one that is not finite is written as null, which JSON has. The file gets
+        `seconds` too: of the run so far, stops not counted."""
         numbers = {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
         if self.file:
             try:
-                self.file.write(json.dumps(dict(iter=iter_num, **numbers)) + '\n')
+                seconds = round(time.perf_counter() - self.began, 3)
+                self.file.write(json.dumps(dict(iter=iter_num, seconds=seconds, **numbers)) + '\n')
                 self.file.flush()
             except OSError as error:
                 self.say(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
@@ -82,38 +86,49 @@ def read_metrics(path):
 
 
 def keep_before(path, iter_num, evaluated):
-    """Drop the records that a run restarted at iter_num is about to write again."""
-    if path.exists():
-        temporary = path.with_suffix('.tmp')
-        kept = [record for record in read_metrics(path) if record['iter'] < iter_num
-                or evaluated and record['iter'] == iter_num and 'val_loss' in record]
-        try:
-            with open(temporary, 'w', encoding='utf-8') as file:
-                file.write(''.join(json.dumps(record) + '\n' for record in kept))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """Drop the records that a run restarted at iter_num is about to write again. Returns the
+    seconds that the run took until then."""
+    if not path.exists():
+        return 0.0
+    temporary = path.with_suffix('.tmp')
+    kept = [record for record in read_metrics(path) if record['iter'] < iter_num
+            or evaluated and record['iter'] == iter_num and 'val_loss' in record]
+    try:
+        with open(temporary, 'w', encoding='utf-8') as file:
+            file.write(''.join(json.dumps(record) + '\n' for record in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return max((record['seconds'] for record in kept if is_number(record.get('seconds'))), default=0.0)
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def draw(folders, picture):
-    """Loss against iteration, training as a line and validation as dots, one colour a run."""
+    """Loss against iterations and against minutes: training as a line, validation as dots, one
+    colour a run."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout='constrained')
     for i, folder in enumerate(folders):
         records = read_metrics(Path(folder) / FILE)
-        for key, label, style in (('loss', 'train', dict(lw=0.8, alpha=0.6)),
-                                  ('val_loss', 'val', dict(marker='o', ms=3))):
-            points = [(r['iter'], r[key]) for r in records if r.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points), color=f'C{i}', label=f'{Path(folder).name} {label}', **style)
-    axes.set(xlabel='iteration', ylabel='loss, nats per token')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture, dpi=150)
+        for axes, x, unit in zip(panels, ('iter', 'seconds'), (1, 60)):
+            for key, label, style in (('loss', 'train', dict(lw=0.8, alpha=0.4)),
+                                      ('val_loss', 'val', dict(marker='o', ms=3))):
+                points = [(r[x] / unit, r[key]) for r in records if is_number(r.get(x)) and is_number(r.get(key))]
+                if points:
+                    axes.plot(*zip(*points), color=f'C{i}', label=f'{Path(folder).name} {label}', **style)
+    for axes, words in zip(panels, ('iterations', 'minutes')):
+        axes.set(xlabel=words)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel='loss, nats per token')
+    panels[0].legend()
+    figure.savefig(picture, dpi=100)
 
 
 if __name__ == '__main__':

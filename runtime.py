@@ -218,9 +218,9 @@ class Runtime:
             return math.nan
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-    def peak_flops(self):
-        """Operations per second that this device can do in this precision: a data sheet's for a
-        known GPU, the best measured so far on a CPU, which hides it while busy; else None."""
+    def peak_flops(self, look=0.05):
+        """Operations per second that this device can do in this precision: a data sheet's for a known
+        GPU; the best seen so far in `look` seconds a call on a CPU, which hides it while busy; else None."""
         if self.device.type == 'cuda':
             name = torch.cuda.get_device_name(self.device)
             for pattern, (half, single) in PEAKS.items():
@@ -228,7 +228,6 @@ class Runtime:
                 if re.search(rf'\b{pattern}\b(?! (?:Laptop|D|Ti|SUPER)\b)', name) and 'MIG' not in name:
                     return (single if self.dtype == 'float32' else half) * 1e12
         if self.device.type == 'cpu':
-            look = 0.03 if self.fastest else 0.2        # seconds
             self.fastest = max(self.fastest, measure_matmul(DTYPES[self.dtype], look))
             return self.fastest
         return None

@@ -46,7 +46,7 @@ MODEL_FLAGS = dict(dataset='letters', n_layer=2, n_head=2, n_embd=32, block_size
                    gradient_accumulation_steps=ACCUMULATION, max_iters=ITERATIONS, lr_decay_iters=ITERATIONS,
                    warmup_iters=2, eval_interval=INTERVAL, eval_iters=2, learning_rate=1e-2, min_lr=1e-3,
                    device='cpu', rank_timeout=20)
-CLOCK = ('ms', 'tokens_per_second', 'mfu')      # what no two runs share
+CLOCK = ('seconds', 'ms', 'tokens_per_second', 'mfu')      # what no two runs share
 FILES = (checkpoint.MODEL, checkpoint.STATE, checkpoint.PREVIOUS)
 FAULTS = ('kill', 'term', 'int', 'usr1', 'full', 'flip', 'nan', 'freeze', 'lost')
 

@@ -53,7 +53,7 @@ class Workspace:
 
     def records(self, out_dir):
         """The numbers of metrics.jsonl that do not depend on the clock."""
-        clock = ('ms', 'tokens_per_second', 'mfu')
+        clock = ('seconds', 'ms', 'tokens_per_second', 'mfu')
         lines = (self.folder / out_dir / 'metrics.jsonl').read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 

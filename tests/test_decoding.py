@@ -40,6 +40,27 @@ def test_cached_logits_are_uncached_logits(model):
     torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(idx))
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('compile', [False, True])
+def test_16_bits_with_a_cache_are_as_near_as_without(model, dtype, compile):
+    """To float32, over positions that a cache holds in another precision than the weights."""
+    from decoding import FixedMemory, Memory
+    idx = torch.randint(50, (2, 16))
+    exact = model.hidden(idx)
+    model.to(dtype)
+    memories = [(FixedMemory if compile else Memory)(2, 2, 16, 16, model.lm_head.weight) for _ in range(2)]
+    parts = [model.hidden(idx[:, :5], memories)]
+    for i in range(5, 16):
+        position = torch.tensor([i])
+        for memory in memories:
+            memory.length = i
+            memory.position = position if compile else None
+        parts.append(model.hidden(idx[:, i:i + 1], memories, position))
+    cached = torch.cat(parts, dim=1)
+    assert cached.dtype == dtype
+    assert (cached - exact).norm() < 1.5 * (model.hidden(idx) - exact).norm() < 0.05 * exact.norm()
+
+
 def test_past_the_block_the_last_half_is_read_again(model):
     """At each refill, the next token is that of the last half of the block alone."""
     idx = torch.randint(50, (2, 16))
@@ -69,7 +90,7 @@ def test_layouts_change_no_text(model, monkeypatch, layout):
     except (RuntimeError, AttributeError) as error:
         if layout == 'PackedLinear':
             pytest.skip(f'this PyTorch packs no weights: {error}')
-    monkeypatch.setattr(decoding, 'median_seconds', lambda layers, x: layers[0](x).numel() and type(layers[0]).__name__ != layout)
+    monkeypatch.setattr(decoding, 'median_seconds', lambda layers, x, others: layers[0](x).numel() and type(layers[0]).__name__ != layout)
     lay_out(model, 2)
     assert {type(m).__name__ for m in model.modules() if hasattr(m, 'weight') and 'Linear' in type(m).__name__} == {layout}
     assert torch.equal(model.generate(idx, 10, temperature=0), before)

@@ -22,14 +22,29 @@ def test_a_resumed_log_is_that_of_a_run_that_never_stopped(tmp_path):
     with open(tmp_path / 'b' / 'metrics.jsonl', 'a') as file:
         file.write('{"iter": 13, "lo')                  # torn off by a crash
     log(tmp_path / 'b', 10, True, 20)
-    assert (tmp_path / 'a' / 'metrics.jsonl').read_text() == (tmp_path / 'b' / 'metrics.jsonl').read_text()
+    straight, resumed = (metrics.read_metrics(tmp_path / name / 'metrics.jsonl') for name in 'ab')
+    assert [{**r, 'seconds': 0} for r in straight] == [{**r, 'seconds': 0} for r in resumed]
+
+
+def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
+    """One a record here; those between the last state and the stop are lost, and the stop itself is not counted."""
+    clock = iter(range(100, 10 ** 6))
+    monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(clock))
+    log(tmp_path, 1, False, 4)                          # iterations 1 to 3 at 1, 2, 3 seconds
+    for _ in range(1000):
+        next(clock)
+    log(tmp_path, 3, False, 5)                          # 3 and 4 once more
+    log(tmp_path, 5, True, 6)
+    assert [(r['iter'], r['seconds']) for r in metrics.read_metrics(tmp_path / 'metrics.jsonl')] == [
+        (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
 
 
 def test_what_is_not_finite_stays_json(tmp_path):
     run = metrics.Metrics(tmp_path, 0, False, print)
     run.log(0, loss=float('inf'), mfu=None)
     run.close()
-    assert json.loads((tmp_path / 'metrics.jsonl').read_text()) == {'iter': 0, 'loss': None, 'mfu': None}
+    record = json.loads((tmp_path / 'metrics.jsonl').read_text())
+    assert 0 <= record.pop('seconds') < 1 and record == {'iter': 0, 'loss': None, 'mfu': None}
 
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path):
