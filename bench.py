@@ -24,7 +24,7 @@ from train import train_step            # the one script that another imports: a
 # work
 bench = 'train'                         # train, sample or data
 compare = ''                            # transformers: its GPT-2 of the same shape in turn with ours
-compare_dtype = 'auto'                  # theirs: auto is the same as ours, or float32, bfloat16, float16
+compare_dtype = 'auto'                  # theirs: auto is that of ours, float32, bfloat16 or float16
 batch_size = 12                         # sequences per micro-batch; of sample: sequences at once (1 if not given)
 block_size = 1024                       # tokens per sequence
 gradient_accumulation_steps = 1         # micro-batches per step
@@ -79,13 +79,16 @@ def report(rt, seconds, amount, unit):
 
 
 def build(rt, size):
+    """Our model, and transformers' with its precision, or None and None."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
-    theirs = None
+    theirs = their_dtype = None
     if compare:
         import hf
         theirs = hf.to_transformers(model).to(rt.device)
-    return model.to(rt.device), theirs
+        their_dtype = rt.dtype if compare_dtype == 'auto' else runtime.choose_dtype(compare_dtype, rt.device)[0]
+        rt.say(f'theirs is transformers in {their_dtype}' + (', not compiled' if rt.compile else ''))
+    return model.to(rt.device), theirs, their_dtype
 
 
 def bench_train(rt):
@@ -94,7 +97,7 @@ def bench_train(rt):
     if data:
         data.cut(block_size)
         size = 50304 if data.vocab_size == 50257 else data.vocab_size
-    model, theirs = build(rt, size)
+    model, theirs, their_dtype = build(rt, size)
     model.recompute = recompute
     net, scaler, micros = rt.wrap(model), rt.scaler(), gradient_accumulation_steps
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
@@ -114,14 +117,12 @@ def bench_train(rt):
 
     runners = {'ours': step}
     if theirs:
-        kind = compare_dtype.replace('auto', rt.dtype)
-        rt.say(f'theirs is transformers in {kind}' + (', not compiled' if rt.compile else ''))
         their_optimizer = torch.optim.AdamW(theirs.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
 
         def their_step():
             for _ in range(micros):
                 x, _ = next(batches)
-                with torch.autocast(rt.device.type, runtime.DTYPES[kind], enabled=kind != 'float32'):
+                with torch.autocast(rt.device.type, runtime.DTYPES[their_dtype], enabled=their_dtype != 'float32'):
                     loss = theirs(x, labels=x).loss / micros
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -152,16 +153,15 @@ def bench_train(rt):
 
 
 def bench_sample(rt, sequences):
-    model, theirs = build(rt, vocab_size)
-    kind = runtime.DTYPES[rt.dtype]
-    model.to(kind).eval()
+    model, theirs, their_dtype = build(rt, vocab_size)
+    model.to(runtime.DTYPES[rt.dtype]).eval()
     stored = sum(p.numel() * p.element_size() for p in model.parameters()) - model.transformer.wpe.weight.nbytes
     if rt.device.type == 'cpu' and not rt.compile:
         lay_out(model, sequences)
     prompt = torch.randint(vocab_size, (sequences, prompt_tokens), device=rt.device)
     runners = {'ours': lambda: model.generate(prompt, new_tokens, top_k=200, compile=rt.compile).tolist()}
     if theirs:
-        theirs.to(runtime.DTYPES[compare_dtype.replace('auto', rt.dtype)]).eval()
+        theirs.to(runtime.DTYPES[their_dtype]).eval()
         runners['theirs'] = lambda: theirs.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200, pad_token_id=0,
             min_new_tokens=new_tokens, max_new_tokens=new_tokens).tolist()
@@ -177,7 +177,7 @@ def bench_data(rt):
     if real_data:
         data = Dataset(dataset)
         data.cut(block_size)
-        batch, read, rate = count(), batch_size * block_size * 2, rt.memory_rate()
+        batch, read, rate = count(), batch_size * block_size * 2, rt.memory_rate('cpu')
         seconds = report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)}, 50, 1000),
                          read / 1e9, 'GB/s')
         rt.say(f'tokens    {read / seconds / rate:.1%} of the {rate / 1e9:.1f} GB/s that memory was read at here')
@@ -200,6 +200,8 @@ def main(given):
         if globals()[name] not in known:
             raise ValueError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
     rt = runtime.start(device, dtype, compile, backend, seed)
+    if compare_dtype != 'auto' and not compare:
+        raise ValueError('compare_dtype is of --compare=transformers, which is not asked for')
     if compare and rt.world > 1:
         raise ValueError('compare=transformers runs in one process; leave torchrun away')
     rt.say(rt.summary + f', PyTorch {torch.__version__}')

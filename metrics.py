@@ -22,9 +22,9 @@ class Metrics:
 
     def __init__(self, out_dir, iter_num, evaluated, say, wandb_run=None):
         self.say, self.file, self.wandb, self.wandb_id = say, None, None, None
-        self.began = time.perf_counter()
+        self.seconds = 0.0                              # that the run took before it was stopped
         try:
-            self.began -= keep_before(Path(out_dir) / FILE, iter_num, evaluated)
+            self.seconds = keep_before(Path(out_dir) / FILE, iter_num, evaluated)
             self.file = open(Path(out_dir) / FILE, 'a', encoding='utf-8')
         except OSError as error:
             say(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
@@ -39,14 +39,17 @@ class Metrics:
             finally:
                 sys.stdin.close()
                 sys.stdin = terminal
+        self.began = time.perf_counter()
 
     def log(self, iter_num, **numbers):
         """numbers: floats; one that is not finite is written as null, which JSON has. The file gets
-        `seconds` too: of the run so far, stops not counted."""
+        `seconds` too, of the run so far without its stops; wandb has a clock of its own."""
         numbers = {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
         if self.file:
             try:
-                seconds = round(time.perf_counter() - self.began, 3)
+                seconds = self.seconds
+                if seconds is not None:
+                    seconds = round(seconds + time.perf_counter() - self.began, 3)
                 self.file.write(json.dumps(dict(iter=iter_num, seconds=seconds, **numbers)) + '\n')
                 self.file.flush()
             except OSError as error:
@@ -80,14 +83,14 @@ def read_metrics(path):
             record = json.loads(line)
             if type(record['iter']) is int:
                 records.append(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return records
 
 
 def keep_before(path, iter_num, evaluated):
     """Drop the records that a run restarted at iter_num is about to write again. Returns the
-    seconds that the run took until then."""
+    seconds that the run took until then, or None if its records have none."""
     if not path.exists():
         return 0.0
     temporary = path.with_suffix('.tmp')
@@ -101,16 +104,18 @@ def keep_before(path, iter_num, evaluated):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return max((record['seconds'] for record in kept if is_number(record.get('seconds'))), default=0.0)
+    last = kept[-1].get('seconds') if kept else 0.0
+    return last if is_number(last) else None
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    """Also of what a damaged file may hold: True, 10**400 and NaN are none."""
+    return type(value) in (int, float) and abs(value) < 1e15
 
 
 def draw(folders, picture):
-    """Loss against iterations and against minutes: training as a line, validation as dots, one
-    colour a run."""
+    """Loss against iterations and against minutes, one colour a run, validation with dots. Returns
+    the folders whose records have no times, as earlier versions wrote them."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -129,6 +134,7 @@ def draw(folders, picture):
     panels[0].set(ylabel='loss, nats per token')
     panels[0].legend()
     figure.savefig(picture, dpi=100)
+    return [folder for folder in folders if not any(is_number(r.get('seconds')) for r in read_metrics(Path(folder) / FILE))]
 
 
 if __name__ == '__main__':
@@ -138,5 +144,6 @@ if __name__ == '__main__':
         if missing or len(sys.argv) < 2:
             raise ValueError(f'{missing[0]} holds no {FILE}' if missing else
                              'name the folders to draw, as in: python metrics.py out-shakespeare-char')
-        draw(sys.argv[1:], Path(sys.argv[1]) / 'loss.png')
+        for folder in draw(sys.argv[1:], Path(sys.argv[1]) / 'loss.png'):
+            print(f'note: {folder} has no times, so it is drawn against iterations only')
         print(f'drew {Path(sys.argv[1]) / "loss.png"}')

@@ -81,7 +81,7 @@ class MLP(nn.Module):
 
     def forward(self, x):                                       # (B, T, C)
         h = self.c_fc(x)                                        # (B, T, 4C)
-        if self.training and lean.fits(h):
+        if lean.usable(h) and torch.is_grad_enabled() and type(self.c_proj) is nn.Linear:
             y = lean.GELULinear.apply(h, self.c_proj.weight, self.c_proj.bias, self.approximate)
         else:
             y = self.c_proj(F.gelu(h, approximate=self.approximate))
@@ -132,12 +132,12 @@ class GPT(nn.Module):
                 if getattr(layer, 'bias', None) is not None:
                     nn.init.zeros_(layer.bias)
 
-    def hidden(self, idx, memories=None, positions=None, tokens=None):
+    def hidden(self, idx, memories=None, positions=None, embeddings=None):
         """The last layer's normalised output, (B, T, C), for idx (B, T).
 
         memories: one decoding.Memory per layer; idx then continues what they hold.
         positions: (T,) of idx, where they do not follow from that.
-        tokens: (B, T, C) embeddings of idx, where they were looked up already.
+        embeddings: (B, T, C) of idx, where they were looked up already.
         """
         if positions is None:
             start = memories[0].length if memories else 0
@@ -145,8 +145,8 @@ class GPT(nn.Module):
             if end > self.config.block_size:
                 raise ValueError(f'{end} tokens do not fit block_size={self.config.block_size}')
             positions = torch.arange(start, end, device=idx.device)
-        tokens = self.transformer.wte(idx) if tokens is None else tokens
-        x = self.transformer.drop(tokens + self.transformer.wpe(positions))
+        embeddings = self.transformer.wte(idx) if embeddings is None else embeddings
+        x = self.transformer.drop(embeddings + self.transformer.wpe(positions))
         for block, memory in zip(self.transformer.h, memories or [None] * len(self.transformer.h)):
             x = recomputed(block, x, use_reentrant=False) if self.recompute and self.training else block(x, memory)
         return self.transformer.ln_f(x)                         # (B, T, C)
@@ -156,14 +156,14 @@ class GPT(nn.Module):
 
         idx: (B, T) token ids. targets: (B, T) ids, -1 where a position does not count.
         Returns ((B, T, V), scalar), or ((B, 1, V), None): of the last position only.
-        loss_only: None in place of logits; on a CPU they are then never held whole.
+        loss_only: None in place of logits; on a CPU, not compiled, they are then never held whole.
         """
         if targets is None:
             return self.lm_head(self.hidden(idx)[:, -1:]), None
-        if loss_only and lean.fits(idx):
-            tokens, weight = lean.TiedEmbedding.apply(self.transformer.wte.weight, idx)
-            x = self.hidden(idx, tokens=tokens).flatten(0, 1)   # (N, C)
-            return None, lean.CrossEntropy.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
+        if loss_only and lean.usable(idx):
+            embeddings, weight = lean.TiedEmbedding.apply(self.transformer.wte.weight, idx)
+            x = self.hidden(idx, embeddings=embeddings).flatten(0, 1)               # (N, C)
+            return None, lean.LinearCrossEntropy.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
         logits = self.lm_head(self.hidden(idx))                 # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return None if loss_only else logits, loss

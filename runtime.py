@@ -220,7 +220,7 @@ class Runtime:
 
     def peak_flops(self, look=0.05):
         """Operations per second that this device can do in this precision: a data sheet's for a known
-        GPU; the best seen so far in `look` seconds a call on a CPU, which hides it while busy; else None."""
+        GPU; on a CPU the best seen so far, in `look` seconds a call, as a busy one shows less; else None."""
         if self.device.type == 'cuda':
             name = torch.cuda.get_device_name(self.device)
             for pattern, (half, single) in PEAKS.items():
@@ -232,10 +232,11 @@ class Runtime:
             return self.fastest
         return None
 
-    def memory_rate(self):
-        """Bytes per second that this device reads, measured on a sum too large for its caches."""
-        size = 2 ** (26 if self.device.type == 'cpu' else 29)   # 256 MiB; 2 GiB take a GPU half a millisecond
-        numbers = torch.ones(size, device=self.device)
+    def memory_rate(self, device=None):
+        """Bytes per second that this or another device reads, measured on a sum too large for its caches."""
+        device = torch.device(device or self.device)
+        size = 2 ** (26 if device.type == 'cpu' else 29)        # 256 MiB; 2 GiB take a GPU half a millisecond
+        numbers = torch.ones(size, device=device)
         seconds = []
         for _ in range(6):
             began = time.perf_counter()
@@ -298,9 +299,9 @@ def derive_seed(*parts):
 def measure_matmul(dtype, look, n=1024):
     """Operations per second of an (n, n) by (n, n) product on the CPU, the best within `look` seconds."""
     a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
-    a[:64] @ b                                          # starts the threads
+    a @ b                                               # starts the threads
     seconds = []
-    while sum(seconds) < look:
+    while len(seconds) < 3 or sum(seconds) < look:
         began = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - began)

@@ -25,11 +25,12 @@ def test_the_step_is_that_of_training(workspace):
     assert found == pytest.approx([logged[0], logged[-1]], abs=1e-4)
 
 
-@pytest.mark.parametrize('what', ['train', 'sample'])
-def test_it_runs_beside_transformers(workspace, what):
+@pytest.mark.parametrize('what, theirs', [('train', 'bfloat16'), ('sample', 'float32')])
+def test_it_runs_beside_transformers(workspace, what, theirs):
     pytest.importorskip('transformers')
-    shown = workspace.run('bench.py', *SMALL, f'--bench={what}', '--compare=transformers', '--prompt_tokens=5',
-                          '--new_tokens=20').stdout
+    shown = workspace.run('bench.py', *SMALL, f'--bench={what}', '--compare=transformers', f'--compare_dtype={theirs}',
+                          '--dtype=float32', '--prompt_tokens=5', '--new_tokens=20').stdout
+    assert f'transformers in {theirs}' in shown
     ours, theirs = (float(re.search(rf'{name} +([\d.]+) ms', shown)[1]) for name in ('ours', 'theirs'))
     assert ours > 0 and theirs > 0 and re.search(r'ratio +[\d.]+ times', shown)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from decoding import draw, lay_out
+from decoding import FixedMemory, Memory, draw, lay_out
 from model import GPT, GPTConfig
 
 
@@ -33,7 +33,6 @@ def test_cached_text_is_uncached_text(model, length):
 
 
 def test_cached_logits_are_uncached_logits(model):
-    from decoding import Memory
     idx = torch.randint(50, (2, 16))
     memories = [Memory(2, 2, 16, 16, model.lm_head.weight) for _ in range(2)]
     parts = [model.hidden(idx[:, :5], memories)] + [model.hidden(idx[:, i:i + 1], memories) for i in range(5, 16)]
@@ -41,20 +40,20 @@ def test_cached_logits_are_uncached_logits(model):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('compile', [False, True])
-def test_16_bits_with_a_cache_are_as_near_as_without(model, dtype, compile):
+@pytest.mark.parametrize('kind', [Memory, FixedMemory])
+def test_16_bits_with_a_cache_are_as_near_as_without(model, dtype, kind):
     """To float32, over positions that a cache holds in another precision than the weights."""
-    from decoding import FixedMemory, Memory
     idx = torch.randint(50, (2, 16))
     exact = model.hidden(idx)
     model.to(dtype)
-    memories = [(FixedMemory if compile else Memory)(2, 2, 16, 16, model.lm_head.weight) for _ in range(2)]
+    memories = [kind(2, 2, 16, 16, model.lm_head.weight) for _ in range(2)]
+    assert memories[0].keys.dtype == torch.float32
     parts = [model.hidden(idx[:, :5], memories)]
     for i in range(5, 16):
         position = torch.tensor([i])
         for memory in memories:
             memory.length = i
-            memory.position = position if compile else None
+            memory.position = position if kind is FixedMemory else None
         parts.append(model.hidden(idx[:, i:i + 1], memories, position))
     cached = torch.cat(parts, dim=1)
     assert cached.dtype == dtype

@@ -1,7 +1,6 @@
-from pathlib import Path
-
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lean
 from model import GPT, GPTConfig
@@ -15,7 +14,7 @@ def build(**changes):
 
 def plainly(monkeypatch):
     """From here on, models run PyTorch's own operations, whose gradients autograd derives."""
-    monkeypatch.setattr(lean, 'fits', lambda tensor: False)
+    monkeypatch.setattr(lean, 'usable', lambda tensor: False)
 
 
 def losses_and_gradients(model, idx, targets, dtype, scale=1.0):
@@ -29,7 +28,7 @@ def losses_and_gradients(model, idx, targets, dtype, scale=1.0):
     return [torch.stack(losses).detach()] + [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize('chunk', [50, 350, 10 ** 6])           # 1, 7 and all positions at a time
+@pytest.mark.parametrize('chunk', [50, 350, 10 ** 6])           # 1, 7 and all positions at a time; bfloat16: 4, 28
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('activation', ['gelu', 'gelu_tanh'])
@@ -64,8 +63,8 @@ def test_gradients_survive_float16(monkeypatch):
 
 
 def test_a_curve_of_a_hundred_steps_is_that_of_plain_operations(monkeypatch):
-    text = ''.join(path.read_text(encoding='utf-8') for path in sorted(Path(__file__).parent.glob('*.py')))
-    tokens = torch.tensor([ord(c) % 128 for c in text])
+    """To 1e-5, of which it took 3e-7 when this was written."""
+    tokens = torch.tensor([ord(c) for c in 'pack my box with five dozen liquor jugs, or the quick onyx goblin jumps over ' * 60])
     curves = []
     for _ in range(2):
         model = build(vocab_size=128, block_size=32)
@@ -86,7 +85,7 @@ def test_a_curve_of_a_hundred_steps_is_that_of_plain_operations(monkeypatch):
 
 
 def test_less_is_kept_for_backward(monkeypatch):
-    """By one inner MLP activation a layer, and the logits and what their softmax keeps."""
+    """By one inner MLP activation a layer, and by the logits' softmax but for two gradients in its place."""
     model = build(vocab_size=1000)
     idx = torch.randint(1000, (4, 16))
     monkeypatch.setattr(lean, 'LOGITS_AT_ONCE', 1000)
@@ -105,3 +104,60 @@ def test_less_is_kept_for_backward(monkeypatch):
         plainly(monkeypatch)
     positions, inner, gradient_of_head = 4 * 16, 4 * 32, 1000 * 32
     assert kept[1] - kept[0] >= 4 * (2 * positions * inner + positions * 1000 - gradient_of_head - positions * 32)
+
+
+def test_backward_makes_no_gradient_of_the_embedding_but_one(monkeypatch):
+    """(V, C) tensors made while it runs: the one of the loss exists before."""
+    class Made(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            held = {a.data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            if isinstance(result, torch.Tensor) and result.shape == (1000, 32) and result.data_ptr() not in held:
+                self.count += 1
+            return result
+
+    model = build(vocab_size=1000)
+    idx = torch.randint(1000, (4, 16))
+    counts = []
+    for _ in range(2):
+        loss = model(idx, idx, loss_only=True)[1]
+        with Made() as made:
+            loss.backward()
+        counts.append(made.count)
+        model.zero_grad()
+        plainly(monkeypatch)
+    assert counts[0] == 0 and counts[1] >= 2
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+def test_dropout_falls_where_it_does_in_plain_operations(recompute, monkeypatch):
+    """The same seed drops the same, and recomputed activations too."""
+    model = build(dropout=0.3)
+    model.recompute = recompute
+    idx = torch.randint(50, (3, 16))
+    found = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        found.append(losses_and_gradients(model, idx, idx.roll(-1, 1), torch.float32))
+        plainly(monkeypatch)
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_a_layer_put_in_place_of_another_is_called():
+    """Such as an adapter for finetuning, which may have a `weight` too."""
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x[..., :32]
+
+    model = build(bias=False)
+    idx = torch.randint(50, (2, 16))
+    before = model(idx, idx, loss_only=True)[1]
+    mlp = model.transformer.h[0].mlp
+    adapter = Adapter(128, 32, bias=False)
+    adapter.weight = mlp.c_proj.weight
+    mlp.c_proj = adapter
+    after = model(idx, idx, loss_only=True)[1]
+    assert after != before and after == model.eval()(idx, idx, loss_only=True)[1]

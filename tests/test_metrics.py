@@ -39,6 +39,16 @@ def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
         (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
 
 
+def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path):
+    """A clock that earlier versions did not write, or that a damaged file has, is no clock."""
+    for seconds in ('', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"', ', "seconds": 1e300', ', "seconds": true'):
+        (tmp_path / 'metrics.jsonl').write_text('{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000))
+        log(tmp_path, 1, False, 3)
+        records = metrics.read_metrics(tmp_path / 'metrics.jsonl')
+        assert [r['iter'] for r in records] == [0, 1, 2] and [r['seconds'] for r in records[1:]] == [None, None]
+        assert metrics.draw([tmp_path], tmp_path / 'loss.png') == [tmp_path]
+
+
 def test_what_is_not_finite_stays_json(tmp_path):
     run = metrics.Metrics(tmp_path, 0, False, print)
     run.log(0, loss=float('inf'), mfu=None)
