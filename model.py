@@ -81,7 +81,7 @@ class MLP(nn.Module):
 
     def forward(self, x):                                       # (B, T, C)
         h = self.c_fc(x)                                        # (B, T, 4C)
-        if lean.usable(h) and torch.is_grad_enabled() and type(self.c_proj) is nn.Linear:
+        if lean.pays(h, h.numel()) and torch.is_grad_enabled() and type(self.c_proj) is nn.Linear:
             y = lean.GELULinear.apply(h, self.c_proj.weight, self.c_proj.bias, self.approximate)
         else:
             y = self.c_proj(F.gelu(h, approximate=self.approximate))
@@ -156,11 +156,11 @@ class GPT(nn.Module):
 
         idx: (B, T) token ids. targets: (B, T) ids, -1 where a position does not count.
         Returns ((B, T, V), scalar), or ((B, 1, V), None): of the last position only.
-        loss_only: None in place of logits; on a CPU, not compiled, they are then never held whole.
+        loss_only: None in place of logits; on a CPU, not compiled, many are then never held whole.
         """
         if targets is None:
             return self.lm_head(self.hidden(idx)[:, -1:]), None
-        if loss_only and lean.usable(idx):
+        if loss_only and lean.pays(idx, idx.numel() * self.config.vocab_size):
             embeddings, weight = lean.TiedEmbedding.apply(self.transformer.wte.weight, idx)
             x = self.hidden(idx, embeddings=embeddings).flatten(0, 1)               # (N, C)
             return None, lean.LinearCrossEntropy.apply(x, weight, targets.flatten(), torch.is_grad_enabled())
