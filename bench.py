@@ -202,6 +202,8 @@ def main(given):
     rt = runtime.start(device, dtype, compile, backend, seed)
     if compare_dtype != 'auto' and not compare:
         raise ValueError('compare_dtype is of --compare=transformers, which is not asked for')
+    if compare and bench == 'sample' and prompt_tokens + new_tokens > block_size:
+        raise ValueError(f'transformers cannot go past block_size={block_size}; try --new_tokens={max(1, block_size - prompt_tokens)}')
     if compare and rt.world > 1:
         raise ValueError('compare=transformers runs in one process; leave torchrun away')
     rt.say(rt.summary + f', PyTorch {torch.__version__}')

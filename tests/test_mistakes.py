@@ -408,9 +408,11 @@ def test_long_prompt_is_read_from_its_end_and_said(lab, run):
 
 # The benchmark
 
-@pytest.mark.parametrize('flag, words', [
+@pytest.mark.parametrize('flags, words', [
     ('--steps=0', 'steps=0 should be at least 1'), ('--n_head=7', 'does not divide over n_head=7'),
     ('--dtype=float8', "dtype='float8' is unknown"), ('--batchsize=1', 'did you mean batch_size?'),
-    ('--real_data=True', "dataset 'openwebtext' has no train.bin")])
-def test_benchmark_refused(run, flag, words):
-    run(words, 'bench.py', '--device=cpu', flag)
+    ('--real_data=True', "dataset 'openwebtext' has no train.bin"), ('--compare=gpt4', "compare='gpt4' should be one of"),
+    ('--compare_dtype=float32', 'compare_dtype is of --compare=transformers'),
+    ('--compare=transformers --bench=sample --new_tokens=1000', 'cannot go past block_size=1024; try --new_tokens=992')])
+def test_benchmark_refused(run, flags, words):
+    run(words, 'bench.py', '--device=cpu', *flags.split())

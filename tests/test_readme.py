@@ -70,4 +70,4 @@ def test_a_command_runs_at_toy_size(trained, command):
         assert shown.count('---------------') == (3 if '--num_samples=3' in arguments else 10)
     else:
         trained.run(script, *arguments, '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32',
-                    '--vocab_size=50', '--steps=2', '--warmup_steps=1')
+                    '--vocab_size=50', '--steps=2', '--warmup_steps=1', '--prompt_tokens=5', '--new_tokens=20')
