@@ -1,10 +1,14 @@
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_file
 from model import GPT, GPTConfig
 
 
@@ -111,6 +115,40 @@ def test_decay_falls_on_matrices_and_embeddings_only():
     assert {names[id(p)] for p in plain['params']} == {
         n for n in names.values() if n.endswith('.bias') or '.ln_' in n}
     assert decayed['fused'] and plain['fused']
+
+
+def test_the_optimizer_is_pytorchs():
+    """Weights, state, hooks, and a state that goes from one to the other."""
+    ours, theirs = tiny_gpt(), tiny_gpt()
+    a = ours.configure_optimizers(0.1, 1e-2, (0.9, 0.95))
+    b = torch.optim.AdamW([dict(params=[p for p in theirs.parameters() if p.dim() >= 2], weight_decay=0.1),
+                           dict(params=[p for p in theirs.parameters() if p.dim() < 2], weight_decay=0.0)],
+                          lr=1e-2, betas=(0.9, 0.95), fused=True)
+    stepped = []
+    a.register_step_post_hook(lambda *arguments: stepped.append(1))
+    idx = torch.randint(50, (2, 16))
+    for i in range(4):
+        if i == 2:
+            mine, others = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
+            a.load_state_dict(others)
+            b.load_state_dict(mine)
+        for model, optimizer in ((ours, a), (theirs, b)):
+            model(idx, idx)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(stepped) == 4
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters()))
+    assert str(a.state_dict()) == str(b.state_dict())
+
+
+def test_a_first_step_imports_no_compiler():
+    code = ("import sys, torch; from model import GPT, GPTConfig; m = GPT(GPTConfig(8, 9, 1, 1, 4)); "
+            "o = m.configure_optimizers(0.1, 1e-3, (0.9, 0.95)); x = torch.zeros(1, 8, dtype=torch.long); "
+            "m(x, x, loss_only=True)[1].backward(); torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0); o.step(); o.zero_grad(); "
+            "o.state_dict(); "
+            "print([n for n in ('torch._dynamo', 'transformers', 'datasets', 'wandb', 'matplotlib') if n in sys.modules])")
+    ended = subprocess.run([sys.executable, '-c', code], cwd=Path(model_file.__file__).parent, capture_output=True, text=True)
+    assert ended.stdout == '[]\n', ended.stderr
 
 
 def test_cropped_model_equals_the_long_one_on_short_text():
