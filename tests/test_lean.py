@@ -68,7 +68,7 @@ def test_gradients_survive_float16(monkeypatch):
 
 
 def test_a_curve_of_a_hundred_steps_is_that_of_plain_operations(monkeypatch):
-    """To 1e-5, of which it took 3e-7 when this was written."""
+    """To 1e-5, of which it took 2e-7 when this was written."""
     tokens = torch.tensor([ord(c) for c in 'pack my box with five dozen liquor jugs, or the quick onyx goblin jumps over ' * 60])
     curves = []
     for _ in range(2):
