@@ -1,6 +1,6 @@
-"""Time what this repository does, and how near that comes to what the machine can do.
+"""Time what this repository does, and how close that comes to what the machine can do.
 
-    python bench.py                                     # the training step: the step of train.py itself
+    python bench.py                                     # the training step: train_step of train.py
     python bench.py --bench=sample --dtype=float16      # generation, as in sample.py
     python bench.py --bench=data                        # GPT-2's encoding; with --real_data=True batches too
     python bench.py --compare=transformers --device=cpu --batch_size=4 --block_size=256
@@ -12,19 +12,21 @@ import sys
 import time
 from itertools import count
 
+from console import print0, report_errors       # before torch: see console.py
 import torch
 
 import configurator
-import runtime
-from dataloader import Dataset, prefetch
-from decoding import lay_out
+from engine import cpu, device as devices, optim, parallel
+from engine.dataloader import TokenDataset, prefetch
+from engine.distributed import hard_exit, report_first_failure, start
+from engine.errors import UserError
 from model import GPT, GPTConfig
-from train import train_step            # the one script that another imports: a copy would drift
+from train import Run, train_step       # the one script that another imports: a copy would drift
 
 # work
 bench = 'train'                         # train, sample or data
-compare = ''                            # transformers: its GPT-2 of the same shape in turn with ours
-compare_dtype = 'auto'                  # theirs: auto is that of ours, float32, bfloat16 or float16
+compare = ''                            # transformers: its GPT-2 of the same shape, in turn with this one
+compare_dtype = 'auto'                  # precision of transformers: auto is the same, float32, bfloat16 or float16
 batch_size = 12                         # sequences per micro-batch; of sample: sequences at once (1 if not given)
 block_size = 1024                       # tokens per sequence
 gradient_accumulation_steps = 1         # micro-batches per step
@@ -52,170 +54,178 @@ backend = 'auto'                        # between ranks, under torchrun: auto, n
 seed = 1337
 
 
-def race(runners, warmup, repeats):
-    """{name: [seconds]} of functions that wait for their own result, run in turn, so that a
+def time_interleaved(functions, warmup, repeats):
+    """{name: [seconds]} of functions that wait for their own result. They run in turn, so that a
     machine that slows down slows all of them."""
-    seconds = {name: [] for name in runners}
+    seconds = {name: [] for name in functions}
     for i in range(warmup + repeats):
-        for name, run in runners.items():
+        for name, function in functions.items():
             began = time.perf_counter()
-            run()
+            function()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
-def report(rt, seconds, amount, unit):
-    """A line for each runner: the median, its spread, and `amount` per second; then the ratio."""
+def report(seconds, amount, unit):
+    """Print a line for each function: the median, its spread, `amount` per second; then the ratio of
+    the second to the first. Returns the first one's median in seconds."""
     for name, times in seconds.items():
         middle = statistics.median(times)
-        rt.say(f'{name:<10}{middle * 1000:.2f} ms, median of {len(times)} ({min(times) * 1000:.2f} to '
+        print0(f'{name:<13}{middle * 1000:.2f} ms, median of {len(times)} ({min(times) * 1000:.2f} to '
                f'{max(times) * 1000:.2f}), {amount / middle:,.1f} {unit}')
     if len(seconds) > 1:
-        ours, theirs = seconds.values()
-        ratios = [b / a for a, b in zip(ours, theirs)]
-        rt.say(f'ratio     {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
+        first, second = seconds.values()
+        ratios = [b / a for a, b in zip(first, second)]
+        print0(f'ratio        {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
     return statistics.median(next(iter(seconds.values())))
 
 
-def build(rt, size):
-    """Our model, and transformers' with its precision, or None and None."""
+def build(env, vocab_size):
+    """The model, and transformers' reference model with its precision, or None and None."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
-    theirs = their_dtype = None
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
+    reference = reference_dtype = None
     if compare:
-        import hf
-        theirs = hf.to_transformers(model).to(rt.device)
-        their_dtype = rt.dtype if compare_dtype == 'auto' else runtime.choose_dtype(compare_dtype, rt.device)[0]
-        rt.say(f'theirs is transformers in {their_dtype}' + (', not compiled' if rt.compile else ''))
-    return model.to(rt.device), theirs, their_dtype
+        from engine import hf
+        reference = hf.to_transformers(model.config, model.state_dict()).to(env.device)
+        reference.loss_type = 'ForCausalLM'
+        reference_dtype = env.dtype if compare_dtype == 'auto' else devices.choose_dtype(compare_dtype, env.device)[0]
+        print0(f'transformers in {reference_dtype}' + (', not compiled' if env.compile else ''))
+    return model.to(env.device), reference, reference_dtype
 
 
-def bench_train(rt):
-    data = Dataset(dataset) if real_data else None
+def bench_train(env):
+    data = TokenDataset(dataset) if real_data else None
     size = vocab_size
     if data:
-        data.cut(block_size)
+        data.set_block_size(block_size)
         size = 50304 if data.vocab_size == 50257 else data.vocab_size
-    model, theirs, their_dtype = build(rt, size)
-    model.recompute = recompute
-    net, scaler, micros = rt.wrap(model), rt.scaler(), gradient_accumulation_steps
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
+    model, reference, reference_dtype = build(env, size)
+    if recompute:
+        model.checkpoint_activations()
+    micro_steps = gradient_accumulation_steps
+    run = Run(model, parallel.wrap(model, env).train(), optim.adamw(model, 1e-4, 0.1, (0.9, 0.95)),
+              devices.grad_scaler(env.device, env.dtype), micro_steps, batch_size, 1.0, seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def random_batch(seed, stream, first, count):
-        tokens = torch.randint(size, (count, block_size + 1))
+        tokens = torch.randint(size, (count, block_size + 1), generator=generator)
         return tokens[:, :-1], tokens[:, 1:]
 
     batches = prefetch(data.batch if data else random_batch,
-                       ((seed, 'train', ((i * rt.world + rt.rank) * micros + m) * batch_size, batch_size)
-                        for i in count() for m in range(micros)), rt.device)
-    iteration, losses = count(), []
+                       ((seed, 'train', ((i * env.world_size + env.rank) * micro_steps + m) * batch_size, batch_size)
+                        for i in count() for m in range(micro_steps)), env.device)
+    losses = []
 
     def step():
-        numbers = train_step(net, optimizer, scaler, batches, micros, next(iteration), rt)
-        losses.append(rt.read_later(numbers)()[0])
+        losses.append(devices.read_async(train_step(run, batches, env)['loss'][None])()[0])
+        run.iter_num += 1
 
-    runners = {'ours': step}
-    if theirs:
-        their_optimizer = torch.optim.AdamW(theirs.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
+    functions = {'this project': step}
+    if reference:
+        reference_optimizer = torch.optim.AdamW(reference.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
 
-        def their_step():
-            for _ in range(micros):
+        def reference_step():
+            for _ in range(micro_steps):
                 x, _ = next(batches)
-                with torch.autocast(rt.device.type, runtime.DTYPES[their_dtype], enabled=their_dtype != 'float32'):
-                    loss = theirs(x, labels=x).loss / micros
+                with devices.autocast(env.device, reference_dtype):
+                    loss = reference(x, labels=x).loss / micro_steps
                 loss.backward()
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-            their_optimizer.step()
-            their_optimizer.zero_grad()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            reference_optimizer.step()
+            reference_optimizer.zero_grad()
             loss.item()
-        runners['theirs'] = their_step
-    rt.peak_flops(look=0.3)                             # before and after: a busy CPU hides its peak
-    sequences = micros * batch_size
-    seconds = report(rt, race(runners, warmup_steps, steps), sequences * rt.world * block_size, 'tokens/s')
-    peak = rt.peak_flops(look=0.3)
-    mfu = model.estimate_mfu(sequences, seconds, peak)
-    where = 'measured here' if rt.device.type == 'cpu' else "the data sheet's"
-    rt.say(f'loss      {losses[0]:.4f} first, {losses[-1]:.4f} last')
-    rt.say(f'mfu       {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {where}' if mfu else
-           'mfu       n/a, the peak of this device is not known')
-    if not theirs:
-        rt.say(f'memory    {rt.peak_memory() / 2 ** 30:.2f} GiB at the most')
+        functions['transformers'] = reference_step
+    peaks = [devices.peak_flops(env.device, env.dtype, budget=0.3)]     # before and after: a busy CPU shows less
+    n_sequences = micro_steps * batch_size
+    seconds = report(time_interleaved(functions, warmup_steps, steps), n_sequences * env.world_size * block_size, 'tokens/s')
+    peaks.append(devices.peak_flops(env.device, env.dtype, budget=0.3))
+    peak = max(peaks) if all(peaks) else None
+    mfu = model.estimate_mfu(n_sequences, seconds, peak)
+    source = 'measured here' if env.device.type == 'cpu' else "the data sheet's"
+    print0(f'loss         {losses[0]:.4f} first, {losses[-1]:.4f} last')
+    print0(f'mfu          {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {source}' if mfu else
+           'mfu          n/a, the peak of this device is not known')
+    if not reference:
+        print0(f'memory       {devices.peak_memory(env.device) / 2 ** 30:.2f} GiB at the most')
     if profile:
         with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
             for _ in range(5):
                 step()
-        if rt.main:
+        if env.is_main:
             recorded.export_chrome_trace('bench-trace.json')
-        rt.say(recorded.key_averages().table(sort_by='self_cpu_time_total', row_limit=10, max_name_column_width=40))
-        rt.say('trace     bench-trace.json')
+        by = 'self_device_time_total' if env.device.type == 'cuda' else 'self_cpu_time_total'
+        print0(recorded.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=40))
+        print0('trace        bench-trace.json')
     batches.close()
 
 
-def bench_sample(rt, sequences):
-    model, theirs, their_dtype = build(rt, vocab_size)
-    model.to(runtime.DTYPES[rt.dtype]).eval()
-    stored = sum(p.numel() * p.element_size() for p in model.parameters()) - model.transformer.wpe.weight.nbytes
-    if rt.device.type == 'cpu' and not rt.compile:
-        lay_out(model, sequences)
-    prompt = torch.randint(vocab_size, (sequences, prompt_tokens), device=rt.device)
-    runners = {'ours': lambda: model.generate(prompt, new_tokens, top_k=200, compile=rt.compile).tolist()}
-    if theirs:
-        theirs.to(runtime.DTYPES[their_dtype]).eval()
-        runners['theirs'] = lambda: theirs.generate(
+def bench_sample(env, n_sequences):
+    model, reference, reference_dtype = build(env, vocab_size)
+    model.to(devices.DTYPES[env.dtype]).eval()
+    stored = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    if env.device.type == 'cpu' and not env.compile:
+        cpu.optimize_for_generation(model, n_sequences)
+    prompt = torch.randint(vocab_size, (n_sequences, prompt_tokens), device=env.device)
+    functions = {'this project': lambda: model.generate(prompt, new_tokens, top_k=200, compile=env.compile).tolist()}
+    if reference:
+        reference.to(devices.DTYPES[reference_dtype]).eval()
+        functions['transformers'] = lambda: reference.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200, pad_token_id=0,
             min_new_tokens=new_tokens, max_new_tokens=new_tokens).tolist()
-    rate = rt.memory_rate()
-    seconds = report(rt, race(runners, 1, max(2, steps // 4)), new_tokens * sequences, 'tokens/s')
+    bandwidth = devices.memory_bandwidth(env.device)
+    seconds = report(time_interleaved(functions, 1, max(2, steps // 4)), new_tokens * n_sequences, 'tokens/s')
     read = stored * new_tokens / seconds
-    rt.say(f'weights   {read / 1e9:.1f} GB/s read, {read / rate:.0%} of the {rate / 1e9:.1f} GB/s measured here')
+    print0(f'weights      {read / 1e9:.1f} GB/s read, {read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here')
 
 
-def bench_data(rt):
-    sys.path.insert(0, str(configurator.ROOT / 'data'))
-    import tokenfiles
+def bench_data():
+    from engine import tokenfiles
+    from engine.tokenizer import Tokenizer
+    repeats = max(2, steps // 4)
     if real_data:
-        data = Dataset(dataset)
-        data.cut(block_size)
-        batch, read, rate = count(), batch_size * block_size * 2, rt.memory_rate('cpu')
-        seconds = report(rt, race({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)}, 50, 1000),
-                         read / 1e9, 'GB/s')
-        rt.say(f'tokens    {read / seconds / rate:.1%} of the {rate / 1e9:.1f} GB/s that memory was read at here')
+        data = TokenDataset(dataset)
+        data.set_block_size(block_size)
+        batch, read, bandwidth = count(), batch_size * block_size * 2, devices.memory_bandwidth(torch.device('cpu'))
+        seconds = report(time_interleaved({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)},
+                                          50, 1000), read / 1e9, 'GB/s')
+        print0(f'tokens       {read / seconds / bandwidth:.1%} of the {bandwidth / 1e9:.1f} GB/s that memory was read at here')
     text = ''.join(path.read_text(encoding='utf-8') for path in sorted(configurator.ROOT.rglob('*.py'))
                    if 'site-packages' not in path.parts)
-    text = (text * (1 + 10 ** 7 // len(text)))[:10 ** 7]        # our own source, 10 MB of it
-    encode = tokenfiles.encoder(tokenfiles.GPT2)
+    text = (text * (1 + 10 ** 7 // len(text)))[:10 ** 7]        # this repository's source, 10 MB of it
+    encode = Tokenizer().encode_to_numpy
     pieces = [piece for piece, _ in tokenfiles.safe_pieces([text])]
     size = sum(len(piece.encode()) for piece in pieces) / 1e6
-    report(rt, race({'all cores': lambda: list(tokenfiles.in_order(encode, pieces, 0)),
-                     'one core': lambda: [encode(piece) for piece in pieces]}, 1, max(2, steps // 4)), size, 'MB/s of text')
+    report(time_interleaved({'all cores': lambda: list(tokenfiles.in_order(encode, pieces, 0)),
+                             'one core': lambda: [encode(piece) for piece in pieces]}, 1, repeats), size, 'MB/s of text')
 
 
-def main(given):
-    for name in ('batch_size', 'gradient_accumulation_steps', 'warmup_steps', 'steps', 'prompt_tokens', 'new_tokens'):
-        if globals()[name] < 1:
-            raise ValueError(f'{name}={globals()[name]} should be at least 1')
+def main(overrides):
+    configurator.check_range(globals(), 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens',
+                             1, 2 ** 20)
     for name, known in (('bench', ('train', 'sample', 'data')), ('compare', ('', 'transformers')),
-                        ('compare_dtype', ('auto', *runtime.DTYPES))):
+                        ('compare_dtype', ('auto', *devices.DTYPES))):
         if globals()[name] not in known:
-            raise ValueError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
-    rt = runtime.start(device, dtype, compile, backend, seed)
+            raise UserError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
+    env = start(device, dtype, compile, backend)
     if compare_dtype != 'auto' and not compare:
-        raise ValueError('compare_dtype is of --compare=transformers, which is not asked for')
+        raise UserError('compare_dtype needs --compare=transformers')
     if compare and bench == 'sample' and prompt_tokens + new_tokens > block_size:
-        raise ValueError(f'transformers cannot go past block_size={block_size}; try --new_tokens={max(1, block_size - prompt_tokens)}')
-    if compare and rt.world > 1:
-        raise ValueError('compare=transformers runs in one process; leave torchrun away')
-    rt.say(rt.summary + f', PyTorch {torch.__version__}')
+        raise UserError(f'transformers cannot go past block_size={block_size}; try --new_tokens={max(1, block_size - prompt_tokens)}')
+    if compare and env.world_size > 1:
+        raise UserError('compare=transformers runs in one process; start it without torchrun')
+    print0(configurator.describe_settings(overrides))
+    print0(env.summary + f', PyTorch {torch.__version__}')
     if bench == 'train':
-        bench_train(rt)
+        bench_train(env)
     elif bench == 'sample':
-        bench_sample(rt, given.get('batch_size', 1))
+        bench_sample(env, overrides.get('batch_size', 1))
     else:
-        bench_data(rt)
-    rt.part()
+        bench_data()
+    env.barrier()
 
 
 if __name__ == '__main__':
-    with runtime.parting(), configurator.plain_errors(), runtime.one_voice():
+    with hard_exit(), report_errors(), report_first_failure():
         main(configurator.configure(globals(), sys.argv[1:]))

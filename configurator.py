@@ -1,24 +1,26 @@
-"""Config files and --key=value flags over a script's settings, and its errors as one line.
+"""Config files and --key=value flags over a script's settings.
 
-A setting is a plain global that a script assigns above its first function. Name, default
-and trailing comment are read from the source itself, so `--help` cannot drift from it.
-This file is the command line, so it alone among the libraries prints and exits.
+A setting is a global that a script assigns above its first function. Its name, default and
+trailing comment are read from the source, so `--help` always agrees with the script.
 """
 
 import ast
 import difflib
+import math
 import os
 import sys
 import textwrap
-import time
 import traceback
-from contextlib import contextmanager
+import types
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from console import describe, print0
+from engine.errors import UserError
+
 ROOT = Path(__file__).resolve().parent
-MAIN_RANK = os.environ.get('RANK', '0') == '0'      # torchrun sets RANK; one rank speaks for all
-KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
+TYPE_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 CONSTANTS = {'None': None, 'True': True, 'False': False, 'true': True, 'false': False}
 
 
@@ -55,18 +57,29 @@ def snapshot(namespace):
 
 
 def convert(name, setting, value):
-    """`value` as the type of the setting's default, or ValueError with what was expected.
-
-    None, and True or False for a text, are taken where the comment mentions them.
-    """
-    wanted = type(setting.default)
-    if wanted is float and type(value) is int:
+    """`value` as the type of the setting's default, or UserError with what was expected.
+    None, and True or False for a text, are accepted where the comment mentions them."""
+    expected = type(setting.default)
+    if expected is float and type(value) is int and abs(value) < 1e300:
         return float(value)
-    named = value is None or type(value) is bool
-    if type(value) is not wanted and not (named and str(value) in setting.comment):
-        raise ValueError(f'{name}={value!r} should be {KINDS[wanted]}, '
-                         f'such as the default {setting.default!r}')
+    is_constant = value is None or type(value) is bool
+    if type(value) is not expected and not (is_constant and str(value) in setting.comment):
+        raise UserError(f'{name}={shorten(value)} should be {TYPE_NAMES[expected]}, such as the default {setting.default!r}')
     return value
+
+
+def check_range(namespace, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """UserError unless low <= value <= high and above < value < below, for each of the settings `names`."""
+    for name in names.split():
+        if not (low <= namespace[name] <= high and above < namespace[name] < below):
+            limits = [(low, 'at least'), (high, 'at most'), (above, 'above'), (below, 'below')]
+            words = ' and '.join(f'{word} {limit:,}' for limit, word in limits if math.isfinite(limit))
+            raise UserError(f'{name}={shorten(namespace[name])} should be {words}')
+
+
+def shorten(value):
+    text = repr(value)
+    return text if len(text) < 100 else text[:97] + '...'
 
 
 def parse(setting, text):
@@ -81,122 +94,119 @@ def parse(setting, text):
         return text                                 # convert() then says what was expected
 
 
-def unknown(name, settings):
+def unknown_setting(name, settings):
     close = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
-    hint = f'did you mean {close[0]}?' if close else '--help lists them all'
-    return ValueError(f'there is no setting {name!r}; {hint}')
+    return UserError(f'there is no setting {name!r}; ' + (f'did you mean {close[0]}?' if close else '--help lists them all'))
 
 
 def find_config(name):
     """A path as typed, or the bare name of a file in config/."""
     for path in (Path(name), ROOT / 'config' / name, ROOT / 'config' / f'{name}.py'):
-        if path.is_file():
-            return path
+        with suppress(OSError, ValueError):         # too long a name, or a NUL in it
+            if path.is_file():
+                return path
     known = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     close = difflib.get_close_matches(Path(name).stem, known, n=1)
-    raise ValueError(f'there is no config file {name!r}; '
-                     + (f'did you mean {close[0]}?' if close else f'config/ has {", ".join(known)}'))
+    raise UserError(f'there is no config file {shorten(name)}; '
+                    + (f'did you mean {close[0]}?' if close else f'config/ has {", ".join(known)}'))
 
 
 def run_config(path, settings, values):
-    """{name: value} of what the config file at `path` assigns, given a copy of `values`."""
+    """{name: value} of what the config file at `path` assigns, when run over a copy of `values`.
+
+    Functions, classes, modules, loop variables, imported names, names with a leading underscore and
+    names in capitals are the file's own. Any other unknown name is a misspelled setting: UserError.
+    """
     namespace = dict(values, __file__=str(path), __name__='config')
-    line = None
     try:
-        tree = ast.parse(path.read_text(encoding='utf-8'), str(path))
+        tree = ast.parse(path.read_text(encoding='utf-8-sig'), str(path))
         exec(compile(tree, str(path), 'exec'), namespace)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:                  # a config is a program: it may even call sys.exit
         line = getattr(error, 'lineno', None) or max(
             (f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)), default=1)
-        raise ValueError(f'{path}, line {line}: {type(error).__name__}: {error}') from None
+        raise UserError(f'{path}, line {line}: {describe(error)}') from None
     nodes = list(ast.walk(tree))
-    imported = {(alias.asname or alias.name).split('.')[0] for node in nodes
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    given = {}
+    assigned = {target.id for node in nodes if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr))
+                for target in ast.walk(node) if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)}
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    overrides = {}
     for name, value in namespace.items():
         try:
             # assigned here, even to the same value; or changed by an import such as `from x import *`
-            if name in settings and (name in assigned or value is not values[name]):
-                given[name] = convert(name, settings[name], value)
-            elif name not in settings and not name.startswith('_') and name not in imported:
-                raise unknown(name, settings)
-        except ValueError as error:
-            raise ValueError(f'{path}: {error}') from None
-    return given
+            if name in settings and (name in stored or value is not values[name]):
+                overrides[name] = convert(name, settings[name], value)
+            elif (name in assigned and name not in settings and name.islower() and not name.startswith('_')
+                    and not isinstance(value, (types.FunctionType, type, types.ModuleType))):
+                raise UserError(f'{unknown_setting(name, settings)} (a leading _ makes a name the file\'s own)')
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from None
+    return overrides
 
 
-def show_help(script, settings):
-    print(ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8'))))
-    print(f'\nusage: python {os.path.basename(script)} [CONFIG_FILE ...] [--SETTING=VALUE ...]')
+def show_help(script, settings, positional):
+    typed = os.path.relpath(sys.argv[0]) if sys.argv[0].endswith(os.path.basename(script)) else os.path.basename(script)
+    print0(ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8'))))
+    print0(f'\nusage: python {typed} {"CONFIG_FILE ..." if positional is None else "FOLDER ..."} [--SETTING=VALUE ...]')
     group = None
     for name, setting in settings.items():
         if setting.group != group:
-            print(f'\n{setting.group}')
+            print0(f'\n{setting.group}')
         group = setting.group
-        print(f'  {f"--{name}={setting.default!r}":<38}  {setting.comment}'.rstrip())
+        print0(f'  {f"--{name}={setting.default!r}":<38}  {setting.comment}'.rstrip())
 
 
-def configure(namespace, arguments):
+def configure(namespace, arguments, positional=None):
     """Apply config files and flags, from left to right, to a script's globals.
 
-    namespace: the script's globals(), whose settings are changed in place. arguments: the
-    command line without the script's name. Returns {name: value} of what was given, so that
-    a script can tell typed from default. Raises ValueError for what is unknown or of the
-    wrong type; --help prints and exits 0.
+    namespace: the script's globals(). arguments: the command line without the script's name.
+    positional: a list that gets the arguments without dashes; None reads them as config files.
+    Returns {name: value} of the settings that were named. Raises UserError for what is unknown or
+    of the wrong type, before anything changes. --help prints and exits 0.
     """
     settings = read_settings(namespace['__file__'])
     if '--help' in arguments or '-h' in arguments:
-        if MAIN_RANK:
-            show_help(namespace['__file__'], settings)
+        show_help(namespace['__file__'], settings, positional)
         raise SystemExit(0)
-    given = {}
+    overrides = {}
     for argument in arguments:
         if not argument.startswith('-'):
-            values = {name: given.get(name, setting.default) for name, setting in settings.items()}
-            given.update(run_config(find_config(argument), settings, values))
+            if positional is not None:
+                positional.append(argument)
+                continue
+            values = {name: overrides.get(name, setting.default) for name, setting in settings.items()}
+            overrides.update(run_config(find_config(argument), settings, values))
             continue
         name, equals, text = argument.lstrip('-').partition('=')
         if name not in settings:
-            raise unknown(name, settings)
+            raise unknown_setting(name, settings)
         if not equals:
-            raise ValueError(f'{argument} lacks its value, as in --{name}={settings[name].default}')
-        given[name] = convert(name, settings[name], parse(settings[name], text))
-    namespace.update(given)
-    if given and MAIN_RANK:
-        print(textwrap.fill('settings: ' + ', '.join(f'{name}={value!r}' for name, value in given.items()), 110,
-                            subsequent_indent='  ', break_long_words=False, break_on_hyphens=False))
-    return given
+            raise UserError(f'{argument} lacks its value, as in --{name}={settings[name].default}')
+        overrides[name] = convert(name, settings[name], parse(settings[name], text))
+    namespace.update(overrides)
+    return overrides
 
 
-@contextmanager
-def plain_errors():
-    """Turn failures into one line on stderr and an exit code: 2 for a person's mistake (a
-    ValueError that this project raises), 1 for a failure while running (a RuntimeError of
-    this project, or the system's own), 130 for Ctrl-C. The rest are bugs, with a traceback.
+def restore_settings(namespace, saved, overrides, keep):
+    """Put the settings of a saved run into a script's globals, but for those in `overrides` and `keep`.
+
+    saved: {name: value}, perhaps of nanoGPT: unknown names and unusable values are skipped. Returns
+    'name old -> new' for each override that differs from the saved value.
     """
-    try:
-        yield
-    except BrokenPipeError:                         # `python sample.py | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None             # as SIGPIPE ends other programs: it may have been training
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        path = Path(last.filename).resolve()
-        ours = path.is_relative_to(ROOT) and 'site-packages' not in path.parts and last.line.startswith('raise')
-        out_of_memory = (type(error).__name__ == 'OutOfMemoryError' or isinstance(error, MemoryError)
-                         or 'DefaultCPUAllocator' in str(error))
-        if not (ours or isinstance(error, OSError) or out_of_memory):
-            raise
-        line = ' '.join(str(error).split()) or type(error).__name__
-        if out_of_memory:
-            line = f'out of memory; a smaller batch, or a smaller model, may fit ({line[:150]})'
-        mistake = isinstance(error, ValueError)     # all ranks have it alike; a failure is one rank's own
-        if MAIN_RANK or not mistake:
-            where = '' if MAIN_RANK else f' rank {os.environ["RANK"]}:'
-            print(f'{os.path.basename(sys.argv[0])}:{where} {line}', file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)                           # torchrun ends all ranks with the first: let rank 0 speak
-        raise SystemExit(2 if mistake else 1) from None
+    settings, differences = read_settings(namespace['__file__']), []
+    for name, value in saved.items():
+        if name in settings and name not in keep:
+            with suppress(UserError):
+                value = convert(name, settings[name], value)
+                if name not in overrides:
+                    namespace[name] = value
+                elif overrides[name] != value:
+                    differences.append(f'{name} {value!r} -> {overrides[name]!r}')
+    return differences
+
+
+def describe_settings(overrides):
+    """The settings that were named, as a wrapped line for the log."""
+    text = 'settings: ' + (', '.join(f'{name}={value!r}' for name, value in overrides.items()) or 'defaults')
+    return textwrap.fill(text, 110, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)

@@ -1,29 +1,31 @@
 """Train or finetune a GPT.
 
-One process, on whatever this machine has:
-    python train.py config/train_shakespeare_char.py
-One machine with 8 GPUs, and one of two such machines:
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500 train.py config/train_gpt2.py
+    python train.py config/train_shakespeare_char.py                                    # on what this machine has
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py              # on 8 GPUs
 
-Everything random is a function of the seed and of the place in training, so that a stopped
-run goes on exactly (--init_from=resume), and ranks draw the batches that one process would.
+Everything random is a function of the seed and of the place in training. So a stopped run
+goes on exactly (--init_from=resume), and several ranks draw the batches that one would.
 """
 
-import datetime
 import math
+import shlex
 import signal
 import sys
-import time
-from collections import deque
+from dataclasses import dataclass
+from functools import partial
 
+from console import print0, progress_bar, report_errors, status     # before torch: see console.py
 import torch
 
-import checkpoint
 import configurator
-import runtime
-from dataloader import Dataset, prefetch
-from metrics import Metrics
+from engine import checkpoint, optim, parallel
+from engine.dataloader import eval_batches, open_dataset, train_batches
+from engine.device import derive_seed, grad_scaler
+from engine.distributed import hard_exit, report_first_failure, start
+from engine.errors import RunError, UserError
+from engine.generate import sample_text
+from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
+from engine.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 # input and output
@@ -36,6 +38,8 @@ always_save_checkpoint = True       # False replaces ckpt.pt only when the val l
 init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), gpt2, gpt2-medium,
                                     # gpt2-large, gpt2-xl, or a folder of Hugging Face weights
 overwrite = False                   # True lets scratch replace the run that out_dir holds
+sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
+sample_prompt = '\n'                # text that the sample continues
 # wandb
 wandb_log = False                   # True sends the metrics to wandb as well
 wandb_project = 'owt'
@@ -61,8 +65,10 @@ beta2 = 0.95
 grad_clip = 1.0                     # largest norm of the gradient; 0 does not clip
 # learning rate schedule
 decay_lr = True                     # False keeps learning_rate throughout
+lr_schedule = 'cosine'              # cosine; linear; or wsd: constant, then linear over the last cooldown_iters
 warmup_iters = 2000                 # iterations of linear rise
-lr_decay_iters = 600000             # where the cosine reaches min_lr; about max_iters
+lr_decay_iters = 600000             # where the rate reaches min_lr; about max_iters
+cooldown_iters = 100000             # iterations of the fall, with wsd; about a sixth of lr_decay_iters
 min_lr = 6e-5                       # about a tenth of learning_rate
 # machine
 backend = 'auto'                    # between ranks: auto, nccl (GPUs) or gloo (CPUs)
@@ -73,276 +79,264 @@ recompute = False                   # True recomputes activations in backward: l
 seed = 1337                         # of the initial weights, the batches and dropout
 rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
 
-
-def check_settings():
-    """ValueError for a value that cannot be, before anything is touched."""
-    rules = (
-        ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size rank_timeout',
-         lambda v: v >= 1, 'at least 1'),
-        ('max_iters warmup_iters lr_decay_iters min_lr weight_decay grad_clip',
-         lambda v: 0 <= v < math.inf, 'zero or more'),
-        ('learning_rate', lambda v: 0 < v < math.inf, 'above zero'),
-        ('beta1 beta2 dropout', lambda v: 0 <= v < 1, 'at least 0 and below 1'),
-        ('seed', lambda v: 0 <= v < 2 ** 63, 'at least 0 and below 2**63'),
-        ('out_dir', lambda v: v.strip(), 'the name of a folder'),
-    )
-    for names, holds, words in rules:
-        for name in names.split():
-            if not holds(globals()[name]):
-                raise ValueError(f'{name}={globals()[name]!r} should be {words}')
-    if decay_lr and warmup_iters >= lr_decay_iters:
-        raise ValueError(f'warmup_iters={warmup_iters} leaves nothing of lr_decay_iters={lr_decay_iters}; '
-                         f'try --warmup_iters={lr_decay_iters // 10}')
-    if decay_lr and min_lr > learning_rate:
-        raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}; '
-                         f'try --min_lr={learning_rate / 10:g}')
+# settings of the machine and of this command, which a resumed run does not take from its saved ones
+THIS_COMMAND = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
+                'rank_timeout', 'wandb_log', 'accept_dataset_change')
 
 
-def learning_rate_at(iteration):
-    """Linear rise, cosine fall to min_lr, constant after that. (arXiv:1608.03983)"""
+def check_settings(combinations=True):
+    """UserError for an impossible value. combinations: and for values that do not fit each other, which
+    can only be said once a resumed run's own settings are in place."""
+    check = partial(configurator.check_range, globals())
+    check('eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
+    check('gradient_accumulation_steps batch_size', 1, 2 ** 20)
+    check('max_iters warmup_iters lr_decay_iters sample_tokens', 0, 10 ** 9)
+    check('min_lr weight_decay grad_clip', 0, below=math.inf)
+    check('learning_rate', above=0, below=math.inf)
+    check('beta1 beta2 dropout', 0, below=1)
+    check('seed', 0, 2 ** 63 - 1)
+    check('rank_timeout', 1, 10 ** 7)
+    if not out_dir.strip() or '\0' in out_dir:
+        raise UserError(f'out_dir={out_dir!r} should be the name of a folder')
+    if lr_schedule not in ('cosine', 'linear', 'wsd'):
+        raise UserError(f"lr_schedule={lr_schedule!r} is unknown; try 'cosine', 'linear' or 'wsd'")
+    if combinations and decay_lr and warmup_iters >= lr_decay_iters:
+        raise UserError(f'warmup_iters={warmup_iters} leaves nothing of lr_decay_iters={lr_decay_iters}; try '
+                        f'--decay_lr=False, or --warmup_iters={max_iters // 10} --lr_decay_iters={max_iters}')
+    if combinations and decay_lr and min_lr > learning_rate:
+        raise UserError(f'min_lr={min_lr} is above learning_rate={learning_rate}; try --min_lr={learning_rate / 10:g}')
+
+
+def get_lr(iteration):
+    """Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from
+    the rise on, or a line over the last cooldown_iters (arXiv:2404.06395)."""
     if not decay_lr:
         return learning_rate
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
-    progress = min(1.0, (iteration - warmup_iters) / (lr_decay_iters - warmup_iters))
-    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    start = max(warmup_iters, lr_decay_iters - cooldown_iters) if lr_schedule == 'wsd' else warmup_iters
+    progress = min(1.0, max(0.0, (iteration - start) / (lr_decay_iters - start)))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if lr_schedule == 'cosine' else 1 - progress
+    return min_lr + (learning_rate - min_lr) * share
+
+
+@dataclass
+class Run:
+    """What is trained, and how far it is."""
+    model: GPT                          # its weights are saved
+    wrapped_model: torch.nn.Module      # the same weights, as the step calls them: compiled, over the ranks
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    micro_steps: int                    # micro-batches of this rank per iteration
+    micro_batch_size: int               # sequences in each
+    grad_clip: float
+    seed: int
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    best_iter: int = 0                  # iteration of that evaluation
+    last_eval: int | None = None        # iteration of the last evaluation
+    description: dict | None = None     # what checkpoints say of the run: settings, tokenizer, dataset
+    writer: MetricsWriter | None = None
+
+    def evaluation_is_due(self):
+        return self.last_eval != self.iter_num and (self.iter_num % eval_interval == 0 or self.iter_num >= max_iters)
+
+    def note_losses(self, losses):
+        """Take over an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
+        if not math.isfinite(losses['val']):
+            raise RunError(f'step {self.iter_num}: val loss {losses["val"]}; {out_dir} holds the state before it')
+        improved, self.last_eval = losses['val'] < self.best_val_loss, self.iter_num
+        if improved:
+            self.best_val_loss, self.best_iter = losses['val'], self.iter_num
+        if self.writer:
+            self.writer.write(self.iter_num, train_loss=losses['train'], val_loss=losses['val'])
+        return improved
+
+    def save(self, env, model_too=False):
+        """Write state.pt, and with model_too ckpt.pt. Every rank calls it, rank 0 writes."""
+        if env.is_main:
+            weights = self.model.to_checkpoint()
+            progress = dict(iter_num=self.iter_num, best_val_loss=self.best_val_loss, best_iter=self.best_iter,
+                            **self.description)
+            with status('saving'):
+                if model_too:
+                    checkpoint.save_model(out_dir, weights, **progress)
+                checkpoint.save_state(out_dir, weights, **optim.state_dict(self.optimizer, self.scaler), **progress,
+                                      last_eval=self.last_eval, wandb_id=self.writer.wandb_id)
+
+
+def train_step(run, batches, env):
+    """One optimizer step over this rank's micro-batches.
+
+    Returns {'loss': mean over them in nats, 'grad_norm': of the global batch}, scalar tensors that
+    are not read yet, so that the host runs ahead of a GPU. Where either is not finite, the weights
+    stay as they are.
+    """
+    loss_sum = torch.zeros((), device=env.device)
+    for micro_step in range(run.micro_steps):
+        x, y = next(batches)                            # each (B, T)
+        if run.model.config.dropout:
+            torch.manual_seed(derive_seed(run.seed, 'dropout', run.iter_num, env.rank * run.micro_steps + micro_step))
+        with parallel.sync_gradients(run.wrapped_model, enabled=micro_step == run.micro_steps - 1):
+            with env.autocast():
+                loss = run.wrapped_model(x, y)[1]
+            run.scaler.scale(loss / run.micro_steps).backward()
+        loss_sum += loss.detach()
+    loss = loss_sum / run.micro_steps
+    return {'loss': loss, 'grad_norm': optim.step(run.optimizer, run.scaler, loss, run.grad_clip)}
 
 
 @torch.no_grad()
-def estimate_loss(model, data, rt):
-    """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared over
-    the ranks. None if a signal came on any rank meanwhile."""
-    model.eval()
+def estimate_loss(run, data, env):
+    """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared over the
+    ranks. None if a signal reached any rank meanwhile."""
+    run.wrapped_model.eval()
     losses = {}
     for split in ('train', 'val'):
-        mine = [(seed, f'eval {split}', i * batch_size, batch_size) for i in range(rt.rank, eval_iters, rt.world)]
-        batches = prefetch(data.batch, mine, rt.device)
-        total = torch.zeros((), device=rt.device)
-        for _ in range(0, eval_iters, rt.world):        # as often on every rank
-            batch = next(batches, None)
+        total = torch.zeros((), device=env.device)
+        batches = eval_batches(data, split, eval_iters, batch_size, env)
+        for batch in progress_bar(f'evaluating on {split}', batches, -(-eval_iters // env.world_size)):
             if batch:
-                with rt.autocast():
-                    total += model(*batch, loss_only=True)[1]
-            if rt.signal_anywhere():
-                batches.close()
-                model.train()
+                with env.autocast():
+                    total += run.wrapped_model(*batch)[1]
+            if env.stop_signal():
+                run.wrapped_model.train()
                 return None
-        losses[split] = rt.sum(total).item() / eval_iters
-    model.train()
+        losses[split] = env.all_reduce(total).item() / eval_iters
+    run.wrapped_model.train()
     return losses
 
 
-def train_step(model, optimizer, scaler, batches, micros, iteration, rt):
-    """One optimizer step over this rank's `micros` micro-batches.
-
-    Returns a tensor not yet read, (2 + signals,): mean loss in nats and gradient norm, both of
-    the global batch, then runtime's signal flags. Where either number is not finite the
-    weights stay as they are, decided on the device, so that the host need not wait. (A Mac's
-    AdamW does not look; the run still ends before anything is saved.)
-    """
-    loss_sum = torch.zeros((), device=rt.device)
-    for micro in range(micros):
-        x, y = next(batches)                            # each (B, T)
-        rt.seed_for('dropout', iteration, rt.rank * micros + micro)
-        with rt.without_sync(model, skip=micro < micros - 1):
-            with rt.autocast():
-                _, loss = model(x, y, loss_only=True)
-            scaler.scale(loss / micros).backward()      # the last one averages over the ranks
-        loss_sum += loss.detach()
-    scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    loss = loss_sum / micros
-    if scaler.is_enabled():
-        scaler.step(optimizer)                          # skips the step itself, and scales less
-        scaler.update()
-    else:
-        optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
-        optimizer.step()                                # the fused AdamW looks at found_inf
-    optimizer.zero_grad(set_to_none=True)
-    numbers = rt.sum(torch.cat([torch.stack([loss, norm]), rt.signal_flags()]))
-    numbers[:2] /= rt.world                             # the norm is the same on every rank
-    return numbers
-
-
-def load_or_build(data, given, rt):
-    """The model to train from, and the saved state where a run is resumed, else None."""
-    holds_run, state = checkpoint.holds_run(out_dir), None
-    resume = init_from == 'resume' or init_from == 'auto' and holds_run
-    if holds_run and not (resume or overwrite or eval_only):
-        raise ValueError(f'{out_dir} already holds a run; go on with --init_from=resume, choose '
-                         f'another --out_dir, or replace it with --overwrite=True')
-    if init_from in ('scratch', 'auto') and not resume:
-        # GPT-2's 50257 tokens are padded to 50304, which multiplies faster; 65 characters are 65
-        size = 50304 if data.vocab_size == 50257 else data.vocab_size
+def build_model(saved, data, overrides):
+    """The model to train: new, of a saved run, or of pretrained weights."""
+    if not saved and init_from in ('scratch', 'auto'):
+        # GPT-2's 50257 tokens are padded to 50304, which multiplies faster; 65 characters are 65.
+        vocab_size = 50304 if data.vocab_size == 50257 else data.vocab_size
         torch.manual_seed(seed)
-        return GPT(GPTConfig(block_size, size, n_layer, n_head, n_embd, dropout, bias)), None
-    if resume:
-        state, faults = checkpoint.load_state(out_dir)
-        for fault in faults:
-            rt.say(f'note: {fault}')
-        data.check_same(state, accept_dataset_change)
-        model = checkpoint.build_model(state, dropout)
-    else:
-        model = GPT.from_pretrained(init_from, {'dropout': dropout})
+        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
     if data.vocab_size > model.config.vocab_size:
-        raise ValueError(f'dataset {dataset} has {data.vocab_size} tokens, the model '
-                         f'{model.config.vocab_size}; they do not belong together')
+        raise UserError(f'dataset {dataset} has {data.vocab_size} tokens and the model {model.config.vocab_size}; '
+                        f'train on the dataset of the model')
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
-        weights_have = getattr(model.config, name)
-        if given.get(name, weights_have) != weights_have:
-            rt.say(f'note: {name}={given[name]} does not count, the weights have {name}={weights_have}')
-    if given.get('block_size', model.config.block_size) != model.config.block_size:
+        value = getattr(model.config, name)
+        if overrides.get(name, value) != value:
+            print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
+    if overrides.get('block_size', model.config.block_size) != model.config.block_size:
         model.crop_block_size(block_size)
-    return model, state
+    return model
 
 
-class Progress:
-    """Reads the numbers of finished steps, checks them, and logs them."""
-
-    def __init__(self, model, metrics, sequences, rt):
-        self.model, self.metrics, self.rt = model, metrics, rt
-        self.sequences, self.peak = sequences, rt.peak_flops()
-        self.pending = deque()                          # (iteration, function that waits for numbers)
-        self.seconds = None                             # per iteration, smoothed, from the second line on
-        self.lines = self.skipped = 0
-        self.restart_clock()
-
-    def restart_clock(self):
-        self.began, self.steps = time.perf_counter(), 0
-
-    def add(self, iteration, numbers):
-        """Note a step, and read those before it: a GPU computes this one meanwhile.
-        Returns the number of a signal that reached any rank, or 0."""
-        self.pending.append((iteration, self.rt.read_later(numbers)))
-        return self.settle(leave=1 if self.rt.asynchronous else 0)
-
-    def settle(self, leave=0):
-        caught = 0
-        while len(self.pending) > leave:
-            iteration, read = self.pending.popleft()
-            loss, norm, *flags = read()
-            caught = caught or self.rt.signal_from(flags)
-            # float16 meets infinite gradients while its loss scale settles, and skips those steps
-            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-            if not math.isfinite(loss) or self.skipped > (20 if self.rt.dtype == 'float16' else 0):
-                raise RuntimeError(f'iteration {iteration}: loss {loss}, gradient norm {norm}; stopped before '
-                                   f'that update, what {out_dir} holds is from before it; '
-                                   f'a lower --learning_rate may help')
-            self.steps += 1
-            if iteration % log_interval == 0:
-                self.log(iteration, loss, norm)
-        return caught
-
-    def log(self, iteration, loss, norm):
-        seconds = (time.perf_counter() - self.began) / self.steps
-        self.restart_clock()
-        self.lines += 1                                 # the first line may hold a minute of compilation
-        self.seconds = seconds if self.lines < 3 else 0.9 * self.seconds + 0.1 * seconds
-        tokens = self.sequences * self.model.config.block_size / seconds
-        mfu = self.model.estimate_mfu(self.sequences / self.rt.world, seconds, self.peak)
-        left = datetime.timedelta(seconds=round(self.seconds * (max_iters - iteration - 1)))
-        lr = learning_rate_at(iteration)
-        self.rt.say(f'iter {iteration}: loss {loss:.4f}, {seconds * 1000:.1f} ms, {tokens:,.0f} tok/s, '
-                    f'mfu {"n/a" if mfu is None else f"{mfu:.1%}"}, grad {norm:.2f}, lr {lr:.1e}, eta {left}')
-        if self.metrics:
-            self.metrics.log(iteration, loss=loss, grad_norm=norm, lr=lr, ms=seconds * 1000,
-                             tokens_per_second=tokens, mfu=mfu)
-
-
-def main(given):
-    """given: the settings that a config file or a flag named."""
-    check_settings()
-    rt = runtime.start(device, dtype, compile, backend, seed, rank_timeout)
-    rt.catch_signals(but=signal.SIGINT)                 # until the loop begins, Ctrl-C ends a download at once
-    with rt.together():
-        micros, micro_size = rt.share_of_batch(gradient_accumulation_steps, batch_size)
-        if rt.local_rank == 0:
-            Dataset(dataset)                            # scanned once a machine, the others find its cache
-    with rt.together():
-        data = Dataset(dataset)
-        model, state = load_or_build(data, given, rt)
-        data.cut(model.config.block_size)
-        model.to(rt.device)
-        model.recompute = recompute
-        optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
-        scaler = rt.scaler()
-        iteration, best_val_loss, evaluated, wandb_id = 0, math.inf, None, None
-        if state:
-            iteration, best_val_loss = state['iter_num'], state['best_val_loss']
-            evaluated, wandb_id = state.get('evaluated'), state.get('wandb_id')
-            checkpoint.restore_optimizer(optimizer, scaler, state)
-        held = checkpoint.lock(out_dir, state) if rt.main and not eval_only else None  # until the process ends
-        resumed, state = state is not None, None        # lets go of the mapped file
-    config = configurator.snapshot(globals())
-    rt.check_same({**config, 'the dataset': data.fingerprint,
-                   'the iteration to go on from (all machines need to see the same out_dir)': iteration})
-    rt.say(rt.summary)
-    rt.say(f'{model.get_num_params():,} parameters, {micros * rt.world} micro-batches of {micro_size} x '
-           f'{model.config.block_size} tokens per iteration' + (f', from iteration {iteration}' if resumed else ''))
-    writes, metrics = held is not None, None
-    if writes:
+def start_run(saved, data, overrides, env):
+    """The Run: its model on the device and over the ranks, its optimizer, and where it goes on."""
+    with env.raise_on_all_ranks():
+        micro_steps, micro_batch_size = parallel.split_batch(gradient_accumulation_steps, batch_size, env.world_size)
+        scaler = grad_scaler(env.device, env.dtype)
+        model = build_model(saved, data, overrides)
+        data.set_block_size(model.config.block_size)
+        if saved:
+            data.check_same(saved, accept_dataset_change)
+    config, progress = configurator.snapshot(globals()), saved or dict(iter_num=0, best_val_loss=math.inf)
+    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint,
+                                  'iter_num (do all machines see the same out_dir?)': progress['iter_num']})
+    wrapped_model = parallel.wrap(model, env, recompute).train()
+    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
+    with env.raise_on_all_ranks():
+        optim.load_state_dict(optimizer, scaler, progress)
+    run = Run(model, wrapped_model, optimizer, scaler, micro_steps, micro_batch_size, grad_clip, seed,
+              progress['iter_num'], progress['best_val_loss'], progress.get('best_iter') or 0, progress.get('last_eval'),
+              dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint))
+    if env.is_main and not eval_only:
+        checkpoint.clean_out_dir(out_dir, saved)
+        write_run_json(out_dir, sys.argv, config, env)
         wandb_run = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir,
-                         id=wandb_id, resume='allow')
-        metrics = Metrics(out_dir, iteration, evaluated == iteration, rt.say, wandb_run if wandb_log else None)
+                         id=progress.get('wandb_id'), resume='allow')
+        run.writer = MetricsWriter(out_dir, run.iter_num, run.last_eval == run.iter_num, print0, wandb_run if wandb_log else None)
+    return run
 
-    def save_state():
-        if writes:
-            checkpoint.save_state(out_dir, model, optimizer, scaler, iter_num=iteration, evaluated=evaluated,
-                                  best_val_loss=best_val_loss, config=config, tokenizer=data.tokenizer,
-                                  fingerprint=data.fingerprint, wandb_id=metrics.wandb_id)
 
-    net = rt.wrap(model)
-    net.train()
-    sequences = micros * micro_size * rt.world          # in a global batch
-    first = rt.rank * micros * micro_size               # where this rank's share of it begins
-    batches = prefetch(data.batch, ((seed, 'train', i * sequences + first + m * micro_size, micro_size)
-                                    for i in range(iteration, max_iters) for m in range(micros)), rt.device)
-    progress = Progress(model, metrics, sequences, rt)
-    rt.catch_signals()
-    if iteration >= max_iters and not eval_only:
-        rt.say(f'nothing is left to train up to max_iters={max_iters}; raise it to go on')
-    caught = 0
-    while not caught:
-        due = iteration % eval_interval == 0 or iteration >= max_iters
-        if eval_only or due and evaluated != iteration:
-            progress.settle()
-            losses = estimate_loss(net, data, rt)
+def finish(run, log, env):
+    """Save if a signal stopped the run, say what the run made, and end together with the other ranks."""
+    if log.stop_signal and not eval_only:
+        run.save(env)
+        print0(f'{signal.Signals(log.stop_signal).name}: saved at iteration {run.iter_num}; go on with: '
+               f'python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}')
+    elif run.writer:
+        print0(f'{run.iter_num:,} iterations, {short_number(run.iter_num * log.tokens)} tokens, {run.writer.elapsed()}; '
+               f'best val loss {run.best_val_loss:.4f} at iteration {run.best_iter}\n'
+               f'next: python sample.py --out_dir={shlex.quote(out_dir)}')
+    if run.writer:
+        run.writer.close()
+    env.barrier()                                       # a rank that fails in its last save fails them all
+    if log.stop_signal:
+        raise SystemExit(128 + log.stop_signal)
+
+
+def main(overrides):
+    """overrides: the settings that a config file or a flag named."""
+    check_settings(combinations=init_from not in ('resume', 'auto'))
+    env = start(device, dtype, compile, backend, rank_timeout)
+    env.catch_signals(signal.SIGTERM)                   # until the loop begins, Ctrl-C ends the script at once
+    print0(configurator.describe_settings(overrides))
+    print0(env.summary)
+
+    # what to train, and on what
+    saved, notes, run_lock = checkpoint.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
+    if saved:
+        notes += configurator.restore_settings(globals(), saved.get('config') or {}, overrides, THIS_COMMAND)
+    check_settings()
+    for note in notes:
+        print0(f'note: {note}')
+    data = open_dataset(dataset, env)
+    tokenizer = Tokenizer(data.tokenizer) if sample_tokens else None
+    prompt = tokenizer and tokenizer.encode(sample_prompt)
+    run = start_run(saved, data, overrides, env)
+    tokens = run.micro_steps * run.micro_batch_size * run.model.config.block_size * env.world_size   # per iteration
+    print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
+           f'{run.micro_batch_size} x {run.model.config.block_size} tokens per iteration'
+           + (f', from iteration {run.iter_num}' if saved else ''))
+    print0(f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
+           f'{short_number(max_iters * tokens)}, {max_iters * tokens / len(data.tokens["train"]):.3g} epochs')
+    saved = None                                        # closes the mapped file
+    batches = train_batches(data, seed, range(run.iter_num, max_iters), run.micro_steps, run.micro_batch_size, env)
+    log = StepLog(env, run.writer, print0, tokens=tokens, flops=tokens / env.world_size * run.model.flops_per_token(),
+                  log_interval=log_interval, max_iters=max_iters,
+                  advice=f'{out_dir} holds the state before it. A lower --learning_rate may help.')
+    if run.iter_num >= max_iters and not eval_only:
+        print0(f'the run has reached max_iters={max_iters}; raise it to go on')
+    env.catch_signals()
+
+    while True:
+        # evaluate, sample, save
+        if eval_only or run.evaluation_is_due():
+            log.flush()
+            losses = estimate_loss(run, data, env)
             if losses is None:
-                caught = rt.signal_anywhere()
+                log.stop_signal = env.stop_signal()
                 break
-            rt.say(f'step {iteration}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            if not math.isfinite(losses['val']):
-                raise RuntimeError(f'step {iteration}: val loss {losses["val"]}; what {out_dir} holds is from before it')
-            improved, evaluated = losses['val'] < best_val_loss, iteration
-            best_val_loss = min(best_val_loss, losses['val'])
-            if writes:
-                metrics.log(iteration, train_loss=losses['train'], val_loss=losses['val'])
-                if iteration > 0 and (improved or always_save_checkpoint):
-                    checkpoint.save_model(out_dir, model, iter_num=iteration, best_val_loss=best_val_loss,
-                                          config=config, tokenizer=data.tokenizer)
-                save_state()
-            progress.peak = rt.peak_flops()             # a CPU's is measured again
-            progress.restart_clock()
-        if eval_only or iteration >= max_iters:
+            print0(f'step {run.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            improved = run.note_losses(losses)
+            if tokenizer and env.is_main:
+                print0(sample_prompt + sample_text(run.model, tokenizer, prompt, sample_tokens, seed))
+            if not eval_only:
+                run.save(env, model_too=run.iter_num > 0 and (improved or always_save_checkpoint))
+            log.restart_clock()
+        if eval_only or run.iter_num >= max_iters:
             break
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate_at(iteration)
-        numbers = train_step(net, optimizer, scaler, batches, micros, iteration, rt)
-        iteration += 1
-        caught = progress.add(iteration - 1, numbers)
-    progress.settle()
+
+        # one iteration
+        lr = get_lr(run.iter_num)
+        optim.set_lr(run.optimizer, lr)
+        step = train_step(run, batches, env)
+        run.iter_num += 1
+        if log.push(run.iter_num - 1, step, lr=lr):     # reads the step before; true when asked to stop
+            break
+
+    log.flush()
     batches.close()
-    if caught and not eval_only:
-        save_state()
-        rt.say(f'{signal.Signals(caught).name}: saved at iteration {iteration}; go on with --init_from=resume')
-    if metrics:
-        metrics.close()
-    rt.part()
-    if caught:
-        raise SystemExit(128 + caught)
+    finish(run, log, env)
 
 
 if __name__ == '__main__':
-    with runtime.parting(), configurator.plain_errors(), runtime.one_voice():
+    with hard_exit(), report_errors(), report_first_failure():
         main(configurator.configure(globals(), sys.argv[1:]))

@@ -1,6 +1,7 @@
 # Shakespeare's plays, one token a character, with 10.6 million parameters: sized for a GPU.
 # The README has the flags that shrink it for a CPU.
 out_dir = 'out-shakespeare-char'
+sample_tokens = 200                 # after each evaluation
 dataset = 'shakespeare_char'
 eval_interval = 250
 eval_iters = 200

@@ -1,12 +1,12 @@
-"""Break training runs on purpose, and compare what is left with a run that was left alone.
+"""Break training runs on purpose, and compare what is left with an uninterrupted run.
 
     python tests/chaos.py --trials=100
     python tests/chaos.py --trials=50 --fault=kill --ranks=2
 
-Each trial trains a small model on the CPU with dropout, saving every 5 iterations, injects one
-fault, starts again with --init_from=auto, and compares every tensor of state.pt and ckpt.pt and
-every logged number with the uninterrupted run. Exit code 1 where any trial lost or changed
-anything. The processes are real and so are the signals that they die of.
+Each trial trains a small model on the CPU with dropout, saving every 5 iterations. It injects one
+fault, starts the run again with --init_from=auto, and compares every tensor of state.pt and ckpt.pt
+and every logged number with the uninterrupted run. The exit code is 1 if any trial lost or changed
+anything. The processes and the signals are real.
 """
 
 import json
@@ -23,129 +23,96 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
+from harness import ACCUMULATION, INTERVAL, ITERATIONS, TESTS, Workspace, read_records, torchrun_options
+from launcher import SAVE_STEPS, script_environment
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-import checkpoint               # noqa: E402
-import configurator             # noqa: E402
-from launcher import SAVE_STEPS, Launcher   # noqa: E402
+import configurator
+import console
+from engine import checkpoint
+from engine.errors import UserError
 
 # trials
-trials = 18             # in all; a mix takes the faults in turn
-fault = 'mix'           # kill, term, int, usr1, full, flip, nan, freeze, lost, or mix
+trials = 20             # in all; a mix takes the faults in turn
+fault = 'mix'           # kill, term, int, hup, usr1, full, flip, nan, freeze, lost, or mix
 ranks = 1               # processes of a run; freeze and lost always take 2, under torchrun
 seed = 0                # of where the faults strike
 workers = 2             # trials at a time
 
-ITERATIONS, INTERVAL, STOP, ACCUMULATION = 20, 5, 12, 2
-MODEL_FLAGS = dict(dataset='letters', n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dropout=0.2,
-                   gradient_accumulation_steps=ACCUMULATION, max_iters=ITERATIONS, lr_decay_iters=ITERATIONS,
-                   warmup_iters=2, eval_interval=INTERVAL, eval_iters=2, learning_rate=1e-2, min_lr=1e-3,
-                   device='cpu', rank_timeout=20)
-CLOCK = ('seconds', 'ms', 'tokens_per_second', 'mfu')      # what no two runs share
+STOP = 12               # iteration in which the stopped run was killed
 FILES = (checkpoint.MODEL, checkpoint.STATE, checkpoint.PREVIOUS)
-FAULTS = ('kill', 'term', 'int', 'usr1', 'full', 'flip', 'nan', 'freeze', 'lost')
+FAULTS = ('kill', 'term', 'int', 'hup', 'usr1', 'full', 'flip', 'nan', 'freeze', 'lost')
+ON_TWO_RANKS = ('freeze', 'lost')
 
 
 class Failure(Exception):
-    """What a trial lost, changed or said wrongly."""
+    """A trial lost or changed something, or printed the wrong thing."""
 
 
-class Missed(Exception):
-    """The fault came too late, or to a step that this save did not take: no trial."""
+class FaultMissed(Exception):
+    """The fault came too late, or at a step that this save did not take. The trial does not count."""
 
 
-def expect(condition, what, ended=None):
+def expect(condition, message, result=None):
+    """Raise Failure with `message` unless the condition holds."""
     if not condition:
-        raise Failure(what + (f'; codes {ended.codes}, stderr: {ended.err[-1500:]}' if ended else ''))
+        raise Failure(message + (f'; codes {result.codes}, stderr: {result.stderr[-1500:]}' if result else ''))
 
 
-class Lab:
-    """A folder with a copy of the project and a small dataset, and the runs to compare with.
+class Lab(Workspace):
+    """A workspace with two runs to compare with and to begin from.
 
-    reference: of an uninterrupted run. stopped: of one that was killed in iteration STOP, when
-    state.pt holds iteration 10 and state.prev.pt iteration 5.
+    reference: the out_dir of an uninterrupted run. stopped: of a run that was killed in iteration
+    STOP. Its state.pt holds iteration 10, and its state.prev.pt iteration 5.
     """
 
     def __init__(self, folder, ranks=1):
-        self.folder, self.ranks, self.count = Path(folder), ranks, 0
-        copy_project(self.folder)
-        make_dataset(self.folder / 'data' / MODEL_FLAGS['dataset'])
-        self.launchers = []
-        first = self.launcher()
+        super().__init__(folder)
+        self.ranks, self.micro_steps = ranks, ACCUMULATION // ranks
         self.reference, self.stopped = self.folder / 'reference', self.folder / 'stopped'
-        ended = first.run('train.py', *self.flags(self.reference), ranks=ranks)
-        expect(ended.code == 0, 'the uninterrupted run failed', ended)
-        self.seconds = ended.seconds
-        ended = first.run('train.py', *self.flags(self.stopped), ranks=ranks, fault=dict(
-            kind='signal', number=signal.SIGKILL, iteration=STOP, micros=self.micros))
-        expect(ended.codes[0] == -signal.SIGKILL, 'the run to be stopped was not', ended)
+        self.seconds = self.run('train.py', *self.flags(self.reference), ranks=ranks).seconds
+        result = self.launcher.run('train.py', *self.flags(self.stopped), ranks=ranks, fault=dict(
+            kind='signal', number=signal.SIGKILL, iteration=STOP, micro_steps=self.micro_steps))
+        expect(result.codes[0] == -signal.SIGKILL, 'the run to be stopped was not', result)
 
-    @property
-    def micros(self):
-        return ACCUMULATION // self.ranks
+    def new_out_dir(self, start=None):
+        """A folder for a trial: one that does not exist yet, or a copy of `start`."""
+        out_dir = Path(tempfile.mkdtemp(prefix='out-', dir=self.folder))
+        if start:
+            shutil.copytree(start, out_dir, dirs_exist_ok=True)
+        else:
+            out_dir.rmdir()
+        return out_dir
 
-    def launcher(self):
-        self.launchers.append(Launcher(self.folder))
-        return self.launchers[-1]
+    def resume(self, launcher, out_dir, **options):
+        """Start or resume the run in out_dir, with --init_from=auto. Returns the Result."""
+        return launcher.run('train.py', *self.flags(out_dir, init_from='auto'), ranks=self.ranks, **options)
 
-    def flags(self, out, **more):
-        return [f'--{name}={value}' for name, value in dict(MODEL_FLAGS, out_dir=out, **more).items()]
+    def finish(self, launcher, out_dir):
+        """Resume the run to its end, and compare it with the reference. Returns the Result."""
+        result = self.resume(launcher, out_dir)
+        expect(set(result.codes) == {0} and not result.stderr, 'the restart failed', result)
+        self.compare(out_dir)
+        return result
 
-    def new_out(self, start=None):
-        """A folder for a trial: not there yet, or a copy of `start`."""
-        out = Path(tempfile.mkdtemp(prefix='out-', dir=self.folder))
-        shutil.copytree(start, out, dirs_exist_ok=True) if start else out.rmdir()
-        return out
-
-    def finish(self, launcher, out, **options):
-        """Go on to the end, and compare."""
-        ended = launcher.run('train.py', *self.flags(out, init_from='auto'), ranks=self.ranks, **options)
-        expect(set(ended.codes) == {0} and not ended.err, 'the restart failed', ended)
-        self.compare(out)
-        return ended
-
-    def compare(self, out):
-        different = differences(out, self.reference)
+    def compare(self, out_dir):
+        different = differences(out_dir, self.reference)
         expect(not different, f'not as without the fault: {"; ".join(different[:4])}')
-
-    def close(self):
-        for launcher in self.launchers:
-            launcher.close()
-
-
-def copy_project(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in ROOT.glob('*.py'):
-        shutil.copy(path, folder)
-    shutil.copytree(ROOT / 'config', folder / 'config', dirs_exist_ok=True)
-
-
-def make_dataset(folder, characters='abcdefghijklmnop\n', tokens=6000):
-    folder.mkdir(parents=True)
-    walk = np.random.default_rng(0).integers(0, 3, tokens).cumsum() % len(characters)
-    walk[:-1000].astype('<u2').tofile(folder / 'train.bin')
-    walk[-1000:].astype('<u2').tofile(folder / 'val.bin')
-    (folder / 'meta.json').write_text(json.dumps(
-        dict(tokenizer='char', vocab_size=len(characters), chars=characters)), encoding='utf-8')
 
 
 # What is compared
 
-def differences(out, reference):
-    """Where two finished runs differ, as a list of lines: tensors and numbers of state.pt and
-    ckpt.pt, and every line of metrics.jsonl but for its clock."""
+def differences(out_dir, reference):
+    """Where two finished runs differ, as a list of lines: in tensors and numbers of state.pt and
+    ckpt.pt, and in lines of metrics.jsonl but for their clock fields."""
     found = []
     for name in (checkpoint.STATE, checkpoint.MODEL):
-        found += compare_values(*(checkpoint.read(Path(folder) / name) for folder in (out, reference)), name)
-    ours, theirs = (read_losses(folder) for folder in (out, reference))
-    if ours != theirs:
-        where = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), 'the end')
-        found.append(f'metrics.jsonl from line {where} on')
+        found += compare_values(*(checkpoint.read(Path(folder) / name) for folder in (out_dir, reference)), name)
+    records, expected = read_records(out_dir), read_records(reference)
+    if records != expected:
+        line = next((i for i, (a, b) in enumerate(zip(records, expected)) if a != b), 'the end')
+        found.append(f'metrics.jsonl from line {line} on')
     return found
 
 
@@ -155,180 +122,175 @@ def compare_values(a, b, where):
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, dict):
-        # where the runs lie and how they began; and the last step's lr, which each step sets anew
-        keys = [key for key in {**a, **b} if key not in ('out_dir', 'init_from', 'lr')]
-        return [line for key in keys for line in (
-            compare_values(a[key], b[key], f'{where} {key}') if key in a and key in b else [f'{where}: {key}'])]
+        # Two runs may differ in their folder, in how they began, and in the learning rate that was
+        # set last: each step sets it anew.
+        names = [name for name in {**a, **b} if name not in ('out_dir', 'init_from', 'lr')]
+        return [line for name in names for line in (
+            compare_values(a[name], b[name], f'{where} {name}') if name in a and name in b else [f'{where}: {name}'])]
     if isinstance(a, (list, tuple)) and len(a) == len(b):
         return [line for i, pair in enumerate(zip(a, b)) for line in compare_values(*pair, f'{where} {i}')]
     return [] if a == b else [f'{where}: {a!r}, {b!r}']
 
 
-def read_losses(folder):
-    lines = (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
-
-
-def contents(folder, names=FILES):
+def read_files(folder, names=FILES):
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-def one_line(ended, *words):
-    """The run failed as it should: exit 1 on every rank, and one line in all, which has `words`."""
-    expect(set(ended.codes) == {1} and not ended.hung, 'it should exit 1 on every rank', ended)
-    expect(ended.err.count('\n') == 1 and all(word in ended.err for word in words), f'one line with {words}', ended)
+def expect_one_line(result, *words):
+    """Every rank failed with exit code 1, and together they printed one line, which contains `words`."""
+    expect(set(result.codes) == {1} and not result.timed_out, 'it should exit 1 on every rank', result)
+    expect(result.stderr.count('\n') == 1 and all(word in result.stderr for word in words), f'one line with {words}', result)
 
 
-def nothing_half_written(out):
-    expect(not list(out.glob('*.tmp')), f'left behind: {[path.name for path in out.glob("*.tmp")]}')
+def expect_no_temporary_files(out_dir):
+    left = [path.name for path in out_dir.glob('*.tmp')]
+    expect(not left, f'left behind: {left}')
 
 
-# Trials: each takes a lab, a launcher and a source of chance, and returns notes for the table
+# Trials. Each takes a Lab, a Launcher and a random.Random, and returns notes for the table.
 
-def save_and_step(chance, size):
-    """A save, a step of it, and an offset to strike at. Saves 0, 2, 4... are of state.pt."""
-    step = chance.choice(SAVE_STEPS)
-    save = chance.choice((2, 4, 6, 8)) if step == 'replace previous' else chance.randrange(9)
-    return dict(save=save, step=step, offset=chance.randrange(size))
+def random_save_step(rng, size):
+    """A save, a step of it and an offset at which the fault strikes. Saves 0, 2, 4... are of state.pt."""
+    step = rng.choice(SAVE_STEPS)
+    save = rng.choice((2, 4, 6, 8)) if step == 'rename previous' else rng.randrange(9)
+    return dict(save=save, step=step, offset=rng.randrange(size))
 
 
-def strike(lab, launcher, out, chance, number, in_save, **more):
-    """Run into a signal, in a save or at any time; which end it met."""
-    rank = 0 if in_save else chance.randrange(lab.ranks)
-    common = dict(kind='signal', number=number, rank=rank, **more)
-    flags = lab.flags(out, init_from='auto')
+def run_into_signal(lab, launcher, out_dir, rng, number, in_save, **options):
+    """Run until a signal strikes, in a save or at any time. Returns the Result."""
+    rank = 0 if in_save else rng.randrange(lab.ranks)
+    fault = dict(kind='signal', number=number, rank=rank, **options)
     if in_save:
         size = (lab.reference / checkpoint.STATE).stat().st_size
-        return launcher.run('train.py', *flags, ranks=lab.ranks, fault=dict(common, **save_and_step(chance, size)))
-    if chance.random() < 0.5 or number != signal.SIGKILL:       # in a step, perhaps between its micro-batches
-        return launcher.run('train.py', *flags, ranks=lab.ranks, fault=dict(
-            common, iteration=chance.randrange(ITERATIONS), micros=lab.micros, delay=chance.uniform(0, 0.01)))
-    pids = launcher.start('train.py', *flags, ranks=lab.ranks)  # from outside, start-up included
-    time.sleep(chance.uniform(0, lab.seconds))
+        return lab.resume(launcher, out_dir, fault=dict(fault, **random_save_step(rng, size)))
+    if rng.random() < 0.5 or number != signal.SIGKILL:      # in a step, perhaps between its micro-batches
+        return lab.resume(launcher, out_dir, fault=dict(fault, iteration=rng.randrange(ITERATIONS),
+                                                        micro_steps=lab.micro_steps, delay=rng.uniform(0, 0.01)))
+    pids = launcher.start('train.py', *lab.flags(out_dir, init_from='auto'), ranks=lab.ranks)
+    time.sleep(rng.uniform(0, lab.seconds))                 # from outside, so perhaps during start-up
     try:
         os.kill(pids[rank], number)
     except ProcessLookupError:
-        pass                                                    # it has finished
+        pass                                                # it has finished
     return launcher.wait()
 
 
-def kill(lab, launcher, chance):
-    out, in_save = lab.new_out(), chance.random() < 0.5
-    for _ in range(1 + (chance.random() < 0.3)):                # the restart may be killed as well
-        ended = strike(lab, launcher, out, chance, signal.SIGKILL, in_save)
-        if -signal.SIGKILL not in ended.codes:
-            raise Missed
-        expect(0 not in ended.codes and not ended.hung, 'the other rank should fail too', ended)
-    lab.finish(launcher, out)
-    nothing_half_written(out)
+def kill(lab, launcher, rng):
+    out_dir, in_save = lab.new_out_dir(), rng.random() < 0.5
+    for _ in range(1 + (rng.random() < 0.3)):               # the restart may be killed as well
+        result = run_into_signal(lab, launcher, out_dir, rng, signal.SIGKILL, in_save)
+        if -signal.SIGKILL not in result.codes:
+            raise FaultMissed
+        expect(0 not in result.codes and not result.timed_out, 'the other rank should fail too', result)
+    lab.finish(launcher, out_dir)
+    expect_no_temporary_files(out_dir)
     return ['in save'] if in_save else []
 
 
 def stop(number):
-    def trial(lab, launcher, chance):
-        out, in_save = lab.new_out(), chance.random() < 0.3
-        ended = strike(lab, launcher, out, chance, number, in_save, times=chance.choice((1, 2)))
-        if set(ended.codes) == {0}:
-            raise Missed
-        expect(set(ended.codes) == {128 + number} and not ended.err, f'it should exit {128 + number}', ended)
-        saved = checkpoint.read(out / checkpoint.STATE)['iter_num']
-        expect(f'saved at iteration {saved};' in ended.out, 'it should say where it saved', ended)
-        lab.finish(launcher, out)
+    """The trial of a signal that saves the state and ends the run."""
+    def trial(lab, launcher, rng):
+        out_dir, in_save = lab.new_out_dir(), rng.random() < 0.3
+        result = run_into_signal(lab, launcher, out_dir, rng, number, in_save, times=rng.choice((1, 2)))
+        if set(result.codes) == {0}:
+            raise FaultMissed
+        expect(set(result.codes) == {128 + number} and not result.stderr, f'it should exit {128 + number}', result)
+        iter_num = checkpoint.read(out_dir / checkpoint.STATE)['iter_num']
+        expect(f'saved at iteration {iter_num};' in result.stdout, 'it should print where it saved', result)
+        lab.finish(launcher, out_dir)
         return ['in save'] if in_save else []
     return trial
 
 
-def full(lab, launcher, chance):
-    out, save = lab.new_out(lab.stopped), chance.randrange(4)   # ckpt.pt and state.pt, twice each
-    before, name = contents(out), FILES[save % 2]
-    offset = chance.randrange((lab.reference / name).stat().st_size)
-    ended = launcher.run('train.py', *lab.flags(out, init_from='auto'), ranks=lab.ranks,
-                         fault=dict(kind='full', save=save, offset=offset))
-    one_line(ended, name, 'could not be written')
-    nothing_half_written(out)
+def full(lab, launcher, rng):
+    out_dir, save = lab.new_out_dir(lab.stopped), rng.randrange(4)      # ckpt.pt and state.pt, twice each
+    before, name = read_files(out_dir), FILES[save % 2]
+    offset = rng.randrange((lab.reference / name).stat().st_size)
+    result = lab.resume(launcher, out_dir, fault=dict(kind='full disk', save=save, offset=offset))
+    expect_one_line(result, name, 'could not be written')
+    expect_no_temporary_files(out_dir)
     if save == 0:
-        expect(contents(out) == before, 'files changed')
-    checkpoint.load_model(out)
-    expect(checkpoint.load_state(out)[1] == [], 'the state before should load')
-    lab.finish(launcher, out)
+        expect(read_files(out_dir) == before, 'files changed')
+    checkpoint.load_model(out_dir)
+    expect(checkpoint.load_state(out_dir)[1] == [], 'the state before should load')
+    lab.finish(launcher, out_dir)
     return ['in save']
 
 
-def damage(path, chance):
-    """Flip a bit, cut, or zero a piece."""
-    data, at = bytearray(path.read_bytes()), chance.randrange(path.stat().st_size)
-    kind = chance.choice(('flip', 'flip', 'cut', 'zero'))
+def damage(path, rng):
+    """Flip a bit, cut the file, or set a part of it to zero. Returns what was done."""
+    data, position = bytearray(path.read_bytes()), rng.randrange(path.stat().st_size)
+    kind = rng.choice(('flip', 'flip', 'cut', 'zero'))
     if kind == 'flip':
-        data[at] ^= 1 << chance.randrange(8)
+        data[position] ^= 1 << rng.randrange(8)
     elif kind == 'cut':
-        del data[at:]
+        del data[position:]
     else:
-        end = min(len(data), at + chance.choice((1, 512, 4096, len(data))))
-        data[at:end] = bytes(end - at)
+        end = min(len(data), position + rng.choice((1, 512, 4096, len(data))))
+        data[position:end] = bytes(end - position)
     path.write_bytes(data)
-    return f'{kind} at {at}'
+    return f'{kind} at {position}'
 
 
 def loads(path):
     try:
-        return bool(checkpoint.check(checkpoint.read(path), path, ()))
-    except ValueError:
+        return bool(checkpoint.validate(checkpoint.read(path), path))
+    except UserError:
         return False
 
 
-def flip(lab, launcher, chance):
-    out, both, then_kill = lab.new_out(lab.stopped), chance.random() < 0.25, chance.random() < 0.25
-    damaged = [out / name for name in (checkpoint.STATE, checkpoint.PREVIOUS)[:1 + both]]
-    how = [damage(path, chance) for path in damaged]
-    unread = [path for path in damaged if loads(path)]          # it hit bytes that nothing reads
-    if both and not unread:
-        before = contents(out)
-        ended = launcher.run('train.py', *lab.flags(out, init_from='auto'), ranks=lab.ranks)
-        expect(set(ended.codes) == {2} and ended.err.count('\n') == 1, f'exit 2, one line ({how})', ended)
-        expect(all(str(path) in ended.err for path in damaged), f'both files named ({how})', ended)
-        expect(contents(out) == before, f'nothing changed ({how})')
+def flip(lab, launcher, rng):
+    out_dir, both, then_kill = lab.new_out_dir(lab.stopped), rng.random() < 0.25, rng.random() < 0.25
+    damaged = [out_dir / name for name in (checkpoint.STATE, checkpoint.PREVIOUS)[:1 + both]]
+    what = [damage(path, rng) for path in damaged]
+    still_loads = [path for path in damaged if loads(path)]     # the damage hit bytes that nothing reads
+    if both and not still_loads:
+        before = read_files(out_dir)
+        result = lab.resume(launcher, out_dir)
+        expect(set(result.codes) == {2} and result.stderr.count('\n') == 1, f'exit 2, one line ({what})', result)
+        expect(all(str(path) in result.stderr for path in damaged), f'both files named ({what})', result)
+        expect(read_files(out_dir) == before, f'nothing changed ({what})')
         return ['both damaged']
     if then_kill:                       # the save after the fall-back must not keep the damaged file
-        fault = dict(kind='signal', number=signal.SIGKILL, save=chance.randrange(4), step=chance.choice(SAVE_STEPS),
-                     offset=0)
-        launcher.run('train.py', *lab.flags(out, init_from='auto'), ranks=lab.ranks, fault=fault)
-    ended = lab.finish(launcher, out)
+        lab.resume(launcher, out_dir, fault=dict(kind='signal', number=signal.SIGKILL, save=rng.randrange(4),
+                                                 step=rng.choice(SAVE_STEPS), offset=0))
+    result = lab.finish(launcher, out_dir)
     if not then_kill:
-        named = f'note: {damaged[0]} ' in ended.out
-        expect(named == (damaged[0] not in unread), f'the damaged file named ({how})', ended)
-    return ['unread bytes'] if unread else []
+        is_named = f'note: {damaged[0]} ' in result.stdout
+        expect(is_named == (damaged[0] not in still_loads), f'the damaged file named ({what})', result)
+    return ['unread bytes'] if still_loads else []
 
 
-def nan(lab, launcher, chance):
-    out, iteration = lab.new_out(lab.stopped), chance.randrange(INTERVAL)
-    before = contents(out)
-    ended = launcher.run('train.py', *lab.flags(out, init_from='auto'), ranks=lab.ranks, fault=dict(
-        kind='nan', what=chance.choice(('loss', 'gradient')), iteration=iteration, micros=lab.micros,
-        rank=chance.randrange(lab.ranks)))
-    one_line(ended, f'iteration {10 + iteration}:')
-    expect(contents(out) == before, 'files changed')
-    lab.finish(launcher, out)
+def nan(lab, launcher, rng):
+    out_dir, iteration = lab.new_out_dir(lab.stopped), rng.randrange(INTERVAL)
+    before = read_files(out_dir)
+    result = lab.resume(launcher, out_dir, fault=dict(
+        kind='not finite', what=rng.choice(('loss', 'gradient')), iteration=iteration, micro_steps=lab.micro_steps,
+        rank=rng.randrange(lab.ranks)))
+    expect_one_line(result, f'iteration {10 + iteration}:')
+    expect(read_files(out_dir) == before, 'files changed')
+    lab.finish(launcher, out_dir)
     return []
 
 
-# Trials under torchrun, of 2 ranks
+# Trials under torchrun, on 2 ranks
 
-def torchrun(lab, out, fault, *options, timeout):
+def run_torchrun(lab, out_dir, fault, *options, timeout):
     """(exit code, stderr, seconds from the fault to the end of the other rank)."""
-    report = lab.folder / f'{out.name}.time'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *options,
-               str(HERE / 'launcher.py'), 'train.py', *lab.flags(out, init_from='auto', rank_timeout=timeout)]
-    other, ended, errors = Path(f'{report}.pid{1 - fault["rank"]}'), time.time(), out.with_suffix('.err')
+    report = lab.folder / f'{out_dir.name}.time'
+    command = [sys.executable, *torchrun_options(2), *options, str(TESTS / 'launcher.py'), 'train.py',
+               *lab.flags(out_dir, init_from='auto', rank_timeout=timeout)]
+    pid_of_other, ended, errors = Path(f'{report}.pid{1 - fault["rank"]}'), time.time(), out_dir.with_suffix('.err')
+    environment = script_environment(FAULT=json.dumps(dict(fault, report=str(report))))
     with open(errors, 'w', encoding='utf-8') as file, subprocess.Popen(
-            command, cwd=lab.folder, stdout=subprocess.DEVNULL, stderr=file,
-            env=dict(os.environ, OMP_NUM_THREADS='1', FAULT=json.dumps(dict(fault, report=str(report))))) as agent:
+            command, cwd=lab.folder, stdout=subprocess.DEVNULL, stderr=file, env=environment) as agent:
         while agent.poll() is None:
-            if not other.exists() or is_running(other.read_text(encoding='utf-8') or '0'):
+            if not pid_of_other.exists() or is_running(pid_of_other.read_text(encoding='utf-8') or '0'):
                 ended = time.time()
             time.sleep(0.05)
-    err = errors.read_text(encoding='utf-8')
-    expect(report.exists(), f'the fault did not strike: {err[-1500:]}')
-    return agent.returncode, err, ended - float(report.read_text(encoding='utf-8'))
+    stderr = errors.read_text(encoding='utf-8')
+    expect(report.exists(), f'the fault did not strike: {stderr[-1500:]}')
+    return agent.returncode, stderr, ended - float(report.read_text(encoding='utf-8'))
 
 
 def is_running(pid):
@@ -338,73 +300,74 @@ def is_running(pid):
         return False
 
 
-def random_moment(lab, chance, number):
-    return dict(kind='signal', number=number, rank=chance.randrange(2), iteration=chance.randrange(ITERATIONS - 2),
-                micros=lab.micros, delay=chance.uniform(0, 0.005))
+def random_moment(lab, rng, number):
+    return dict(kind='signal', number=number, rank=rng.randrange(2), iteration=rng.randrange(ITERATIONS - 2),
+                micro_steps=lab.micro_steps, delay=rng.uniform(0, 0.005))
 
 
-def lost_line(code, err, seconds, limit):
-    """The other rank ended, and said one line."""
-    ours = [line for line in err.splitlines() if line.startswith('train.py:')]
+def expect_lost_rank(code, stderr, seconds, limit):
+    """The other rank ended within `limit` seconds, and printed one line."""
+    lines = [line for line in stderr.splitlines() if line.startswith('train.py:')]
     expect(code != 0 and seconds < limit, f'exit {code} after {seconds:.1f} s, limit {limit}')
-    expect(len(ours) == 1 and 'another rank' in ours[0], f'one line about the lost rank: {err[:2500]}')
+    expect(len(lines) == 1 and 'another rank' in lines[0], f'one line about the lost rank: {stderr[:2500]}')
 
 
-def freeze(lab, launcher, chance):
-    out, timeout = lab.new_out(), 5
-    code, err, seconds = torchrun(lab, out, random_moment(lab, chance, signal.SIGSTOP), timeout=timeout)
-    lost_line(code, err, seconds, timeout + 30)     # torchrun kills the frozen one 30 s later
-    lab.finish(launcher, out)
+def freeze(lab, launcher, rng):
+    out_dir, timeout = lab.new_out_dir(), 5
+    result = run_torchrun(lab, out_dir, random_moment(lab, rng, signal.SIGSTOP), timeout=timeout)
+    expect_lost_rank(*result, timeout + 30)             # torchrun kills the frozen rank 30 s later
+    lab.finish(launcher, out_dir)
     return []
 
 
-def lost(lab, launcher, chance):
-    out, restarts = lab.new_out(), chance.random() < 0.5
-    code, err, seconds = torchrun(lab, out, random_moment(lab, chance, signal.SIGKILL),
-                                  *(['--max-restarts=1'] if restarts else []), timeout=20)
+def lost(lab, launcher, rng):
+    out_dir, restarts = lab.new_out_dir(), rng.random() < 0.5
+    code, stderr, seconds = run_torchrun(lab, out_dir, random_moment(lab, rng, signal.SIGKILL),
+                                         *(['--max-restarts=1'] if restarts else []), timeout=20)
     if restarts:
-        expect(code == 0, f'torchrun should start it again: {err[:2500]}')
-        lab.compare(out)
+        expect(code == 0, f'torchrun should start it again: {stderr[:2500]}')
+        lab.compare(out_dir)
         return ['restarted']
-    lost_line(code, err, seconds, 30)
-    lab.finish(launcher, out)
+    expect_lost_rank(code, stderr, seconds, 30)
+    lab.finish(launcher, out_dir)
     return []
 
 
-TRIALS = dict(kill=kill, term=stop(signal.SIGTERM), int=stop(signal.SIGINT), usr1=stop(signal.SIGUSR1), full=full,
-              flip=flip, nan=nan, freeze=freeze, lost=lost)
+TRIALS = dict(kill=kill, term=stop(signal.SIGTERM), int=stop(signal.SIGINT), hup=stop(signal.SIGHUP),
+              usr1=stop(signal.SIGUSR1), full=full, flip=flip, nan=nan, freeze=freeze, lost=lost)
 
 
 def run_trial(lab, launcher, name, key):
-    """Notes for the table, after as many tries as the fault takes to strike; Failure."""
+    """Run the trial again until its fault strikes. Returns notes for the table, or raises Failure."""
     for attempt in range(20):
         try:
             return TRIALS[name](lab, launcher, random.Random(f'{key} {attempt}'))
-        except Missed:
+        except FaultMissed:
             continue
     raise Failure('the fault never struck')
 
 
 def main():
     if fault not in (*FAULTS, 'mix'):
-        raise ValueError(f'fault={fault!r} is unknown; try {", ".join(FAULTS)} or mix')
-    if trials < 1 or ranks not in (1, 2) or workers < 1:
-        raise ValueError(f'trials={trials}, ranks={ranks}, workers={workers}: it takes at least 1 trial and worker, '
-                         f'and 1 or 2 ranks')
+        raise UserError(f'fault={fault!r} is unknown; try {", ".join(FAULTS)} or mix')
+    configurator.check_range(globals(), 'trials workers', 1)
+    configurator.check_range(globals(), 'ranks', 1, 2)
     plan = [(name, i) for i in range(trials) for name in (FAULTS if fault == 'mix' else [fault])][:trials]
+
+    def ranks_of(name):
+        return 2 if name in ON_TWO_RANKS else ranks
+
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='chaos-'))
-        labs = {n: Lab(Path(folder) / f'{n}-ranks', n) for n in {2 if name in ('freeze', 'lost') else ranks
-                                                                for name, _ in plan}}
+        labs = {n: Lab(Path(folder) / f'{n}-ranks', n) for n in sorted({ranks_of(name) for name, _ in plan})}
         for lab in labs.values():
             stack.callback(lab.close)
         tally, bar = Counter(), tqdm(total=len(plan), disable=None)
-        free = [{n: lab.launcher() for n, lab in labs.items()} for _ in range(workers)]
+        free_launchers = [{n: lab.new_launcher() for n, lab in labs.items()} for _ in range(workers)]
 
-        def one(job):
+        def work(job):
             name, i = job
-            n, launchers = 2 if name in ('freeze', 'lost') else ranks, free.pop()
-            began = time.monotonic()
+            n, launchers, began = ranks_of(name), free_launchers.pop(), time.monotonic()
             try:
                 for note in run_trial(labs[n], launchers[n], name, f'{seed} {name} {i}'):
                     tally[name, note] += 1
@@ -412,13 +375,13 @@ def main():
                 tally[name, 'failures'] += 1
                 bar.write(f'{name} {i} failed: {failure}')
             finally:
-                free.append(launchers)
+                free_launchers.append(launchers)
             tally[name, 'trials'] += 1
             tally[name, 'seconds'] += time.monotonic() - began
             bar.update()
 
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, plan))
+            list(pool.map(work, plan))
         bar.close()
     columns = ('trials', 'in save', 'both damaged', 'unread bytes', 'restarted', 'failures')
     print(f'{"fault":<8}' + ''.join(f'{column:>14}' for column in columns) + '   seconds each')
@@ -432,6 +395,6 @@ def main():
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
+    with console.report_errors():
         configurator.configure(globals(), sys.argv[1:])
         main()

@@ -1,11 +1,11 @@
-"""Runs a script of the project as a real process, with a fault wired in where one is asked for.
+"""Runs a script of the project as a real process, and injects a fault if one is asked for.
 
-    python launcher.py SCRIPT ARGUMENTS...     the fault comes as JSON in the variable FAULT
-    python launcher.py                         a server: imports PyTorch once and forks a process per request
+    python launcher.py SCRIPT ARGUMENTS...     the fault is JSON in the environment variable FAULT
+    python launcher.py                         a server: imports PyTorch once, and forks a process per request
 
-The project's files know nothing of this: the wrappers below stand between them and what they
-call. A fork starts in milliseconds where a fresh Python takes seconds to import PyTorch; it
-reads the project's files anew, has a pid of its own, and can be killed like any other.
+The project has no code for this: the functions below wrap what its files call. A fork starts in
+milliseconds, where a new Python takes seconds to import PyTorch. It reads the project's files anew,
+has a pid of its own, and can be killed like any other process.
 """
 
 import json
@@ -18,135 +18,146 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-RANK = 'RANK'
-SAVE_STEPS = ('writing', 'fsync file', 'replace previous', 'replace', 'fsync folder', 'done')
+SAVE_STEPS = ('write', 'sync file', 'rename previous', 'rename', 'sync folder', 'done')
 
 
-# Faults, in the process that they hit
+# Faults, in the process that they strike
 
-def install(fault):
-    """Wire in `fault`, a dict:
+def inject(fault):
+    """Make this process suffer `fault`, a dict:
 
-    kind: 'signal' (number, times), 'full', 'nan' (what: 'loss' or 'gradient'), or 'order'.
-    rank: which rank has it, 0 where absent. attempt: only in torchrun's so-and-so-many'th restart.
-    save: the how-many'th file that checkpoint.write writes, from 0; with step, one of
-    SAVE_STEPS, and offset, bytes of the file. Or iteration, counted from this process's start,
-    with delay in seconds and micros, the micro-batches of a rank per iteration. report: a file
-    for the time at which a signal struck, or for the order of the steps of all saves; each rank's
-    pid goes beside it.
+    kind: 'signal' (with number, and times it is sent), 'full disk', or 'not finite' (what: 'loss' or 'gradient').
+    rank: the rank that has it, 0 by default. A process that torchrun has restarted has none.
+
+    When it strikes: either save, the number of the checkpoint file, counted from 0, with step, one of
+    SAVE_STEPS, and offset, bytes into that file. Or iteration, counted from the start of this process,
+    with micro_steps, the micro-batches of a rank per iteration, and delay, seconds.
+    report: a file for the time at which a signal struck. Each rank's pid goes into a file beside it.
     """
-    if fault.get('rank', 0) != int(os.environ.get(RANK, 0)):
-        return
-    if fault.get('attempt', 0) != int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    if fault.get('rank', 0) != int(os.environ.get('RANK', 0)) or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
         return
     if 'iteration' in fault:
-        install_in_training(fault)
+        inject_into_training(fault)
     else:
-        install_in_save(fault)
+        inject_into_saves(fault)
 
 
-def hit(fault):
+def send_signal(fault):
     if 'report' in fault:
         Path(fault['report']).write_text(str(time.time()), encoding='utf-8')
     for _ in range(fault.get('times', 1)):
         os.kill(os.getpid(), fault['number'])
 
 
-def install_in_training(fault):
-    import model
-    forward, calls = model.GPT.forward, 0
+def inject_into_training(fault):
+    """Wrap GPT.forward, which training calls once per micro-batch."""
+    from model import GPT
+    forward, calls = GPT.forward, 0
 
-    def faulty(self, *arguments, **options):
+    def faulty_forward(self, *arguments, **options):
         nonlocal calls
         logits, loss = forward(self, *arguments, **options)
         if self.training:
-            if calls == fault['iteration'] * fault['micros']:
+            if calls == fault['iteration'] * fault['micro_steps']:
                 if fault['kind'] == 'signal':
-                    threading.Timer(fault.get('delay', 0), hit, [fault]).start()
+                    threading.Timer(fault.get('delay', 0), send_signal, [fault]).start()
                 elif fault['what'] == 'loss':
                     loss = loss * float('nan')
                 else:
                     loss.register_hook(lambda gradient: gradient * float('inf'))
             calls += 1
         return logits, loss
-    model.GPT.forward = faulty
+    GPT.forward = faulty_forward
 
 
-class Around:
-    """A module or an object as it is, but for the attributes given."""
+class Proxy:
+    """A module or an object with some of its attributes replaced."""
 
-    def __init__(self, inner, **ours):
-        self.__dict__.update(ours, inner=inner)
+    def __init__(self, target, **attributes):
+        self.__dict__.update(attributes, target=target)
 
     def __getattr__(self, name):
-        return getattr(self.inner, name)
+        return getattr(self.target, name)
 
     def __enter__(self):
-        self.inner.__enter__()
+        self.target.__enter__()
         return self
 
     def __exit__(self, *reason):
-        return self.inner.__exit__(*reason)
+        return self.target.__exit__(*reason)
 
 
-def install_in_save(fault):
-    """Around what checkpoint.write calls: open, the file's write, os.fsync and os.replace."""
-    import resource
-
-    import checkpoint
-    original, saves, order = checkpoint.write, -1, []
+def inject_into_saves(fault):
+    """Wrap each step of the atomic_write of one checkpoint. Other files that are written whole, such as
+    the cache beside a dataset, do not count and are left alone."""
+    from engine import checkpoint, files
+    atomic_write, saves = checkpoint.atomic_write, 0
 
     def reached(step):
-        if fault['kind'] == 'order':
-            order.append(step)
-        if fault['kind'] == 'signal' and saves == fault['save'] and step == fault['step']:
-            hit(fault)
+        if fault['kind'] == 'signal' and step == fault['step']:
+            send_signal(fault)
 
-    def opened(path, mode='r', **options):
+    def faulty_open(path, mode, **options):
         file, written = open(path, mode, **options), 0
 
         def write(data):
             nonlocal written
-            share = memoryview(data).cast('B')
-            until = fault.get('offset', 0) - written
-            if 0 <= until < len(share) and saves == fault['save'] and fault.get('step') == 'writing':
-                file.write(share[:until])
+            content = memoryview(data).cast('B')
+            first = fault.get('offset', 0) - written
+            if 0 <= first < len(content):
+                file.write(content[:first])
                 file.flush()
-                reached('writing')
-            written += len(share)
-            return file.write(data)
-        return Around(file, write=write)
+                reached('write')
+                file.write(content[first:])
+            else:
+                file.write(content)
+            written += len(content)
+            return len(content)
+        return Proxy(file, write=write)
 
-    def fsync(descriptor):
-        reached('fsync folder' if os.path.isdir(f'/proc/self/fd/{descriptor}') else 'fsync file')
+    def faulty_fsync(descriptor):
+        reached('sync folder' if os.path.isdir(f'/proc/self/fd/{descriptor}') else 'sync file')
         os.fsync(descriptor)
 
-    def replace(old, new):
-        reached('replace previous' if str(new).endswith(checkpoint.PREVIOUS) else 'replace')
+    def faulty_replace(old, new):
+        reached('rename previous' if Path(new).name == checkpoint.PREVIOUS else 'rename')
         os.replace(old, new)
 
-    def write(*arguments, **options):
+    @contextmanager
+    def faulty_atomic_write(path, *arguments):
         nonlocal saves
-        saves += 1
-        full = fault['kind'] == 'full' and saves == fault['save']
-        if full:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # the write then fails as on a full disk
-            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (fault['offset'], most))
+        is_struck, saves = saves == fault['save'], saves + 1
+        if not is_struck:
+            with atomic_write(path, *arguments) as file:
+                yield file
+            return
+        files.open, files.os = faulty_open, Proxy(os, fsync=faulty_fsync, replace=faulty_replace)
         try:
-            original(*arguments, **options)
+            with full_disk(fault['offset']) if fault['kind'] == 'full disk' else suppress():
+                with atomic_write(path, *arguments) as file:
+                    yield file
         finally:
-            if full:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            del files.open
+            files.os = os
         reached('done')
-        if fault['kind'] == 'order':
-            Path(fault['report']).write_text(json.dumps(order), encoding='utf-8')
-    checkpoint.open, checkpoint.os = opened, Around(os, fsync=fsync, replace=replace)
-    checkpoint.write = write
+    checkpoint.atomic_write = faulty_atomic_write
+
+
+@contextmanager
+def full_disk(offset):
+    """Writing beyond `offset` bytes of any file fails, as on a full disk."""
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # else the process would die of it
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (offset, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
 
 
 def run_script(script, arguments):
@@ -154,38 +165,39 @@ def run_script(script, arguments):
     sys.path[0] = str(Path(script).resolve().parent)
     fault = json.loads(os.environ.get('FAULT') or '{}')
     if 'report' in fault:
-        Path(f'{fault["report"]}.pid{os.environ.get(RANK, 0)}').write_text(str(os.getpid()), encoding='utf-8')
+        pid_file = Path(f'{fault["report"]}.pid{os.environ.get("RANK", 0)}')
+        pid_file.write_text(str(os.getpid()), encoding='utf-8')
     if fault:
-        install(fault)
+        inject(fault)
     runpy.run_path(script, run_name='__main__')
 
 
 # The server
 
 def serve():
-    import filelock, numpy, torch, tqdm                         # noqa: what every script takes long to import
-    import torch._dynamo, torch.nn.parallel, torch.distributed  # noqa: the first optimizer imports these
+    import filelock, numpy, torch, tqdm                         # noqa: what every script imports, and takes long
+    import torch._dynamo, torch.nn.parallel, torch.distributed  # noqa: what a first optimizer step imports
     for line in sys.stdin:
         request = json.loads(line)
-        store = hold_store(request['port']) if request['ranks'] > 1 else None
+        store = fork_store(request['port']) if request['ranks'] > 1 else None
         pids = [fork(request, rank) for rank in range(request['ranks'])]
         print(json.dumps(pids), flush=True)
         codes = {}
         while len(codes) < len(pids):
             pid, status = os.wait()
             codes[pid] = os.waitstatus_to_exitcode(status)
-            # as torchrun does: where one fails, the others are told to end
-            if codes[pid] and request['ranks'] > 1:
+            if codes[pid] and request['ranks'] > 1:             # torchrun ends the others too
                 for other in set(pids) - codes.keys():
                     os.kill(other, signal.SIGTERM)
         if store:
             os.kill(store, signal.SIGKILL)
             os.waitpid(store, 0)
         print(json.dumps([codes[pid] for pid in pids]), flush=True)
+    os._exit(0)                                                 # the clean-up of a usual exit takes seconds
 
 
-def hold_store(port):
-    """A process that holds the ranks' store, as torchrun does: it outlives each of them."""
+def fork_store(port):
+    """Start a process with the ranks' store. Like torchrun's, it outlives each rank."""
     pid = os.fork()
     if not pid:
         from torch.distributed import TCPStore
@@ -201,7 +213,8 @@ def fork(request, rank):
         return pid
     code = 1
     try:
-        for number, name in ((1, request['out']), (2, request['err'])):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)            # the tests may run under nohup
+        for number, name in ((1, request['stdout']), (2, request['stderr'])):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdin = open(os.devnull)
         os.chdir(request['folder'])
@@ -218,22 +231,21 @@ def fork(request, rank):
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with suppress(OSError):
                 stream.flush()
-            except OSError:
-                pass
         os._exit(code & 255)
 
 
 # The client
 
 @dataclass
-class Ended:
+class Result:
+    """How a run of one or several ranks ended."""
     codes: list         # exit code of each rank; minus the number of the signal that killed it
-    out: str
-    err: str
+    stdout: str
+    stderr: str
     seconds: float
-    hung: bool          # killed by us when it outlasted its limit
+    timed_out: bool     # True where it was killed after its timeout
 
     @property
     def code(self):
@@ -245,42 +257,47 @@ class Launcher:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        environment = {name: value for name, value in os.environ.items()
-                       if name not in ('PYTHONDONTWRITEBYTECODE', RANK, 'WORLD_SIZE', 'LOCAL_RANK')}
-        environment.update(OMP_NUM_THREADS='1', PYTHONUTF8='1')
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env=environment)
+                                       text=True, env=script_environment())
 
     def start(self, script, *arguments, ranks=1, fault=None, **environment):
-        """Start it; the pids of its ranks. `wait` must follow."""
-        self.streams = [self.folder / f'stdout-{self.server.pid}.txt', self.folder / f'stderr-{self.server.pid}.txt']
+        """Start a script. Returns the pid of each rank. `wait` must follow."""
+        self.streams = [self.folder / f'{name}-{self.server.pid}.txt' for name in ('stdout', 'stderr')]
         for path in self.streams:
             path.unlink(missing_ok=True)
         request = dict(folder=str(self.folder), script=script, arguments=[str(a) for a in arguments], ranks=ranks,
-                       out=str(self.streams[0]), err=str(self.streams[1]), port=free_port() if ranks > 1 else 0,
+                       stdout=str(self.streams[0]), stderr=str(self.streams[1]), port=free_port() if ranks > 1 else 0,
                        environment=dict(environment, FAULT=json.dumps(fault or {})))
         self.began = time.monotonic()
         print(json.dumps(request), file=self.server.stdin, flush=True)
         self.pids = json.loads(self.server.stdout.readline())
         return self.pids
 
-    def wait(self, limit=60):
-        hung = not select.select([self.server.stdout], [], [], limit)[0]
-        for pid in self.pids if hung else ():
+    def wait(self, timeout=60):
+        """The Result of what was started. It is killed after `timeout` seconds."""
+        timed_out = not select.select([self.server.stdout], [], [], timeout)[0]
+        for pid in self.pids if timed_out else ():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         codes = json.loads(self.server.stdout.readline())
-        out, err = (path.read_text(encoding='utf-8', errors='replace') for path in self.streams)
-        return Ended(codes, out, err, time.monotonic() - self.began, hung)
+        stdout, stderr = (path.read_text(encoding='utf-8', errors='replace') for path in self.streams)
+        return Result(codes, stdout, stderr, time.monotonic() - self.began, timed_out)
 
-    def run(self, script, *arguments, limit=60, **options):
+    def run(self, script, *arguments, timeout=60, **options):
         self.start(script, *arguments, **options)
-        return self.wait(limit)
+        return self.wait(timeout)
 
     def close(self):
         self.server.stdin.close()
         self.server.stdout.close()
         self.server.wait()
+
+
+def script_environment(**changes):
+    """The environment variables of a script: one thread, and nothing that torchrun has set."""
+    removed = ('PYTHONDONTWRITEBYTECODE', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    return {**environment, 'OMP_NUM_THREADS': '1', 'PYTHONUTF8': '1', **changes}
 
 
 def free_port():

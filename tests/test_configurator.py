@@ -1,6 +1,10 @@
+import sys
+
 import pytest
+import harness  # noqa: F401, puts the project on sys.path
 
 import configurator
+from engine.errors import UserError
 
 SCRIPT = '''"""A script.
 
@@ -24,22 +28,25 @@ def main():
 
 @pytest.fixture
 def script(tmp_path):
+    """The globals of a small script."""
     path = tmp_path / 'script.py'
     path.write_text(SCRIPT)
     return {'__file__': str(path), 'width': 4, 'rate': 1e-3, 'name': 'a=b', 'fast': 'auto', 'quiet': False}
 
 
-def config(script, text):
+def write_config(script, text):
     path = script['__file__'].replace('script.py', 'some_config.py')
-    with open(path, 'w') as file:
-        file.write(text)
+    with open(path, 'wb') as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
     return path
 
 
+# Settings
+
 def test_files_and_flags_apply_from_left_to_right(script):
-    file = config(script, 'width = 8\nrate = 1')
-    given = configurator.configure(script, ['--width=6', '--rate=0.5', file, '--rate=2'])
-    assert given == {'width': 8, 'rate': 2.0} and type(given['rate']) is float
+    file = write_config(script, 'width = 8\nrate = 1')
+    overrides = configurator.configure(script, ['--width=6', '--rate=0.5', file, '--rate=2'])
+    assert overrides == {'width': 8, 'rate': 2.0} and type(overrides['rate']) is float
     assert (script['width'], script['rate'], script['name']) == (8, 2.0, 'a=b')
 
 
@@ -53,33 +60,82 @@ def test_a_flag_means_what_it_spells(script, flag, name, value):
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--widht=3', 'did you mean width'), ('--width=3.5', 'whole number'), ('--width=None', 'whole number'),
-    ('--width=wide', 'whole number'), ('--rate=fast', 'a number'), ('--quiet=1', 'True or False'), ('--width', '--width=4'),
-    ('--width=', 'whole number'), ('--__file__=x', 'no setting'), ('--main=1', 'no setting'), ('nowhere.py', 'nowhere.py')])
+    ('--widht=3', "there is no setting 'widht'; did you mean width"), ('--width=3.5', 'width=3.5 should be a whole number'),
+    ('--width=None', 'width=None should be a whole number'), ('--width=wide', "width='wide' should be a whole number"),
+    ('--rate=fast', "rate='fast' should be a number"), ('--quiet=1', 'True or False'), ('--quiet=yes', 'True or False'),
+    ('--width', '--width lacks its value, as in --width=4'), ('--width=', 'whole number'), ('--__file__=x', 'no setting'),
+    ('--main=1', 'no setting'), ('--rate=' + '[' * 9999, 'a number'), ('nowhere.py', "no config file 'nowhere.py'"),
+    ('a\0b', 'no config file'), ('x' * 9999, 'no config file')])
 def test_a_mistake_is_named(script, flag, words):
     before = dict(script)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         configurator.configure(script, ['--rate=1', flag])
     assert script == before                                     # nothing is half applied
 
 
+def test_positional_arguments_are_folders_where_a_script_takes_them(script):
+    folders = []
+    assert configurator.configure(script, ['out-a', '--width=5', 'out-b'], positional=folders) == {'width': 5}
+    assert folders == ['out-a', 'out-b']
+
+
 def test_a_config_is_python_over_a_copy_of_the_defaults(script):
-    file = config(script, 'import math\nfrom os import path as p\n_half = width // 2\nwidth = _half + int(math.sqrt(9))\n'
-                          'quiet = __file__.endswith("some_config.py")')
+    file = write_config(script, 'import math\nfrom os import path as p\n_half = width // 2\n'
+                                'width = _half + int(math.sqrt(9))\nquiet = __file__.endswith("some_config.py")')
     assert configurator.configure(script, [file]) == {'width': 5, 'quiet': True}
 
 
 @pytest.mark.parametrize('text, words', [
-    ('width = 1\nwdith = 2', 'did you mean width'), ('width =', 'line 1'), ('width = 1\nrate = 1 / 0', 'line 2.*division'),
-    ('rate = "high"', 'a number'), ('width = True', 'whole number'), ('fast = None', 'text')])
+    ('width = 1\nwdith = 2', "there is no setting 'wdith'; did you mean width"), ('width =', 'line 1: SyntaxError'),
+    ('width = 1\nrate = = 1', 'line 2: SyntaxError'), ('width = 1\nrate = 1 / 0', 'line 2: ZeroDivisionError: division'),
+    ('rate = "high"', "rate='high' should be a number"), ('\n\nwidth = "four"', "width='four' should be a whole number"),
+    ('width = True', 'whole number'), ('fast = None', 'text'), ('import sys\nsys.exit(0)', 'line 2: SystemExit'),
+    ('x\0y', ''), (b'width = 4 # \xff\xfe', 'UnicodeDecodeError')])
 def test_a_mistake_in_a_config_names_the_file(script, text, words):
-    with pytest.raises(ValueError, match=f'some_config.py.*{words}'):
-        configurator.configure(script, [config(script, text)])
+    with pytest.raises(UserError, match=f'some_config.py.*{words}'):
+        configurator.configure(script, [write_config(script, text)])
 
 
-def test_a_setting_given_at_its_default_counts_as_given(script):
-    assert configurator.configure(script, [config(script, 'width = 4'), '--quiet=False']) == {'width': 4, 'quiet': False}
+def test_a_setting_named_at_its_default_counts_as_an_override(script):
+    file = write_config(script, 'width = 4')
+    assert configurator.configure(script, [file, '--quiet=False']) == {'width': 4, 'quiet': False}
 
+
+def test_bare_names_are_found_in_config():
+    assert configurator.find_config('eval_gpt2').name == 'eval_gpt2.py'
+    for name in ('train_shakespear_char', 'train_shakespeare'):
+        with pytest.raises(UserError, match='did you mean train_shakespeare_char'):
+            configurator.find_config(name)
+
+
+@pytest.mark.parametrize('limits, words', [
+    (dict(low=5), 'width=4 should be at least 5'), (dict(high=3), 'width=4 should be at most 3'),
+    (dict(low=5, high=1000000), 'at least 5 and at most 1,000,000'), (dict(above=4), 'above 4'), (dict(below=4), 'below 4')])
+def test_a_value_out_of_its_range_is_refused(script, limits, words):
+    configurator.check_range(script, 'width rate', -1, 4)
+    with pytest.raises(UserError, match=words):
+        configurator.check_range(script, 'width', **limits)
+    with pytest.raises(UserError, match='rate=nan'):
+        configurator.check_range(dict(script, rate=float('nan')), 'rate')
+
+
+def test_saved_settings_come_back_but_for_overrides_and_those_of_this_command(script):
+    saved = dict(width=9, rate=0.5, name='saved', quiet=True, unknown=1, fast=7)
+    overrides = configurator.configure(script, ['--width=6', '--rate=0.5'])
+    differences = configurator.restore_settings(script, saved, overrides, keep=('name',))
+    assert differences == ['width 9 -> 6']
+    assert configurator.snapshot(script) == dict(width=6, rate=0.5, name='a=b', fast='auto', quiet=True)
+    assert 'unknown' not in script
+
+
+def test_the_settings_are_told_in_lines_of_a_terminal():
+    assert configurator.describe_settings({}) == 'settings: defaults'
+    lines = configurator.describe_settings({f'setting_{i}': i for i in range(20)}).splitlines()
+    assert len(lines) > 1 and all(len(line) <= 110 for line in lines)
+    assert ' '.join(line.strip() for line in lines) == 'settings: ' + ', '.join(f'setting_{i}={i}' for i in range(20))
+
+
+# Help
 
 def test_help_shows_every_setting_with_its_comment(script, capsys):
     with pytest.raises(SystemExit) as end:
@@ -90,15 +146,14 @@ def test_help_shows_every_setting_with_its_comment(script, capsys):
     assert 'channels; more is slower and better' in shown and 'hidden' not in shown and 'python script.py' in shown
 
 
-def test_bare_names_are_found_in_config():
-    assert configurator.find_config('eval_gpt2').name == 'eval_gpt2.py'
-    with pytest.raises(ValueError, match='did you mean train_shakespeare_char'):
-        configurator.find_config('train_shakespear_char')
-
-
-@pytest.mark.parametrize('script, name, default', [('train.py', 'learning_rate', 6e-4), ('train.py', 'max_iters', 600000),
-                                                   ('sample.py', 'top_k', 200), ('bench.py', 'profile', False)])
-def test_the_real_scripts_show_their_settings(workspace, script, name, default):
+@pytest.mark.parametrize('script, lines', [
+    ('train.py', ['--learning_rate=0.0006', '--max_iters=600000',
+                  'usage: python train.py CONFIG_FILE ... [--SETTING=VALUE ...]']),
+    ('sample.py', ['--top_k=200']), ('bench.py', ['--profile=False']),
+    ('plot.py', ["--picture=''", 'usage: python plot.py FOLDER ...']),
+    ('export.py', ['usage: python export.py FOLDER ...']),
+    ('data/stdlib_char/prepare.py', ['usage: python data/stdlib_char/prepare.py'])])
+def test_the_real_scripts_show_their_settings(workspace, script, lines):
     shown = workspace.run(script, '--help').stdout
-    assert f'--{name}={default}' in shown
-    assert workspace.run(script, f'--{name}x=1', code=2).stderr.count('\n') == 1
+    assert all(line in shown for line in lines), shown
+    assert workspace.run(script, '--no_such_setting=1', code=2).stderr.count('\n') == 1

@@ -1,146 +1,101 @@
-"""Injected faults, a bounded number of each: `python tests/chaos.py` runs as many as are asked for."""
+"""Injected faults, a few of each kind. `python tests/chaos.py` runs as many as are asked for."""
 
-import itertools
-import json
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 if sys.platform != 'linux':
     pytest.skip('faults are injected with fork and /proc', allow_module_level=True)
 
 import chaos
-import checkpoint
+from harness import is_walk, read_records, script_settings
+
+from engine import checkpoint
+from engine.errors import UserError
 
 
-@pytest.fixture(scope='module')
-def lab(tmp_path_factory):
-    lab = chaos.Lab(tmp_path_factory.mktemp('chaos') / 'one', 1)
-    yield lab
-    lab.close()
-
-
-@pytest.fixture(scope='module')
-def pair(tmp_path_factory):
-    lab = chaos.Lab(tmp_path_factory.mktemp('chaos') / 'two', 2)
-    yield lab
-    lab.close()
-
-
-@pytest.mark.parametrize('fault, trials', [('kill', 4), ('term', 1), ('int', 1), ('usr1', 1), ('full', 2),
+@pytest.mark.parametrize('fault, trials', [('kill', 4), ('term', 1), ('int', 1), ('hup', 1), ('usr1', 1), ('full', 2),
                                            ('flip', 4), ('nan', 2)])
-def test_fault_leaves_nothing_lost(lab, fault, trials):
+def test_a_fault_loses_nothing(lab, fault, trials):
     for i in range(trials):
-        chaos.run_trial(lab, lab.launchers[0], fault, f'{fault} {i}')
+        chaos.run_trial(lab, lab.launcher, fault, f'{fault} {i}')
 
 
 @pytest.mark.parametrize('fault', ['kill', 'term', 'full', 'nan'])
-def test_fault_on_one_of_two_ranks_leaves_nothing_lost(pair, fault):
-    chaos.run_trial(pair, pair.launchers[0], fault, fault)
+def test_a_fault_on_one_of_two_ranks_loses_nothing(two_rank_lab, fault):
+    chaos.run_trial(two_rank_lab, two_rank_lab.launcher, fault, fault)
 
 
 @pytest.mark.parametrize('step', chaos.SAVE_STEPS)
-def test_kill_at_each_step_of_a_save(lab, step):
-    out = lab.new_out()
-    ended = lab.launchers[0].run('train.py', *lab.flags(out), fault=dict(
+def test_a_kill_at_each_step_of_a_save_loses_nothing(lab, step):
+    out_dir = lab.new_out_dir()
+    result = lab.resume(lab.launcher, out_dir, fault=dict(
         kind='signal', number=signal.SIGKILL, save=4, step=step, offset=100_000))
-    assert ended.codes == [-signal.SIGKILL]
-    lab.finish(lab.launchers[0], out)
+    assert result.codes == [-signal.SIGKILL]
+    iterations = [checkpoint.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
+    assert iterations == [10 if step in ('sync folder', 'done') else 5, 10]
+    lab.finish(lab.launcher, out_dir)
 
 
-def test_lost_rank_is_started_again_by_torchrun(pair):
-    out = pair.new_out()
-    fault = dict(kind='signal', number=signal.SIGKILL, rank=1, iteration=7, micros=1)
-    code, err, _ = chaos.torchrun(pair, out, fault, '--max-restarts=1', timeout=20)
-    assert code == 0, err[:3000]
-    pair.compare(out)
+def test_a_lost_rank_is_started_again_by_torchrun(two_rank_lab):
+    out_dir = two_rank_lab.new_out_dir()
+    fault = dict(kind='signal', number=signal.SIGKILL, rank=1, iteration=7, micro_steps=1)
+    code, stderr, _ = chaos.run_torchrun(two_rank_lab, out_dir, fault, '--max-restarts=1', timeout=20)
+    assert code == 0, stderr[:3000]
+    two_rank_lab.compare(out_dir)
 
 
-def test_frozen_rank_ends_the_other(pair):
-    out = pair.new_out()
-    launcher = pair.launchers[0]
-    pids = launcher.start('train.py', *pair.flags(out, rank_timeout=3), ranks=2, fault=dict(
-        kind='signal', number=signal.SIGSTOP, rank=1, iteration=7, micros=1))
+def test_a_frozen_rank_ends_the_other(two_rank_lab):
+    lab, launcher, out_dir = two_rank_lab, two_rank_lab.launcher, two_rank_lab.new_out_dir()
+    pids = launcher.start('train.py', *lab.flags(out_dir, rank_timeout=3), ranks=2, fault=dict(
+        kind='signal', number=signal.SIGSTOP, rank=1, iteration=7, micro_steps=1))
     while chaos.is_running(pids[0]):
         time.sleep(0.1)
     os.kill(pids[1], signal.SIGKILL)
-    ended = launcher.wait()
-    assert ended.codes == [1, -signal.SIGKILL] and ended.seconds < 33
-    assert ended.err.count('\n') == 1 and 'another rank did not answer within --rank_timeout' in ended.err
-    pair.finish(launcher, out)
+    result = launcher.wait()
+    assert result.codes == [1, -signal.SIGKILL] and not result.timed_out
+    assert result.stderr.count('\n') == 1 and 'another rank did not answer within --rank_timeout' in result.stderr
+    lab.finish(launcher, out_dir)
 
 
-# The order of a save, and a loss of power in it
+def test_the_command_counts_its_trials(lab, monkeypatch, capsys):
+    """And exits with 1 if any of them failed."""
+    class SharedLab:                                    # the command makes and closes labs of its own
+        def __init__(self, folder, ranks):
+            self.new_out_dir, self.resume, self.finish = lab.new_out_dir, lab.resume, lab.finish
+            self.stopped, self.micro_steps, self.ranks = lab.stopped, lab.micro_steps, lab.ranks
 
-def test_every_file_is_synced_before_it_gets_its_name(lab, tmp_path):
-    report = tmp_path / 'order.json'
-    ended = lab.launchers[0].run('train.py', *lab.flags(lab.new_out(), max_iters=5),
-                                 fault=dict(kind='order', save=-1, report=str(report)))
-    assert ended.code == 0, ended.err
-    model = ['fsync file', 'replace', 'fsync folder', 'done']
-    assert json.loads(report.read_text()) == model + model + ['fsync file', 'replace previous', *model[1:]]
+        def new_launcher(self):
+            return lab.launcher
 
-
-def test_power_loss_at_any_point_of_a_save(tmp_path, monkeypatch):
-    """Of the folder only what was synced is sure to survive: any part of the renames since may have
-    reached the disk, in their order. Each such folder loads as the state before or the new one."""
-    def state(i):
-        return dict(model={'w': torch.full((4,), float(i))}, model_args={}, iter_num=i, best_val_loss=1.0,
-                    optimizer={}, scaler={})
-    monkeypatch.setattr(checkpoint, 'check', lambda payload, path, needed: payload)
-    for i in (5, 10):
-        checkpoint.write(tmp_path / 'state.pt', state(i), keep_as='state.prev.pt')
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    steps = []
-    replace = os.replace
-    monkeypatch.setattr(os, 'replace', lambda a, b: (steps.append((Path(a).name, Path(b).name)), replace(a, b)))
-    checkpoint.write(tmp_path / 'state.pt', state(15), keep_as='state.prev.pt')
-    new = (tmp_path / 'state.pt').read_bytes()
-    assert steps == [('state.pt', 'state.prev.pt'), ('state.pt.tmp', 'state.pt')]
-    for done, half in itertools.product(range(len(steps) + 1), (0, len(new) // 2, len(new))):
-        if done and half < len(new):
-            continue                                    # it was synced before the first rename
-        disk = dict(before, **{'state.pt.tmp': new[:half]})
-        for old, name in steps[:done]:
-            disk[name] = disk.pop(old)
-        for path in tmp_path.iterdir():
-            path.unlink()
-        for name, data in disk.items():
-            (tmp_path / name).write_bytes(data)
-        loaded, _ = checkpoint.load_state(tmp_path)
-        assert loaded['iter_num'] == (15 if done == 2 else 10)
+        def close(self):
+            pass
+    monkeypatch.setattr(chaos, 'Lab', SharedLab)
+    for failing, code in ((False, 0), (True, 1)):
+        if failing:
+            monkeypatch.setattr(chaos, 'expect_one_line', lambda *arguments: chaos.expect(False, 'two lines'))
+        with script_settings(chaos, '--trials=2', '--fault=nan', '--workers=1'), pytest.raises(SystemExit) as end:
+            chaos.main()
+        shown = capsys.readouterr().out
+        assert end.value.code == code and f'2 trials, {2 * failing} failures' in shown
+    for flag, words in (('--fault=fire', "fault='fire' is unknown"), ('--ranks=3', 'ranks=3 should be'),
+                        ('--trials=0', 'trials=0 should be')):
+        with script_settings(chaos, flag), pytest.raises(UserError, match=words):
+            chaos.main()
 
 
-# What else must survive
-
-def test_best_checkpoint_is_kept_and_best_loss_survives(lab):
-    """A learning rate that ruins the model: ckpt.pt stays the one of the lowest validation loss."""
-    out, launcher = lab.new_out(), lab.launchers[0]
-    flags = lab.flags(out, always_save_checkpoint=False, init_from='auto')
-    assert launcher.run('train.py', *flags).code == 0
-    best = checkpoint.load_model(out)
-    ruin = [*flags, '--max_iters=30', '--learning_rate=10', '--decay_lr=False', '--grad_clip=0']
-    assert launcher.run('train.py', *ruin).code == 0
-    after, state = checkpoint.load_model(out), checkpoint.load_state(out)[0]
-    losses = [line['val_loss'] for line in chaos.read_losses(out) if 'val_loss' in line]
-    assert losses[-1] > losses[-3] and state['iter_num'] == 30
-    assert after['iter_num'] == best['iter_num'] == 20
-    assert after['best_val_loss'] == state['best_val_loss'] == min(losses[1:])
-    assert all(torch.equal(a, b) for a, b in zip(after['model'].values(), best['model'].values()))
-
+# What else must not stop a run
 
 def test_training_goes_on_without_its_metrics(lab):
-    out = lab.new_out()
-    (out / 'metrics.jsonl').mkdir(parents=True)
-    ended = lab.launchers[0].run('train.py', *lab.flags(out))
-    assert ended.code == 0 and ended.out.count('metrics.jsonl cannot be written') == 1
+    out_dir = lab.new_out_dir()
+    (out_dir / 'metrics.jsonl').mkdir(parents=True)
+    result = lab.train(out_dir)
+    assert result.stdout.count('metrics.jsonl cannot be written') == 1
     for name in ('state.pt', 'ckpt.pt'):
-        assert not chaos.compare_values(checkpoint.read(out / name), checkpoint.read(lab.reference / name), name)
+        assert not chaos.compare_values(checkpoint.read(out_dir / name), checkpoint.read(lab.reference / name), name)
 
 
 WANDB = '''
@@ -159,16 +114,25 @@ class Run:
 '''
 
 
-@pytest.mark.parametrize('init, says', [
+@pytest.mark.parametrize('init, warning', [
     ("raise RuntimeError('not logged in')", 'wandb is off (RuntimeError: not logged in)'),
     ("return Run()", 'wandb is off (OSError: no network)')])
-def test_training_goes_on_without_wandb(lab, init, says):
-    stub, out = lab.folder / 'wandb.py', lab.new_out()
+def test_training_goes_on_without_wandb(lab, init, warning):
+    stub, out_dir = lab.folder / 'wandb.py', lab.new_out_dir()
     stub.write_text(WANDB.replace('{init}', init), encoding='utf-8')
-    ended = lab.launchers[0].run('train.py', *lab.flags(out, wandb_log=True))
+    result = lab.train(out_dir, '--wandb_log=True')
     stub.unlink()
-    assert ended.code == 0 and ended.out.count(says) == 1 and not ended.err
-    assert chaos.read_losses(out) == chaos.read_losses(lab.reference)
+    assert result.stdout.count(warning) == 1 and not result.stderr
+    assert read_records(out_dir) == read_records(lab.reference)
+
+
+def test_a_stopped_run_can_be_sampled(lab):
+    """One that was killed before its first ckpt.pt too."""
+    out_dir = lab.new_out_dir(lab.stopped)
+    (out_dir / 'ckpt.pt').unlink()
+    result = lab.run('sample.py', f'--out_dir={out_dir}', '--device=cpu', '--start=abc', '--num_samples=1',
+                     '--temperature=0')
+    assert is_walk(result.stdout.split('\n---')[0])
 
 
 # Resuming with other settings
@@ -178,32 +142,31 @@ def test_training_goes_on_without_wandb(lab, init, says):
     (['--learning_rate=0.02'], False), (['--lr_decay_iters=30'], False), (['--weight_decay=0.5'], False),
     (['--beta1=0.5'], False), (['--beta2=0.99'], False), (['--dropout=0.0'], False), (['--batch_size=4'], False),
     (['--gradient_accumulation_steps=4'], False), (['--block_size=16'], False)])
-def test_resuming_with_another_setting_takes_effect(lab, flags, same):
-    out = lab.new_out(lab.stopped)
-    ended = lab.launchers[0].run('train.py', *lab.flags(out, init_from='resume'), *flags)
-    assert ended.code == 0, ended.err
-    losses = {line['iter']: line['loss'] for line in chaos.read_losses(out) if 'loss' in line}
-    without = {line['iter']: line['loss'] for line in chaos.read_losses(lab.reference) if 'loss' in line}
-    assert (losses == without) == same
-    assert all(losses[i] == without[i] for i in range(10))
+def test_a_setting_that_is_named_anew_takes_effect(lab, flags, same):
+    out_dir = lab.new_out_dir(lab.stopped)
+    result = lab.run('train.py', f'--out_dir={out_dir}', '--init_from=resume', '--device=cpu', *flags)
+    losses = {record['iter']: record['loss'] for record in read_records(out_dir) if 'loss' in record}
+    expected = {record['iter']: record['loss'] for record in read_records(lab.reference) if 'loss' in record}
+    assert (losses == expected) == same
+    assert all(losses[i] == expected[i] for i in range(10))
+    changes = [line for line in result.stdout.splitlines() if line.startswith('note:') and ' -> ' in line]
+    assert len(changes) == (flags != ['--n_layer=2'])
 
 
-def test_the_shape_comes_from_the_checkpoint_and_a_conflict_is_said(lab):
-    out = lab.new_out(lab.stopped)
-    ended = lab.launchers[0].run('train.py', *lab.flags(out, init_from='resume'), '--n_layer=3', '--bias=True')
-    assert ended.code == 0, ended.err
+def test_the_shape_comes_from_the_checkpoint_and_a_conflict_is_printed(lab):
+    out_dir = lab.new_out_dir(lab.stopped)
+    result = lab.train(out_dir, '--init_from=resume', '--n_layer=3', '--bias=True')
     for name, typed, kept in (('n_layer', 3, 2), ('bias', True, False)):
-        assert f'note: {name}={typed} does not count, the weights have {name}={kept}' in ended.out
+        assert f'note: {name}={typed} has no effect, the weights have {name}={kept}' in result.stdout
     assert not chaos.compare_values(
-        *(checkpoint.read(folder / 'state.pt')['model'] for folder in (out, lab.reference)), 'model')
+        *(checkpoint.read(folder / 'state.pt')['model'] for folder in (out_dir, lab.reference)), 'model')
 
 
-def test_number_of_ranks_may_change(lab):
-    """The same global batch from one rank or two, and losses that agree to rounding (no dropout)."""
+def test_the_number_of_ranks_may_change(lab):
+    """The same global batch on one rank or two, and losses that agree to rounding (no dropout)."""
     curves = []
     for ranks in (1, 2):
-        out = lab.new_out(lab.stopped)
-        ended = lab.launchers[0].run('train.py', *lab.flags(out, init_from='resume', dropout=0.0), ranks=ranks)
-        assert set(ended.codes) == {0}, ended.err
-        curves.append([line['loss'] for line in chaos.read_losses(out) if line['iter'] >= 10 and 'loss' in line])
+        out_dir = lab.new_out_dir(lab.stopped)
+        lab.train(out_dir, '--init_from=resume', '--dropout=0.0', ranks=ranks)
+        curves.append([record['loss'] for record in read_records(out_dir) if record['iter'] >= 10 and 'loss' in record])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

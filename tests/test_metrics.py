@@ -1,68 +1,80 @@
 import json
+import math
+import signal
 import sys
 import types
 
-import metrics
+import pytest
+import torch
+
+from engine import distributed, metrics
+from engine.errors import RunError
+from engine.metrics import MetricsWriter, StepLog, read_metrics
 
 
-def log(folder, start, evaluated, stop, said=None, **options):
-    run = metrics.Metrics(folder, start, evaluated, (said if said is not None else []).append, **options)
+def write_run(folder, start, evaluated, stop, warnings=None, **options):
+    """The records of iterations start to stop: an evaluation every 5, and every step."""
+    writer = MetricsWriter(folder, start, evaluated, (warnings if warnings is not None else []).append, **options)
     for i in range(start, stop):
         if i % 5 == 0 and not (evaluated and i == start):
-            run.log(i, val_loss=float(i))
-        run.log(i, loss=float(i))
-    run.close()
-    return run
+            writer.write(i, val_loss=float(i))
+        writer.write(i, loss=float(i))
+    writer.close()
+    return writer
 
 
-def test_a_resumed_log_is_that_of_a_run_that_never_stopped(tmp_path):
+# metrics.jsonl
+
+def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
     (tmp_path / 'a').mkdir(), (tmp_path / 'b').mkdir()
-    log(tmp_path / 'a', 0, False, 20)
-    log(tmp_path / 'b', 0, False, 13)                   # stopped at 13, with its state of 10
+    write_run(tmp_path / 'a', 0, False, 20)
+    write_run(tmp_path / 'b', 0, False, 13)             # stopped at 13, with its state of 10
     with open(tmp_path / 'b' / 'metrics.jsonl', 'a') as file:
         file.write('{"iter": 13, "lo')                  # torn off by a crash
-    log(tmp_path / 'b', 10, True, 20)
-    straight, resumed = (metrics.read_metrics(tmp_path / name / 'metrics.jsonl') for name in 'ab')
+    write_run(tmp_path / 'b', 10, True, 20)
+    straight, resumed = (read_metrics(tmp_path / name / 'metrics.jsonl') for name in 'ab')
     assert [{**r, 'seconds': 0} for r in straight] == [{**r, 'seconds': 0} for r in resumed]
 
 
 def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
-    """One a record here; those between the last state and the stop are lost, and the stop itself is not counted."""
+    """One per record here. Those between the last state and the stop are lost, and the pause is not counted."""
     clock = iter(range(100, 10 ** 6))
     monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(clock))
-    log(tmp_path, 1, False, 4)                          # iterations 1 to 3 at 1, 2, 3 seconds
+    write_run(tmp_path, 1, False, 4)                    # iterations 1 to 3 at 1, 2, 3 seconds
     for _ in range(1000):
         next(clock)
-    log(tmp_path, 3, False, 5)                          # 3 and 4 once more
-    log(tmp_path, 5, True, 6)
-    assert [(r['iter'], r['seconds']) for r in metrics.read_metrics(tmp_path / 'metrics.jsonl')] == [
+    write_run(tmp_path, 3, False, 5)                    # 3 and 4 once more
+    write_run(tmp_path, 5, True, 6)
+    assert [(r['iter'], r['seconds']) for r in read_metrics(tmp_path / 'metrics.jsonl')] == [
         (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
 
 
-def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path):
-    """A clock that earlier versions did not write, or that a damaged file has, is no clock."""
-    for seconds in ('', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"', ', "seconds": 1e300', ', "seconds": true'):
-        (tmp_path / 'metrics.jsonl').write_text('{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000))
-        log(tmp_path, 1, False, 3)
-        records = metrics.read_metrics(tmp_path / 'metrics.jsonl')
-        assert [r['iter'] for r in records] == [0, 1, 2] and [r['seconds'] for r in records[1:]] == [None, None]
-        assert metrics.draw([tmp_path], tmp_path / 'loss.png') == [tmp_path]
+@pytest.mark.parametrize('seconds', ['', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"',
+                                     ', "seconds": 1e300', ', "seconds": true'])
+def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path, seconds):
+    """A damaged clock, or one that earlier versions did not write, is no clock."""
+    (tmp_path / 'metrics.jsonl').write_text('{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000))
+    write_run(tmp_path, 1, False, 3)
+    records = read_metrics(tmp_path / 'metrics.jsonl')
+    assert [r['iter'] for r in records] == [0, 1, 2] and [r['seconds'] for r in records[1:]] == [None, None]
 
 
 def test_what_is_not_finite_stays_json(tmp_path):
-    run = metrics.Metrics(tmp_path, 0, False, print)
-    run.log(0, loss=float('inf'), mfu=None)
-    run.close()
+    writer = MetricsWriter(tmp_path, 0, False, print)
+    writer.write(0, loss=float('inf'), mfu=None)
+    writer.close()
     record = json.loads((tmp_path / 'metrics.jsonl').read_text())
-    assert 0 <= record.pop('seconds') < 1 and record == {'iter': 0, 'loss': None, 'mfu': None}
+    assert record.pop('seconds') >= 0 and record == {'iter': 0, 'loss': None, 'mfu': None}
 
 
-def test_a_file_that_cannot_be_written_is_said_once(tmp_path):
+def test_a_file_that_cannot_be_written_warns_once(tmp_path):
     (tmp_path / 'metrics.jsonl').mkdir()
-    said = []
-    log(tmp_path, 0, False, 3, said)
-    assert len(said) == 1 and 'metrics.jsonl cannot be written' in said[0]
+    warnings = []
+    write_run(tmp_path, 0, False, 3, warnings)
+    assert len(warnings) == 1 and 'metrics.jsonl cannot be written' in warnings[0]
 
+
+# wandb
 
 def fake_wandb(monkeypatch, fail_at=None):
     """A stand-in for wandb that records calls, and fails from call number fail_at on."""
@@ -81,30 +93,101 @@ def fake_wandb(monkeypatch, fail_at=None):
 
     def init(**arguments):
         calls.append(arguments)
+        assert not sys.stdin.isatty() and sys.stdin.read() == '', 'wandb could ask a question'
         if fail_at == 0:
             raise RuntimeError('not logged in')
         return Run()
     monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
-    monkeypatch.setenv('WANDB_API_KEY', 'x' * 40)
     return calls
 
 
-def test_wandb_gets_the_same_numbers_and_its_faults_end_nothing(tmp_path, monkeypatch):
-    calls = fake_wandb(monkeypatch)
-    run = log(tmp_path, 0, False, 3, wandb_run=dict(project='p', id='run1', resume='allow'))
+def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
+    calls, terminal = fake_wandb(monkeypatch), sys.stdin
+    writer = write_run(tmp_path, 0, False, 3, wandb_run=dict(project='p', id='run1', resume='allow'))
     assert calls[0]['id'] == 'run1' and calls[1:] == [(0, {'val_loss': 0.0}), (0, {'loss': 0.0}), (1, {'loss': 1.0}),
                                                       (2, {'loss': 2.0}), 'finish']
-    assert run.wandb_id == 'run1'
-    for fail_at in (0, 2):
-        said = []
-        fake_wandb(monkeypatch, fail_at)
-        log(tmp_path, 0, False, 8, said, wandb_run=dict(project='p'))
-        assert len(said) == 1 and 'wandb is off' in said[0]
-    assert len(metrics.read_metrics(tmp_path / 'metrics.jsonl')) == 10
+    assert writer.wandb_id == 'run1' and sys.stdin is terminal
 
 
-def test_curves_are_drawn(trained):
-    trained.run('metrics.py', 'out-toy')
-    picture = (trained.folder / 'out-toy' / 'loss.png').read_bytes()
-    assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10000
-    assert 'nowhere holds no metrics.jsonl' in trained.run('metrics.py', 'nowhere', code=2).stderr
+@pytest.mark.parametrize('fail_at, words', [(0, 'not logged in'), (2, 'the network is gone')])
+def test_a_failure_of_wandb_warns_once_and_stops_nothing(tmp_path, monkeypatch, fail_at, words):
+    warnings = []
+    fake_wandb(monkeypatch, fail_at)
+    write_run(tmp_path, 0, False, 8, warnings, wandb_run=dict(project='p'))
+    assert len(warnings) == 1 and 'wandb is off' in warnings[0] and words in warnings[0]
+    assert len(read_metrics(tmp_path / 'metrics.jsonl')) == 10
+
+
+# The log of steps
+
+class Writer:
+    def __init__(self):
+        self.records = []
+
+    def write(self, iter_num, **numbers):
+        self.records.append((iter_num, numbers))
+
+
+def new_log(world_size=1, dtype='float32', is_gpu=False, **options):
+    """A StepLog whose environment has world_size equal ranks, and the lines and records that it writes."""
+    env, writer, lines = distributed.start(device='cpu'), Writer(), []
+    env.dtype, env.world_size, env.all_reduce = dtype, world_size, lambda tensor: tensor * world_size
+    defaults = dict(tokens=100, flops=1e6, log_interval=1, max_iters=10, advice='Help.')
+    log = StepLog(env, writer, lines.append, **{**defaults, **options})
+    return log, writer.records, lines
+
+
+def step(loss, grad_norm=1.0):
+    return {'loss': torch.tensor(loss), 'grad_norm': torch.tensor(grad_norm)}
+
+
+@pytest.mark.parametrize('world_size', [1, 4])
+def test_a_log_has_the_mean_over_the_ranks_at_its_interval(world_size):
+    log, records, lines = new_log(world_size, log_interval=2)
+    for i in range(5):
+        assert log.push(i, step(2.0 + i, 0.5), lr=1e-3) is False
+    assert [i for i, _ in records] == [0, 2, 4] and len(lines) == 3
+    assert [record['tokens'] for _, record in records] == [100, 300, 500]
+    assert all(record['loss'] == 2.0 + i and record['grad_norm'] == 0.5 and record['lr'] == 1e-3 for i, record in records)
+    for (_, record), line in zip(records, lines):
+        assert f'loss {record["loss"]:.4f}, {record["tokens"]} tokens, {record["ms"]:.1f} ms, {record["tokens_per_second"]:,.0f} tok/s' in line
+        assert record['tokens_per_second'] == pytest.approx(100 / record['ms'] * 1000)
+
+
+def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
+    monkeypatch.setattr(metrics, 'is_asynchronous', lambda device: True)
+    log, records, _ = new_log()
+    for i in range(3):
+        log.push(i, step(2.0), lr=1e-3)
+    assert [i for i, _ in records] == [0, 1]
+    log.flush()
+    assert [i for i, _ in records] == [0, 1, 2]
+
+
+@pytest.mark.parametrize('numbers', [step(math.nan), step(math.inf), step(2.0, math.inf)])
+def test_a_step_that_is_not_finite_ends_the_run(numbers):
+    log, records, _ = new_log()
+    log.push(0, step(2.0), lr=1e-3)
+    with pytest.raises(RunError, match='iteration 1: loss .*; the run ends before that update. Help.'):
+        log.push(1, numbers, lr=1e-3)
+    assert [i for i, _ in records] == [0]
+
+
+def test_float16_may_overflow_while_its_loss_scale_settles():
+    log, records, _ = new_log(dtype='float16')
+    for i in range(20):
+        log.push(i, step(2.0, math.inf), lr=1e-3)
+    log.push(20, step(2.0), lr=1e-3)
+    for i in range(21, 41):
+        log.push(i, step(2.0, math.nan), lr=1e-3)
+    with pytest.raises(RunError, match='iteration 41'):
+        log.push(41, step(2.0, math.nan), lr=1e-3)
+    with pytest.raises(RunError, match='loss nan'):
+        new_log(dtype='float16')[0].push(0, step(math.nan), lr=1e-3)
+
+
+def test_a_signal_of_any_rank_is_told_with_the_step():
+    log, _, _ = new_log(world_size=2)
+    assert log.push(0, step(2.0), lr=1e-3) is False
+    log.env.received_signal = signal.SIGTERM
+    assert log.push(1, step(2.0), lr=1e-3) is True and log.stop_signal == signal.SIGTERM

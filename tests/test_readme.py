@@ -1,73 +1,163 @@
 """Every command of the README: its scripts exist, its settings are known, and it runs at toy size."""
 
+import ast
+import importlib
 import re
 import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, TINY
+from harness import CAN_FORK, ROOT, SETTINGS, script_settings
 
 import configurator
+import train
 
-BLOCKS = re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.DOTALL)
-COMMANDS = [command for block in BLOCKS for line in block.splitlines() for command in line.split(' && ')]
-NETWORK = ('gpt2-xl', 'eval_gpt2', 'finetune_shakespeare', '--dataset=shakespeare ', 'data/openwebtext', 'data/shakespeare',
-           '--dataset=mine', 'data/text')             # need a download or GPT-2's encoding
-SMALL = [a for a in TINY if not a.startswith('--dataset')]
+BLOCKS = [block.replace('\\\n', ' ').strip()
+          for block in re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.DOTALL)]
 
 
-def test_the_first_two_blocks_are_one_command_line_each():
-    first, second = (block.strip() for block in BLOCKS[:2])
-    assert '\n' not in first and '\n' not in second
-    assert first.startswith('pip install') and 'train.py' in first and 'sample.py' in first
-    assert second.startswith('pip install') and 'pytest' in second
+def script_and_arguments(command):
+    """'torchrun --nproc_per_node=8 train.py --n_layer=2' to ('train.py', ['--n_layer=2'])."""
+    words = shlex.split(command, comments=True)
+    position = next(i for i, word in enumerate(words) if word.endswith('.py'))
+    return words[position], words[position + 1:]
 
 
-@pytest.mark.parametrize('command', [c for c in COMMANDS if '.py' in c])
-def test_scripts_and_settings_of_a_command_exist(command):
-    words = shlex.split(command)
-    at = next(i for i, word in enumerate(words) if word.endswith('.py'))
-    script, arguments = ROOT / words[at], words[at + 1:]
-    assert script.is_file()
-    if arguments != ['--help'] and script.name not in ('hf.py', 'metrics.py'):
-        settings = {name: setting.default for name, setting in configurator.read_settings(script).items()}
-        configurator.configure({**settings, '__file__': str(script)}, arguments)
+COMMANDS = list(dict.fromkeys(re.sub(r' --node_rank=\d', '', command.strip())
+                              for block in BLOCKS for line in block.splitlines() for command in line.split(' && ')
+                              if re.search(r'^(python3?|torchrun) .*\w\.py\b', command.strip())))
 
 
-def test_blocks_do_not_collide():
-    """No two commands that train from scratch or finetune write to the same folder, but for the one
-    command of a first result that has variants by hardware."""
-    folders = {}
-    for command in COMMANDS:
-        words = shlex.split(command)
-        if 'train.py' in words and '--help' not in words and '--init_from=auto' not in words and 'eval_gpt2' not in command:
-            script = ROOT / 'train.py'
-            settings = {name: setting.default for name, setting in configurator.read_settings(script).items()}
-            settings['__file__'] = str(script)
-            configurator.configure(settings, words[words.index('train.py') + 1:])
-            folders.setdefault(settings['out_dir'], set()).add(re.sub(r'--node_rank=\d', '', command))
-    variants = folders.pop('out-shakespeare-char')
-    assert len(variants) == 3                           # GPU, CPU and Mac: a person has one of them
-    folders['out-gpt2'] = {c for c in folders['out-gpt2'] if '--nnodes' not in c}       # or on several machines
-    assert all(len(commands) == 1 for commands in folders.values()), folders
+def commands_of(script):
+    return [c for c in COMMANDS if script_and_arguments(c)[0] == script and '--help' not in c]
 
 
-@pytest.mark.parametrize('command', [c for c in COMMANDS if re.match(r'python (train|sample|bench)\.py', c)
-                                     and not any(word in c for word in NETWORK)])
-def test_a_command_runs_at_toy_size(trained, command):
-    script, *arguments = shlex.split(command)[1:]
+def configured(script, arguments):
+    """The settings of a script after its command line, {name: value}."""
+    settings = {name: setting.default for name, setting in configurator.read_settings(ROOT / script).items()}
+    settings['__file__'] = str(ROOT / script)
+    positional = [] if script in ('export.py', 'plot.py') else None
+    configurator.configure(settings, [a for a in arguments if a != '--help'], positional=positional)
+    return settings
+
+
+def needs_download(command):
+    script, arguments = script_and_arguments(command)
+    return str(configured(script, arguments).get('init_from', '')).startswith('gpt2')
+
+
+def test_the_first_two_blocks_are_one_command_line_each_with_an_environment_of_their_own():
+    first, second = BLOCKS[:2]
+    environment = 'python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && python '
+    for block in (first, second):
+        assert '\n' not in block and block.startswith(environment)
+    assert re.search(r'prepare\.py.* && python train\.py .* && python sample\.py ', first)
+    assert second.endswith('python -m pytest -q')
+
+
+def test_the_commands_are_found():
+    """A block in another form would leave its commands untested."""
+    lines = [line for block in BLOCKS for line in block.splitlines() if '.py' in line and not line.startswith('#')]
+    assert lines and all(re.match(r'python3? |torchrun ', line) for line in lines)
+    scripts = {script_and_arguments(c)[0] for c in COMMANDS}
+    assert scripts >= {'train.py', 'sample.py', 'bench.py', 'export.py', 'tests/chaos.py'}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_the_script_and_settings_of_a_command_exist(command):
+    script, arguments = script_and_arguments(command)
+    assert (ROOT / script).is_file()
+    settings = configured(script, arguments)
     if script == 'train.py':
-        arguments = [a for a in arguments if not a.startswith(('--n_', '--device'))]
-        out_dir = trained.folder / 'out-readme'
-        shutil.rmtree(out_dir, ignore_errors=True)      # test_blocks_do_not_collide sees to the real ones
-        trained.run(script, *arguments, *SMALL, '--dataset=toy', '--max_iters=3', '--warmup_iters=0',
-                    '--wandb_log=False', f'--out_dir={out_dir}')
-        assert '--help' in arguments or (out_dir / 'state.pt').exists()
-    elif script == 'sample.py':
-        (trained.folder / 'prompt.txt').write_text('def ')
-        shown = trained.run(script, *[a for a in arguments if not a.startswith('--start=R')], '--out_dir=out-toy',
-                            '--max_new_tokens=20', '--device=cpu').stdout
-        assert shown.count('---------------') == (3 if '--num_samples=3' in arguments else 10)
-    else:
-        trained.run(script, *arguments, '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32',
-                    '--vocab_size=50', '--steps=2', '--warmup_steps=1', '--prompt_tokens=5', '--new_tokens=20')
+        with script_settings(train):
+            vars(train).update(settings)
+            train.check_settings()
+
+
+def test_commands_do_not_write_to_the_same_folder():
+    """But for variants of one run by hardware or number of machines, of which a person uses one."""
+    folders = {}
+    for command in commands_of('train.py'):
+        settings = configured(*script_and_arguments(command))
+        if settings['init_from'] not in ('auto', 'resume') and not settings['eval_only']:
+            folders.setdefault(settings['out_dir'], []).append(command)
+    folders.pop('out-shakespeare-char')
+    folders['out-gpt2'] = [c for c in folders.get('out-gpt2', []) if '--nnodes' not in c]
+    assert all(len(commands) <= 1 for commands in folders.values()), folders
+
+
+def run_train_command(workspace, command, out_dir):
+    _, arguments = script_and_arguments(command)
+    settings = configured('train.py', arguments)
+    shape = ('--n_', '--device', '--dtype', '--out_dir')
+    max_iters = 22 if settings['init_from'] in ('auto', 'resume') else 3
+    toy = dict(SETTINGS, out_dir=out_dir, wandb_log=False, max_iters=max_iters)
+    workspace.run('train.py', *[a for a in arguments if not a.startswith(shape)],
+                  *(f'--{name}={value}' for name, value in toy.items()), ranks=2 if command.startswith('torchrun') else 1)
+
+
+@pytest.mark.parametrize('command', [c for c in commands_of('train.py') if not needs_download(c)])
+def test_a_train_command_runs_at_toy_size(trained, command):
+    if command.startswith('torchrun') and not CAN_FORK:
+        pytest.skip('two ranks are started by fork')
+    out_dir = trained.folder / 'out-readme'
+    shutil.rmtree(out_dir, ignore_errors=True)
+    if '--init_from=resume' in command or '--init_from=auto' in command:
+        shutil.copytree(trained.folder / 'out-toy', out_dir)
+    run_train_command(trained, command, out_dir)
+    assert (out_dir / 'state.pt').exists()
+
+
+def test_the_first_block_can_be_repeated(trained):
+    command = next(c for c in BLOCKS[0].split(' && ') if 'train.py' in c)
+    for _ in range(2):
+        run_train_command(trained, command, trained.folder / 'out-repeated')
+
+
+@pytest.mark.parametrize('command', [c for c in commands_of('sample.py') if not needs_download(c)])
+def test_a_sample_command_runs_at_toy_size(trained, command):
+    _, arguments = script_and_arguments(command)
+    (trained.folder / 'prompt.txt').write_text('abc')
+    replaced = ('--start=', '--out_dir=', '--device=')
+    arguments = [a for a in arguments if a.startswith('--start=FILE:') or not a.startswith(replaced)]
+    shown = trained.run('sample.py', *arguments, '--out_dir=out-toy', '--max_new_tokens=20', '--device=cpu').stdout
+    assert shown.count('---------------') == configured('sample.py', arguments)['num_samples']
+
+
+@pytest.mark.parametrize('command', [c for c in commands_of('bench.py') if '--bench=data' not in c])
+def test_a_bench_command_runs_at_toy_size(workspace, command):
+    """Those with --bench=data run in test_bench; they would encode 10 MB here too."""
+    _, arguments = script_and_arguments(command)
+    arguments = [a for a in arguments if not a.startswith(('--report', '--device'))]
+    workspace.run('bench.py', *arguments, '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32',
+                  '--batch_size=2', '--vocab_size=50', '--steps=2', '--warmup_steps=1', '--prompt_tokens=5',
+                  '--new_tokens=20')
+
+
+@pytest.mark.parametrize('command', commands_of('export.py') + commands_of('plot.py'))
+def test_a_command_for_folders_runs(trained, command):
+    script, arguments = script_and_arguments(command)
+    if script == 'export.py':
+        pytest.importorskip('transformers')
+        shutil.rmtree(trained.folder / arguments[-1], ignore_errors=True)
+    trained.run(script, *['out-toy' if argument.startswith('out-') else argument for argument in arguments])
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if '--help' in c])
+def test_a_command_for_help_shows_the_settings(workspace, command):
+    script, _ = script_and_arguments(command)
+    assert '\nusage: python ' in workspace.run(script, '--help').stdout
+
+
+def test_the_names_in_lines_of_python_exist():
+    """What ```python blocks import, and what they use of the modules that they import."""
+    for block in re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.DOTALL):
+        modules = {}
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Import):
+                modules.update({alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names})
+            elif isinstance(node, ast.ImportFrom):
+                assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert hasattr(modules[node.value.id], node.attr), ast.unparse(node)

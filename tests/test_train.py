@@ -2,49 +2,85 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, torchrun
+from harness import SETTINGS, script_settings
 
 import train
+from engine.dataloader import TokenDataset
+from engine.errors import UserError
+from model import GPT, GPTConfig
 
 
-@pytest.fixture
-def settings(monkeypatch):
-    def change(**values):
-        for name, value in values.items():
-            monkeypatch.setattr(train, name, value)
-    return change
+# Settings
 
-
-def test_the_schedule_rises_falls_and_stays(settings):
-    settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
-    rates = [train.learning_rate_at(i) for i in range(200)]
+def test_the_schedule_rises_falls_and_stays():
+    with script_settings(train, '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=10', '--lr_decay_iters=110'):
+        rates = [train.get_lr(i) for i in range(200)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110:] == pytest.approx([0.1] * 90)
     assert all(a > b for a, b in zip(rates[10:110], rates[11:111]))
-    settings(decay_lr=False)
-    assert {train.learning_rate_at(i) for i in range(200)} == {1.0}
+    with script_settings(train, '--learning_rate=1', '--decay_lr=False'):
+        assert {train.get_lr(i) for i in range(200)} == {1.0}
 
 
-def test_a_run_is_the_textbook_loop(workspace):
+@pytest.mark.parametrize('flag, words', [
+    ('--batch_size=-4', 'batch_size=-4 should be at least 1'),
+    ('--gradient_accumulation_steps=0', 'gradient_accumulation_steps=0 should be at least 1'),
+    ('--dropout=1.5', 'dropout=1.5 should be at least 0 and below 1'), ('--dropout=-0.1', 'dropout=-0.1 should be'),
+    ('--warmup_iters=50', 'warmup_iters=50 leaves nothing of lr_decay_iters=20; try .*--warmup_iters=2'),
+    ('--min_lr=0.5', 'min_lr=0.5 is above learning_rate=0.01'),
+    ('--learning_rate=0', 'learning_rate=0.0 should be .*above 0'), ('--learning_rate=1e999', 'learning_rate=inf should be'),
+    ('--weight_decay=-1', 'weight_decay=-1.0 should be'),
+    ('--beta1=1.0', 'beta1=1.0 should be at least 0 and below 1'), ('--beta2=-1', 'beta2=-1.0 should be'),
+    ('--grad_clip=-1', 'grad_clip=-1.0 should be at least 0'), ('--eval_interval=0', 'eval_interval=0 should be at least 1'),
+    ('--log_interval=0', 'log_interval=0 should be at least 1'), ('--eval_iters=0', 'eval_iters=0 should be at least 1'),
+    ('--max_iters=-1', 'max_iters=-1 should be at least 0'), ('--seed=-1', 'seed=-1 should be at least 0'),
+    ('--rank_timeout=0', 'rank_timeout=0 should be at least 1'),
+    ('--out_dir=', "out_dir='' should be the name of a folder"), ('--out_dir=a\0b', 'should be the name of a folder')])
+def test_an_impossible_value_is_refused(flag, words):
+    flags = [f'--{name}={value}' for name, value in SETTINGS.items()]
+    with script_settings(train, *flags):
+        train.check_settings()
+    with pytest.raises(UserError, match=words):
+        with script_settings(train, *flags, flag):
+            train.check_settings()
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--device=gpu', "device='gpu' is unknown"), ('--dtype=float8', "dtype='float8' is unknown"),
+    ('--compile=maybe', "compile='maybe' should be"), ('--n_layer=0', 'n_layer=0 should be'),
+    ('--n_head=3', 'n_embd=32 does not divide over n_head=3'),
+    ('--init_from=gpt3', "init_from='gpt3' should be scratch, resume"),
+    ('--dataset=nowhere', "dataset 'nowhere' has no train.bin"),
+    ('--block_size=1000', 'val.bin has 1,000 tokens, and a block takes 1001'),
+    ('--init_from=resume', 'holds no run to resume')])
+def test_a_mistake_is_refused_before_a_run_begins(toy, tmp_path, capsys, flag, words):
+    with pytest.raises(UserError, match=words):
+        with script_settings(train, *(f'--{name}={value}' for name, value in SETTINGS.items()),
+                             f'--out_dir={tmp_path / "out"}', flag) as overrides:
+            train.main(overrides)
+    assert not (tmp_path / 'out').exists() or {p.name for p in (tmp_path / 'out').iterdir()} <= {'.lock'}
+
+
+# A run
+
+def test_a_run_is_the_textbook_loop(workspace, toy):
     """Losses of the first steps equal those of a loop written from the formulas: AdamW by hand,
     the whole global batch at once, clipping, warm-up. Without dropout, which has its own stream."""
-    workspace.train('out-textbook', '--dropout=0', '--max_iters=6', '--warmup_iters=3', '--grad_clip=0.5', '--weight_decay=0.2')
+    workspace.train('out-textbook', '--dropout=0', '--max_iters=6', '--lr_decay_iters=12', '--warmup_iters=3',
+                    '--grad_clip=0.5', '--weight_decay=0.2', '--learning_rate=1e-3', '--min_lr=6e-5')
     logged = [r for r in workspace.records('out-textbook') if 'loss' in r]
-    import dataloader
-    from model import GPT, GPTConfig
-    before, dataloader.DATA = dataloader.DATA, workspace.folder / 'data'
-    data = dataloader.Dataset('toy')
-    dataloader.DATA = before
-    data.cut(32)
+    data = TokenDataset('toy')
+    data.set_block_size(32)
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(32, data.vocab_size, 2, 2, 32, 0.0, False))
+    model = GPT(GPTConfig(32, 17, 2, 2, 32, 0.0, False))
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
     for step, record in enumerate(logged):
-        x, y = data.batch(1337, 'train', step * 8, 8)
+        x, y = data.batch(1337, 'train', step * 4, 4)
         loss = F.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten())
         grads = dict(zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
@@ -65,97 +101,136 @@ def test_a_run_is_the_textbook_loop(workspace):
 
 def test_it_evaluates_saves_and_logs_where_it_says(trained):
     records = trained.records('out-toy')
-    assert [r['iter'] for r in records if 'val_loss' in r] == [0, 5, 10, 12]
-    assert [r['iter'] for r in records if 'loss' in r] == list(range(12))
-    assert {p.name for p in (trained.folder / 'out-toy').iterdir()} >= {'ckpt.pt', 'state.pt', 'state.prev.pt', 'metrics.jsonl'}
+    assert [r['iter'] for r in records if 'val_loss' in r] == [0, 5, 10, 15, 20]
+    assert [r['iter'] for r in records if 'loss' in r] == list(range(20))
+    names = {path.name for path in (trained.folder / 'out-toy').iterdir()}
+    assert names >= {'ckpt.pt', 'state.pt', 'state.prev.pt', 'metrics.jsonl'}
     saved = torch.load(trained.folder / 'out-toy' / 'ckpt.pt', weights_only=True)
-    assert saved['iter_num'] == 12 and saved['tokenizer']['tokenizer'] == 'char'
+    assert saved['iter_num'] == 20 and saved['tokenizer']['tokenizer'] == 'char'
     assert saved['best_val_loss'] == min(r['val_loss'] for r in records if 'val_loss' in r)
 
 
-def test_evaluation_is_the_same_each_time_and_moves_nothing(trained):
+def test_evaluation_is_the_same_each_time_and_changes_no_step(trained):
     trained.train('out-often', '--eval_interval=1')
-    often = trained.records('out-often')
-    seldom = trained.records('out-toy')
+    often, seldom = trained.records('out-often'), trained.records('out-toy')
     assert [r for r in often if 'loss' in r] == [r for r in seldom if 'loss' in r]
-    at = {r['iter']: r for r in often if 'val_loss' in r}
-    assert all(at[r['iter']] == r for r in seldom if 'val_loss' in r)
+    evaluations = {r['iter']: r for r in often if 'val_loss' in r}
+    assert len(evaluations) == 21 and all(evaluations[r['iter']] == r for r in seldom if 'val_loss' in r)
+
+
+def test_an_evaluation_is_the_mean_loss_of_its_batches(trained, toy):
+    """Of the plain model. The windows do not depend on the seed."""
+    model, data = GPT.from_checkpoint(trained.folder / 'out-toy').eval(), TokenDataset('toy')
+    data.set_block_size(32)
+    last = [r for r in trained.records('out-toy') if 'val_loss' in r][-1]
+    for split in ('train', 'val'):
+        losses = [model(*data.batch(7, f'eval {split}', i * 2, 2))[1].item() for i in range(2)]
+        assert last[f'{split}_loss'] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_eval_only_writes_nothing_and_agrees_with_the_run(trained):
     before = {p.name: p.read_bytes() for p in (trained.folder / 'out-toy').iterdir()}
     shown = trained.train('out-toy', '--init_from=resume', '--eval_only=True').stdout
     last = [r for r in trained.records('out-toy') if 'val_loss' in r][-1]
-    assert f'step 12: train loss {last["train_loss"]:.4f}, val loss {last["val_loss"]:.4f}' in shown
+    assert f'step 20: train loss {last["train_loss"]:.4f}, val loss {last["val_loss"]:.4f}' in shown
     assert {p.name: p.read_bytes() for p in (trained.folder / 'out-toy').iterdir()} == before
 
 
-def test_a_worse_model_never_replaces_the_best(workspace):
-    """The best of a run survives a stop, and a learning rate that destroys the model after it."""
-    workspace.train('out-worse', '--always_save_checkpoint=False')
-    best = (workspace.folder / 'out-worse' / 'ckpt.pt').read_bytes()
-    workspace.train('out-worse', '--always_save_checkpoint=False', '--init_from=resume', '--max_iters=20',
-                    '--learning_rate=2', '--min_lr=2')
-    values = {r['iter']: r['val_loss'] for r in workspace.records('out-worse') if 'val_loss' in r}
-    assert min(values, key=values.get) == 12 and values[20] > values[12]
-    assert (workspace.folder / 'out-worse' / 'ckpt.pt').read_bytes() == best
-    state = torch.load(workspace.folder / 'out-worse' / 'state.pt', weights_only=True)
-    assert (state['iter_num'], state['best_val_loss']) == (20, values[12])
+def test_the_best_checkpoint_survives_a_stop_and_a_ruined_model(workspace):
+    """A learning rate that destroys the model: ckpt.pt stays the one of the lowest validation loss."""
+    workspace.train('out-best', '--always_save_checkpoint=False')
+    best = (workspace.folder / 'out-best' / 'ckpt.pt').read_bytes()
+    shown = workspace.train('out-best', '--init_from=resume', '--max_iters=30', '--learning_rate=10', '--decay_lr=False',
+                            '--grad_clip=0').stdout
+    values = {r['iter']: r['val_loss'] for r in workspace.records('out-best') if 'val_loss' in r}
+    assert min(values, key=values.get) == 20 and values[30] > values[25] > values[20]
+    assert (workspace.folder / 'out-best' / 'ckpt.pt').read_bytes() == best
+    state = torch.load(workspace.folder / 'out-best' / 'state.pt', weights_only=True)
+    assert (state['iter_num'], state['best_val_loss']) == (30, values[20])
+    assert 'note: learning_rate 0.01 -> 10.0' in shown
 
 
-def test_the_run_goes_on_past_its_first_end_and_a_finished_one_ends_at_once(workspace):
-    workspace.train('out-long', '--max_iters=10')
-    workspace.train('out-long', '--init_from=auto', '--max_iters=12')
-    workspace.train('out-straight', '--init_from=auto')
-    assert workspace.records('out-long') == workspace.records('out-straight')
-    assert 'iter 12' not in workspace.train('out-long', '--init_from=resume').stdout
+def test_a_run_goes_on_past_its_first_end_and_a_finished_one_ends_at_once(trained):
+    trained.train('out-long', '--max_iters=15')
+    trained.train('out-long', '--init_from=auto', '--max_iters=20')
+    assert trained.records('out-long') == trained.records('out-toy')
+    shown = trained.train('out-long', '--init_from=resume').stdout
+    assert 'the run has reached max_iters=20; raise it to go on' in shown and 'iter 20' not in shown
+
+
+def test_a_resumed_run_goes_on_with_its_own_settings(trained):
+    """Nothing but the folder and the machine needs to be named again; `auto` begins and resumes."""
+    trained.train('out-again', '--max_iters=10', '--init_from=auto', '--dataset=toy')
+    shown = trained.run('train.py', '--out_dir=out-again', '--init_from=auto', '--device=cpu', '--max_iters=20').stdout
+    assert trained.records('out-again') == trained.records('out-toy')
+    assert [line for line in shown.splitlines() if line.startswith('note:')] == ['note: max_iters 10 -> 20']
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_lower_precision_trains_to_nearly_the_same_loss(trained, dtype):
     trained.train(f'out-{dtype}', f'--dtype={dtype}', '--max_iters=4')
-    both = zip(trained.records(f'out-{dtype}'), trained.records('out-toy'))
-    for low, full in both:
+    pairs = list(zip(trained.records(f'out-{dtype}'), trained.records('out-toy')))
+    assert sum('loss' in low for low, _ in pairs) == 4
+    for low, full in pairs:
         if 'loss' in low:
             assert low['loss'] == pytest.approx(full['loss'], rel=0.02)
 
 
-@pytest.mark.parametrize('ranks', [2])
-def test_two_ranks_train_as_one(trained, ranks):
-    """The same batches, the same dropout, the same evaluation; losses agree to rounding."""
-    trained.train('out-ranks', launcher=torchrun(ranks))
+def test_recomputed_activations_train_the_same(trained):
+    trained.train('out-recompute', '--recompute=True', '--max_iters=5')
+    losses = [r['loss'] for r in trained.records('out-recompute') if 'loss' in r]
+    assert losses == [r['loss'] for r in trained.records('out-toy') if 'loss' in r][:5]
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='torchrun on Windows needs a PyTorch built with libuv')
+def test_two_ranks_train_as_one(trained):
+    """The same batches, the same dropout, the same evaluation; losses agree to rounding. One rank resumes what two began."""
+    trained.train('out-ranks', '--max_iters=15', ranks=2)
+    trained.train('out-ranks', '--init_from=resume')
     for two, one in zip(trained.records('out-ranks'), trained.records('out-toy'), strict=True):
-        assert two == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
-    # and one rank goes on where two stopped
-    trained.train('out-ranks', '--init_from=resume', '--max_iters=14')
-    assert trained.records('out-ranks')[-1]['iter'] == 14
+        assert two == {name: pytest.approx(value, rel=1e-4) for name, value in one.items()}
 
 
 def test_a_smaller_context_takes_effect_and_a_larger_one_is_refused(trained):
-    trained.train('out-context')
-    shown = trained.train('out-context', '--init_from=resume', '--block_size=16', '--max_iters=13', '--n_layer=5').stdout
-    assert '2 micro-batches of 4 x 16 tokens' in shown and 'n_layer=5 does not count, the weights have n_layer=2' in shown
-    refused = trained.train('out-context', '--init_from=resume', '--block_size=64', '--max_iters=14', code=2)
-    assert '--block_size=16' in refused.stderr
+    trained.train('out-context', '--max_iters=10')
+    shown = trained.train('out-context', '--init_from=resume', '--block_size=16', '--max_iters=11', '--n_layer=5').stdout
+    assert '2 micro-batches of 2 x 16 tokens' in shown
+    assert 'note: n_layer=5 has no effect, the weights have n_layer=2' in shown
+    refused = trained.train('out-context', '--init_from=resume', '--block_size=64', '--max_iters=12', code=2)
+    assert 'block_size=64 is over the 16' in refused.stderr and '--block_size=16' in refused.stderr
 
 
 def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=300))
-    theirs.save_pretrained(workspace.folder / 'weights')
-    arguments = [a for a in TINY if not a.startswith(('--n_', '--block_size'))]
-    shown = workspace.run('train.py', *arguments, '--init_from=weights', '--eval_only=True', '--out_dir=out-hf', '--dropout=0').stdout
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=300)
+                                 ).save_pretrained(workspace.folder / 'weights')
+    shape = ('n_layer', 'n_head', 'n_embd', 'block_size')
+    flags = ['--init_from=weights', '--out_dir=out-hf', *(f'--{k}={v}' for k, v in SETTINGS.items() if k not in shape)]
+    shown = workspace.run('train.py', *flags, '--eval_only=True', '--dropout=0').stdout
     assert 'x 64 tokens' in shown and not (workspace.folder / 'out-hf').exists()
-    workspace.run('train.py', *arguments, '--init_from=weights', '--out_dir=out-hf')
+    workspace.run('train.py', *flags)
     losses = [r['val_loss'] for r in workspace.records('out-hf') if 'val_loss' in r]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] and f'val loss {losses[0]:.4f}' in shown
     assert torch.load(workspace.folder / 'out-hf' / 'ckpt.pt', weights_only=True)['activation'] == 'gelu_tanh'
+
+
+def test_a_new_run_replaces_another_only_when_told_to(trained):
+    trained.train('out-new', '--max_iters=5')
+    before = (trained.folder / 'out-new' / 'state.pt').read_bytes()
+    refused = trained.train('out-new', code=2).stderr
+    assert 'out-new already holds a run; go on with --init_from=resume' in refused and '--overwrite=True' in refused
+    assert (trained.folder / 'out-new' / 'state.pt').read_bytes() == before
+    trained.train('out-new', '--overwrite=True')
+    assert trained.records('out-new') == trained.records('out-toy')
 
 
 def test_a_log_line_has_its_numbers(trained):
     shown = trained.train('out-log', '--max_iters=2').stdout
     lines = [line for line in shown.splitlines() if line.startswith('iter ')]
-    record = [r for r in map(json.loads, (trained.folder / 'out-log' / 'metrics.jsonl').read_text().splitlines()) if 'loss' in r][1]
-    assert lines[1] == (f'iter 1: loss {record["loss"]:.4f}, {record["ms"]:.1f} ms, {record["tokens_per_second"]:,.0f} tok/s, '
-                        f'mfu {record["mfu"]:.1%}, grad {record["grad_norm"]:.2f}, lr {record["lr"]:.1e}, eta 0:00:00')
+    records = map(json.loads, (trained.folder / 'out-log' / 'metrics.jsonl').read_text().splitlines())
+    record = [record for record in records if 'loss' in record][1]
+    assert record['tokens'] == 256
+    assert lines[1] == (f'iter 1: loss {record["loss"]:.4f}, 256 tokens, {record["ms"]:.1f} ms, '
+                        f'{record["tokens_per_second"]:,.0f} tok/s, mfu {record["mfu"]:.1%}, '
+                        f'grad {record["grad_norm"]:.2f}, lr {record["lr"]:.1e}, eta 0:00:00')

@@ -3,7 +3,7 @@
     python data/openwebtext/prepare.py                          # downloads 24 GB, writes 18 GB
     python data/openwebtext/prepare.py --input=docs.jsonl       # or .parquet, .txt, a folder of them
 
-One document in 2,000 is held out. A run that was stopped continues with the same command.
+One document in 2,000 is held out. After a stop, the same command continues.
 """
 
 import math
@@ -12,17 +12,19 @@ from itertools import islice
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+sys.path.insert(0, str(FOLDER.parents[1]))
 import numpy as np
 from tqdm import tqdm
 
 import configurator
-import textfiles
-import tokenfiles
+from console import print0, report_errors
+from engine import textfiles, tokenfiles
+from engine.errors import RunError, UserError
+from engine.tokenizer import GPT2, Tokenizer
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
-                    # them; '' takes OpenWebText from the Hugging Face hub
-max_docs = 0        # documents to take, the first ones; 0 takes all
+                    # them; '' downloads OpenWebText from the Hugging Face hub
+max_docs = 0        # documents to use, from the first on; 0 uses all
 num_proc = 0        # cores that encode, 0 for all; the result is the same
 
 DOCUMENTS = 8_013_769               # in all of OpenWebText
@@ -30,66 +32,67 @@ VAL_FRACTION, VAL_SEED = 0.0005, 2357
 
 
 def download():
-    """The hub's parquet files, as many as max_docs needs. They stay in the hub's own cache, and a
-    download that was cut short goes on from there."""
-    wanted = [f'{number:05}-*' for number in range(max_docs // 90_000 + 1)] if max_docs else ['*']
+    """The hub's parquet files, as many as max_docs needs. They stay in the hub's cache, where an
+    interrupted download continues."""
+    parts = [f'{number:05}-*' for number in range(max_docs // 90_000 + 1)] if max_docs else ['*']
     try:                            # 80 files of 100,000 documents each
         from huggingface_hub import snapshot_download
         folder = snapshot_download('Skylion007/openwebtext', repo_type='dataset',
-                                   allow_patterns=[f'plain_text/train-{part}.parquet' for part in wanted])
+                                   allow_patterns=[f'plain_text/train-{part}.parquet' for part in parts])
         return textfiles.find_files(folder, ('.parquet',))
-    except Exception as error:      # the client raises what it likes
-        raise RuntimeError(f'OpenWebText could not be downloaded ({type(error).__name__}: '
-                           f'{str(error)[:200]}); with parquet files at hand: --input=FOLDER') from None
+    except Exception as error:      # the client raises errors of many libraries
+        raise RunError(f'cannot download OpenWebText ({type(error).__name__}: {str(error)[:200]}); '
+                       f'if you have the parquet files, use --input=FOLDER') from None
 
 
-def pieces(files, counts, start, stop, held_out):
-    """(split, text, whether <|endoftext|> follows) of the documents numbered start to stop."""
+def read_pieces(files, counts, start, stop, val_documents):
+    """(split, text, ends_document) of the documents numbered start to stop."""
     first = 0                               # the number of the file's first document
-    for path, length in zip(files, counts):
-        if start < first + length and first < stop:
+    for path, count in zip(files, counts):
+        if start < first + count and first < stop:
             skip = max(start - first, 0)
-            chosen = islice(textfiles.documents(path), skip, stop - first)
-            for number, document in enumerate(chosen, first + skip):
-                split = 'val' if number in held_out else 'train'
-                yield from ((split, text, last) for text, last in tokenfiles.safe_pieces(document))
-        first += length
+            documents = islice(textfiles.read_documents(path), skip, stop - first)
+            for number, document in enumerate(documents, first + skip):
+                split = 'val' if number in val_documents else 'train'
+                yield from ((split, text, is_last) for text, is_last in tokenfiles.safe_pieces(document))
+        first += count
 
 
-def hold_out(total):
-    """The numbers of the documents in val.bin: those that train_test_split of the library `datasets`
-    chooses, with test_size=VAL_FRACTION, seed=VAL_SEED and shuffle=True."""
+def choose_val_documents(total):
+    """The numbers of the documents in val.bin. They are those that train_test_split of `datasets`
+    chooses with test_size=VAL_FRACTION, seed=VAL_SEED and shuffle=True."""
     order = np.random.default_rng(VAL_SEED).permutation(total)
     return set(order[:math.ceil(VAL_FRACTION * total)].tolist())
 
 
 def main():
     if max_docs < 0 or max_docs == 1:
-        raise ValueError(f'max_docs={max_docs} should be at least 2, one for train and one for val, or '
-                         f'0 for all')
-    files = textfiles.find_files(input, textfiles.DOCUMENTS) if input else download()
+        raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, or 0 for all')
+    files = textfiles.find_files(input, textfiles.DOCUMENT_ENDINGS, print0) if input else download()
     before = textfiles.fingerprint(files)
-    with tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1) as bar:
+    with tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1, disable=None) as bar:
         counts = [textfiles.count_documents(path, bar) for path in files]
-    if not input and sum(counts) < min(max_docs or DOCUMENTS, DOCUMENTS):
-        raise RuntimeError(f'the download has {sum(counts):,} documents of the {max_docs or DOCUMENTS:,} '
-                           f'wanted; go online and run again, or use it as it is: --input={files[0].parent}')
+    expected = min(max_docs or DOCUMENTS, DOCUMENTS)
+    if not input and sum(counts) < expected:
+        raise RunError(f'the download has {sum(counts):,} of {expected:,} documents; go online and run again, '
+                       f'or use it as it is: --input={files[0].parent}')
     total = min(sum(counts), max_docs or sum(counts))
     if total < 2:
-        raise ValueError(f'{total} document cannot be divided into train and val; for one text there '
-                         f'is: python data/text/prepare.py --input={input or "PATH"}')
-    held_out, encode = hold_out(total), tokenfiles.encoder(tokenfiles.GPT2)
-    with tokenfiles.new_dataset(FOLDER, tokenfiles.GPT2, key=f'{before}, {total} documents') as dataset:
-        if dataset.documents:
-            print(f'going on after {dataset.documents:,} of {total:,} documents')
-        dataset.write(pieces(files, counts, dataset.documents, total, held_out),
-                      encode, total, 'documents', num_proc)
+        raise UserError(f'train and val need a document each, and there is {total}; to split one text, '
+                        f'run: python data/text/prepare.py --input={input or "PATH"}')
+    val_documents, encode = choose_val_documents(total), Tokenizer(GPT2).encode_to_numpy
+    with tokenfiles.dataset_writer(FOLDER, GPT2, print0, key=f'{before}, {total} documents') as writer:
+        if writer.documents:
+            print0(f'continuing after {writer.documents:,} of {total:,} documents')
+        writer.write(read_pieces(files, counts, writer.documents, total, val_documents),
+                     encode, total, 'documents', num_proc)
         if textfiles.fingerprint(files) != before:
-            raise ValueError(f'{input} changed while it was read; run again once it is at rest')
-    print(f'{total:,} documents, {len(held_out):,} of them held out')
+            raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
+    print0(f'{total:,} documents, {len(val_documents):,} of them held out')
+    print0('next: python train.py config/train_gpt2.py')
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
+    with report_errors():
         configurator.configure(globals(), sys.argv[1:])
         main()

@@ -1,30 +1,32 @@
-"""Tiny Shakespeare, a megabyte of plays, as GPT-2 tokens: the dataset to finetune on.
+"""Tiny Shakespeare, a megabyte of plays, as GPT-2 tokens: a dataset to finetune on.
 
     python data/shakespeare/prepare.py                          # downloads the text once
-    python data/shakespeare/prepare.py --input=FILE             # or takes it from here
+    python data/shakespeare/prepare.py --input=FILE             # reads a file of your own
 """
 
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+sys.path.insert(0, str(FOLDER.parents[1]))
 import configurator
-import textfiles
-import tokenfiles
+from console import print0, report_errors
+from engine import textfiles, tokenfiles
+from engine.tokenizer import GPT2, Tokenizer
 
 input = ''          # a UTF-8 text file; '' downloads tiny Shakespeare and keeps it as input.txt
 
 
 def main():
-    text = textfiles.tiny_shakespeare(input, FOLDER)
+    text = textfiles.read_shakespeare(input, FOLDER)
     cut = int(len(text) * 0.9)
-    encode = tokenfiles.encoder(tokenfiles.GPT2)
-    with tokenfiles.new_dataset(FOLDER, tokenfiles.GPT2) as dataset:
-        dataset.write([('train', text[:cut], False), ('val', text[cut:], False)], encode, len(text))
+    encode = Tokenizer(GPT2).encode_to_numpy
+    with tokenfiles.dataset_writer(FOLDER, GPT2, print0) as writer:
+        writer.write([('train', text[:cut], False), ('val', text[cut:], False)], encode, len(text))
+    print0('next: python train.py config/finetune_shakespeare.py')
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
+    with report_errors():
         configurator.configure(globals(), sys.argv[1:])
         main()

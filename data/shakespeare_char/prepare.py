@@ -1,31 +1,33 @@
-"""Tiny Shakespeare, a megabyte of plays, as characters: the dataset to try things on.
+"""Tiny Shakespeare, a megabyte of plays, as characters: a dataset to try things on.
 
     python data/shakespeare_char/prepare.py                     # downloads the text once
-    python data/shakespeare_char/prepare.py --input=FILE        # or takes it from here
+    python data/shakespeare_char/prepare.py --input=FILE        # reads a file of your own
 """
 
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+sys.path.insert(0, str(FOLDER.parents[1]))
 import configurator
-import textfiles
-import tokenfiles
+from console import print0, report_errors
+from engine import textfiles, tokenfiles
+from engine.tokenizer import Tokenizer, char_spec
 
 input = ''          # a UTF-8 text file; '' downloads tiny Shakespeare and keeps it as input.txt
 
 
 def main():
-    text = textfiles.tiny_shakespeare(input, FOLDER)
-    tokenizer = tokenfiles.char_tokenizer(set(text))
+    text = textfiles.read_shakespeare(input, FOLDER)
+    spec = char_spec(set(text))
     cut = int(len(text) * 0.9)
-    with tokenfiles.new_dataset(FOLDER, tokenizer) as dataset:
-        dataset.write([('train', text[:cut], False), ('val', text[cut:], False)],
-                      tokenfiles.encoder(tokenizer), len(text))
+    with tokenfiles.dataset_writer(FOLDER, spec, print0) as writer:
+        writer.write([('train', text[:cut], False), ('val', text[cut:], False)],
+                     Tokenizer(spec).encode_to_numpy, len(text))
+    print0('next: python train.py config/train_shakespeare_char.py')
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
+    with report_errors():
         configurator.configure(globals(), sys.argv[1:])
         main()

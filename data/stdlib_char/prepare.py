@@ -1,8 +1,8 @@
-"""Source code of Python's standard library as characters: a dataset that needs no download.
+"""The source code of Python's standard library as characters: a dataset that needs no download.
 
     python data/stdlib_char/prepare.py
 
-The text is that of the Python that runs this script, so another version gives another text.
+The text comes from the Python that runs this script, so another version gives another text.
 """
 
 import hashlib
@@ -12,24 +12,27 @@ import sysconfig
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+sys.path.insert(0, str(FOLDER.parents[1]))
 import configurator
-import tokenfiles
+from console import print0, report_errors
+from engine import tokenfiles
+from engine.errors import UserError
+from engine.tokenizer import Tokenizer, char_spec
 
-max_bytes = 2_000_000   # of source to take
-val_fraction = 0.1      # of those bytes, in whole files, held out
+max_bytes = 2_000_000   # of source code to use
+val_fraction = 0.1      # of those bytes, held out as whole files
 
-# Others' packages, tests, and code that a program wrote: tables that differ little from file to
-# file would make the held-out loss look better than it is.
-LEFT_OUT = re.compile(r'(^|/)(site-packages|dist-packages|tests?|idlelib|turtledemo|lib2to3|ensurepip|'
+# Packages of others, tests, and generated code: its tables differ little from file to file, and
+# would make the validation loss look better than it is.
+EXCLUDED = re.compile(r'(^|/)(site-packages|dist-packages|tests?|idlelib|turtledemo|lib2to3|ensurepip|'
                       r'encodings|pydoc_data|_sysconfigdata[^/]*|config-[^/]*)(/|$)')
 
 
-def sources(root):
-    """The ASCII source files below `root`, in an order that is fixed and mixes the packages, so that
-    the held-out files, the last ones, are of the same kinds as the others."""
+def read_sources(root):
+    """The text of each ASCII source file below `root`. The order is fixed and mixes the packages, so
+    the last files, which are held out, resemble the others."""
     names = [path.relative_to(root).as_posix() for path in root.rglob('*.py')]
-    names = [name for name in names if not LEFT_OUT.search(name)]
+    names = [name for name in names if not EXCLUDED.search(name)]
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
         data = (root / name).read_bytes().replace(b'\r\n', b'\n')
         if data.strip() and data.isascii() and b'\0' not in data:
@@ -38,28 +41,29 @@ def sources(root):
 
 def main():
     if not 0 < val_fraction < 1:
-        raise ValueError(f'val_fraction={val_fraction} should be between 0 and 1, such as 0.1')
+        raise UserError(f'val_fraction={val_fraction} should be between 0 and 1, such as 0.1')
     root, texts, size = Path(sysconfig.get_path('stdlib')), [], 0
-    for text in sources(root):
+    for text in read_sources(root):
         if size + len(text) > max_bytes:
             break
         texts.append(text)
         size += len(text)
-    first, held = len(texts), 0             # texts[first:] are held out
-    while first and held < val_fraction * size:
-        first -= 1
-        held += len(texts[first])
-    if not first:
-        raise ValueError(f'{len(texts)} source files from {root}, {size:,} bytes, cannot be divided; '
-                         f'try a larger --max_bytes, such as the default, 2_000_000')
-    tokenizer = tokenfiles.char_tokenizer(set(''.join(texts)))
-    with tokenfiles.new_dataset(FOLDER, tokenizer) as dataset:
-        dataset.write([('train', ''.join(texts[:first]), False), ('val', ''.join(texts[first:]), False)],
-                      tokenfiles.encoder(tokenizer), size)
-    print(f'{first} files to train on, {len(texts) - first} held out; Python {sys.version.split()[0]}')
+    first_val, val_size = len(texts), 0             # texts[first_val:] are held out
+    while first_val and val_size < val_fraction * size:
+        first_val -= 1
+        val_size += len(texts[first_val])
+    if not first_val:
+        raise UserError(f'{len(texts)} source files from {root}, {size:,} bytes, are too few for train and val; '
+                        f'try a larger --max_bytes, such as the default, 2_000_000')
+    train, val = ''.join(texts[:first_val]), ''.join(texts[first_val:])
+    spec = char_spec(set(train + val))
+    with tokenfiles.dataset_writer(FOLDER, spec, print0) as writer:
+        writer.write([('train', train, False), ('val', val, False)], Tokenizer(spec).encode_to_numpy, size)
+    print0(f'{first_val} files to train on, {len(texts) - first_val} held out; Python {sys.version.split()[0]}')
+    print0('next: python train.py config/train_stdlib_char.py')
 
 
 if __name__ == '__main__':
-    with configurator.plain_errors():
+    with report_errors():
         configurator.configure(globals(), sys.argv[1:])
         main()

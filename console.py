@@ -1,0 +1,117 @@
+"""What a script prints, and how it ends: one line for an error, and an exit code.
+
+Scripts import it before torch, which takes seconds to import: Ctrl-C meanwhile then ends them
+without a traceback. engine/ never prints.
+"""
+
+import os
+import sys
+import time
+from contextlib import contextmanager, suppress
+
+from engine.errors import RunError, UserError
+
+# torchrun sets both. A leftover RANK without WORLD_SIZE must not silence the error that refuses it.
+IS_MAIN = os.environ.get('RANK', '0') == '0' or os.environ.get('WORLD_SIZE', '1') == '1'
+
+
+def print0(line='', end='\n', file=None):
+    """Print on rank 0. What cannot be printed is lost, and nothing else: the reader may be gone (`| head`,
+    Ctrl-C on `| tee`), the terminal closed, or the disk full."""
+    if IS_MAIN:
+        with suppress(OSError, ValueError):         # ValueError: the stream is closed
+            print(line, end=end, file=file, flush=True)
+
+
+@contextmanager
+def status(text):
+    """Show `text` on a terminal while the block runs, and remove it afterwards."""
+    show = IS_MAIN and sys.stderr.isatty()
+    try:
+        if show:
+            print0(text, end='\r', file=sys.stderr)
+        yield
+    finally:
+        if show:
+            print0(' ' * len(text), end='\r', file=sys.stderr)
+
+
+def progress_bar(text, items, total):
+    """The `total` items, with a bar on a terminal once they take two seconds, which disappears at the end."""
+    from tqdm import tqdm
+    return tqdm(items, text, total, delay=2, leave=False, disable=None if IS_MAIN else True)
+
+
+def open_standard_streams():
+    """Open stdin, stdout and stderr on os.devnull where the caller closed them. Otherwise the next
+    file that is opened, a checkpoint perhaps, takes their number and receives what is printed."""
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):       # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
+
+
+def flush_or_drop():
+    """Flush stdout and stderr, and drop what cannot be written, which Python would report at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def report_errors():
+    """Show UserError as one line and exit 2. Show RunError, the system's errors and lack of memory as
+    one line and exit 1. Exit 130 after Ctrl-C. Anything else is a bug, and keeps its traceback."""
+    open_standard_streams()
+    try:
+        yield
+    except BrokenPipeError:                         # `python sample.py | head` has read enough
+        raise SystemExit(141) from None             # as SIGPIPE ends other programs
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (UserError, RunError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = (isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
+                         or 'DefaultCPUAllocator' in str(error))
+        if not isinstance(error, (UserError, RunError, OSError)) and not out_of_memory:
+            raise
+        line = ' '.join(str(error).split()) or type(error).__name__
+        if out_of_memory:
+            line = f'out of memory; a smaller batch, or a smaller model, may fit ({line[:150]})'
+        report(line, error)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    finally:
+        flush_or_drop()
+
+
+def report(line, error):
+    """Print an error's line on stderr, once for all ranks."""
+    where = ''
+    if not IS_MAIN:
+        if isinstance(error, UserError):
+            # A bad setting ends every rank, and rank 0 prints it: torchrun then ends this one while it
+            # waits. If it is still here, the mistake is this rank's alone.
+            time.sleep(3)
+            if getattr(error, 'on_all_ranks', False):
+                return
+        where = f' rank {os.environ["RANK"]}:'
+    with suppress(OSError, ValueError):
+        print(f'{os.path.basename(sys.argv[0])}:{where} {line}', file=sys.stderr, flush=True)
+
+
+def describe(error):
+    """'ValueError: its text' of any exception, also of one that cannot be printed."""
+    try:
+        return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    except Exception:
+        return type(error).__name__
+
+
+def hide_interrupt(kind, error, trace):
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+# Importing torch takes seconds. Ctrl-C meanwhile should end a script without a traceback.
+sys.excepthook = hide_interrupt

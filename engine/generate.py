@@ -1,0 +1,198 @@
+"""Generation token by token: key/value caches, and sampling from logits.
+
+`GPT.generate` and `GPT.stream` call `stream`. It needs of a model: hidden, logits, config.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.errors import UserError
+
+
+class KVCache:
+    """Keys and values of the positions read so far, for one layer, in buffers allocated once.
+
+    On a CPU the buffers are float32 whatever the weights are, because attention of one query is
+    several times slower in bfloat16 and float16 there. That takes 72 KiB a position for GPT-2 124M.
+    """
+
+    def __init__(self, batch_size, n_head, max_positions, head_size, like):
+        dtype = torch.float32 if like.device.type == 'cpu' else like.dtype
+        self.keys = like.new_zeros(batch_size, n_head, max_positions, head_size, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def attend(self, q, k, v):
+        """Attention of T queries over the cached positions and T new ones; all (B, H, T, D)."""
+        T, end = q.size(2), self.length + q.size(2)
+        # Several queries behind cached keys would need a mask; nothing calls it so.
+        assert T == 1 or self.length == 0
+        self.keys[:, :, self.length:end] = k
+        self.values[:, :, self.length:end] = v
+        self.length = end
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, is_causal=T > 1).to(q.dtype)
+
+
+class StaticKVCache(KVCache):
+    """A KVCache of constant shapes, for a compiled step: it attends over the whole buffers, and a
+    mask hides the positions that are not written yet."""
+
+    position = None                                             # (1,) tensor while a compiled step runs
+
+    def attend(self, q, k, v):
+        if self.position is None:
+            return super().attend(q, k, v)
+        dtype = self.keys.dtype
+        self.keys.index_copy_(2, self.position, k.to(dtype))
+        self.values.index_copy_(2, self.position, v.to(dtype))
+        written = torch.arange(self.keys.size(2), device=q.device) <= self.position
+        return F.scaled_dot_product_attention(q.to(dtype), self.keys, self.values, attn_mask=written[None]).to(q.dtype)
+
+
+class CompiledDecoder:
+    """From one token to the next in one compiled graph: the model, its caches, the sampling, the position.
+
+    Everything that the graph reads and writes stays at one address, so on a GPU it is recorded
+    once as a CUDA graph: launching the small kernels of one token takes longer than running them.
+    options: temperature, top_k, top_p, vocab_size of `stream`.
+    """
+
+    def __init__(self, model, batch_size, positions, *options):
+        self.kv_caches = new_caches(model, batch_size, positions, StaticKVCache)
+        device = self.kv_caches[0].keys.device
+        self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.noise = torch.zeros(batch_size, 1, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        for buffer in [self.token, self.noise, self.position] + [
+                buffer for cache in self.kv_caches for buffer in (cache.keys, cache.values)]:
+            torch._dynamo.mark_static_address(buffer)
+
+        def step(token, position, noise, kv_caches):
+            temperature, top_k, top_p, vocab_size = options
+            x = model.hidden(token, kv_caches, position)
+            logits = model.logits(x[:, -1]).float()[:, :vocab_size]
+            token.copy_(sample_token(logits, temperature, top_k, top_p, noise)[:, None])
+            position.add_(1)
+        self.step = torch.compile(step, mode='reduce-overhead', fullgraph=True, dynamic=False)
+
+    def __call__(self, token, noise):
+        """The tokens (B, 1) that follow `token` (B, 1), which follows what the caches hold."""
+        self.token.copy_(token)
+        self.noise.copy_(noise)
+        self.position.fill_(self.kv_caches[0].length)
+        for kv_cache in self.kv_caches:
+            kv_cache.position = self.position
+        # Each (batch size, cache size, options) compiles once; PyTorch's limit of 8 is for accidents.
+        with torch._dynamo.config.patch(recompile_limit=1000):
+            self.step(self.token, self.position, self.noise, self.kv_caches)
+        for kv_cache in self.kv_caches:
+            kv_cache.position = None
+            kv_cache.length += 1
+        return self.token.clone()
+
+
+@torch.inference_mode()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0,
+           noise=None, vocab_size=None, exact_window=False, compile=False):
+    """Yield the next token of every sequence, (B,), max_new_tokens times, after idx (B, T).
+
+    temperature: 0 takes the likeliest token. top_k: sample among the k likeliest; None or 0
+    for all. top_p: sample among the likeliest that together reach this probability. noise:
+    (B, max_new_tokens) uniform numbers in [0, 1), one for each token; None takes them from
+    torch's global generator. vocab_size: larger ids (the padding of the embedding) are never
+    sampled. compile: compile the step that reads one token. Raises UserError for bad options.
+
+    Learned positions cannot slide in a cache. Once block_size is full, the model reads the last
+    half of the window again and the cache goes on from there: one pass per half block.
+    exact_window=True reads the whole last window again for every token instead.
+    """
+    if not temperature >= 0 or (top_k or 0) < 0 or not 0 < top_p <= 1:
+        raise UserError(f'temperature={temperature} and top_k={top_k} should be 0 or more, '
+                        f'top_p={top_p} should be above 0 and at most 1')
+    B, block_size = idx.size(0), model.config.block_size
+    if noise is None:
+        noise = torch.rand(B, max_new_tokens, device=idx.device)
+    noise = noise.t().unsqueeze(2).contiguous()                 # (max_new_tokens, B, 1)
+    window = unread = idx[:, -block_size:]
+    positions = min(block_size, window.size(1) + max_new_tokens)
+    if compile:
+        positions = min(block_size, -(-positions // 256) * 256)     # few shapes to compile for
+        decoder = compiled_decoder(model, B, positions, temperature, top_k, top_p, vocab_size)
+        kv_caches = decoder.kv_caches
+    else:
+        kv_caches = new_caches(model, B, positions)
+    for kv_cache in kv_caches:
+        kv_cache.length = 0
+    for i in range(max_new_tokens):
+        if kv_caches[0].length + unread.size(1) > block_size:
+            unread = window[:, -(block_size if exact_window else -(-block_size // 2)):]
+            for kv_cache in kv_caches:
+                kv_cache.length = 0
+        with decoding_attention(idx.device):
+            if compile and kv_caches[0].length:
+                unread = decoder(unread, noise[i])                                           # (B, 1)
+            else:
+                x = model.hidden(unread, kv_caches)
+                logits = model.logits(x[:, -1]).float()[:, :vocab_size]                      # (B, V)
+                unread = sample_token(logits, temperature, top_k, top_p, noise[i])[:, None]  # (B, 1)
+        window = torch.cat([window, unread], dim=1)[:, -block_size:]
+        yield unread[:, 0]
+
+
+def compiled_decoder(model, *shape_and_options):
+    """The model's CompiledDecoder for these arguments. The model keeps the latest one, so that the next
+    call with the same arguments neither compiles nor allocates."""
+    if getattr(model, 'decoder_arguments', None) != shape_and_options:
+        model.decoder_arguments, model.decoder = shape_and_options, CompiledDecoder(model, *shape_and_options)
+    return model.decoder
+
+
+def decoding_attention(device):
+    """The context in which a GPU does not choose cuDNN for attention: cuDNN builds a plan for every
+    length of the cache, tens of milliseconds each on Hopper (pytorch#191576)."""
+    if device.type != 'cuda':
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def sample_text(model, tokenizer, prompt, max_new_tokens, seed):
+    """Text that continues the token ids `prompt`, as sample.py would by default. It leaves the global generators and the
+    model's mode as they are. tokenizer: engine.tokenizer.Tokenizer."""
+    device = next(model.parameters()).device
+    noise = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    was_training, _ = model.training, model.eval()
+    idx = torch.tensor([prompt], device=device)
+    tokens = [token.item() for token in stream(model, idx, max_new_tokens, 0.8, 200, noise=noise,
+                                               vocab_size=tokenizer.vocab_size)]
+    model.train(was_training)
+    return tokenizer.decode(tokens)
+
+
+def new_caches(model, batch_size, positions, kind=KVCache):
+    """One empty cache for each layer of `model`."""
+    c = model.config
+    like = next(model.parameters())
+    return [kind(batch_size, c.n_head, positions, c.n_embd // c.n_head, like) for _ in range(c.n_layer)]
+
+
+def sample_token(logits, temperature, top_k, top_p, noise):
+    """One token per row, (B,), from float32 logits (B, V). The same noise (B, 1) gives the same token."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    ids = None
+    if top_k and top_k < logits.size(-1) or top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
+    # Subtracting the largest keeps a small temperature from overflowing; float32 has none below 1e-45.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)          # (B, V or k)
+    total = cumulative[:, -1:]
+    if top_p < 1:                                               # nucleus sampling, arXiv:1904.09751
+        fewest = torch.searchsorted(cumulative, total * top_p).clamp(max=cumulative.size(-1) - 1)
+        total = cumulative.gather(1, fewest)
+    # The total differs from 1 by rounding; after the division, every noise below 1 finds a token.
+    index = torch.searchsorted(cumulative / total, noise, right=True).clamp(max=logits.size(-1) - 1)
+    return (index if ids is None else ids.gather(1, index))[:, 0]

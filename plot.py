@@ -1,0 +1,57 @@
+"""Draw the losses of one or several runs against iterations and against time.
+
+    python plot.py out-shakespeare-char
+    python plot.py out-a out-b --picture=compare.png
+"""
+
+import sys
+from pathlib import Path
+
+import configurator
+from console import print0, report_errors
+from engine.errors import UserError
+from engine.metrics import FILE, is_number, read_metrics
+
+picture = ''        # file to write; '' is loss.png in the first run's folder
+
+
+def draw(runs, path):
+    """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout='constrained')
+    for axes, x, unit, label in zip(panels, ('iter', 'seconds'), (1, 60), ('iterations', 'minutes')):
+        for color, (name, records) in enumerate(runs.items()):
+            for y, split, style in (('loss', 'train', dict(lw=0.8, alpha=0.4)), ('val_loss', 'val', dict(marker='o', ms=3))):
+                points = [(r[x] / unit, r[y]) for r in records if is_number(r.get(x)) and is_number(r.get(y))]
+                if points:
+                    axes.plot(*zip(*points), color=f'C{color}', label=f'{name} {split}', **style)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel='loss, nats per token')
+    panels[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def main(folders):
+    if not folders:
+        raise UserError('name the folders of the runs, as in: python plot.py out-shakespeare-char')
+    runs = {}
+    for folder in folders:
+        records = read_metrics(Path(folder) / FILE)
+        if not records:
+            raise UserError(f'{folder} holds no {FILE} with records; name the out_dir of a run')
+        if not any(is_number(record.get('seconds')) for record in records):
+            print0(f'note: {folder} has no times, so only its iterations are drawn')
+        runs[Path(folder).name if Path(folder).name not in runs else folder] = records
+    path = Path(picture or Path(folders[0]) / 'loss.png')
+    draw(runs, path)
+    print0(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    with report_errors():
+        run_folders = []
+        configurator.configure(globals(), sys.argv[1:], positional=run_folders)
+        main(run_folders)

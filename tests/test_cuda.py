@@ -1,0 +1,208 @@
+"""What differs on a GPU. Start this file first on a machine that has one:
+
+    python -m pytest tests/test_cuda.py
+
+It takes a few minutes on one GPU, and uses as many as there are. Without CUDA it is skipped.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip('this PyTorch finds no CUDA GPU', allow_module_level=True)
+
+from harness import read_records, torchrun_options
+
+from engine import device as devices
+from engine import optim, parallel
+from engine.dataloader import prefetch
+from engine.distributed import start
+from model import GPT, GPTConfig
+from train import Run, train_step
+
+SMALL = dict(block_size=256, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
+
+
+def gpt(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**SMALL, **changes}))
+
+
+def batches(env, config, batch_size=8):
+    """The same random batches each time; the tokens follow one another, so that there is something to learn."""
+    def batch(i):
+        starts = torch.randint(config.vocab_size, (batch_size, 1), generator=torch.Generator().manual_seed(i))
+        tokens = (starts + 3 * torch.arange(config.block_size + 1)) % config.vocab_size
+        return tokens[:, :-1], tokens[:, 1:]
+    return prefetch(batch, ((i,) for i in range(10 ** 6)), env.device)
+
+
+def train(steps, dtype, compile, recompute=False, first_scale=None, device='cuda', **changes):
+    """(losses, gradient norms, Run) of a small model."""
+    env = start(device, dtype, compile)
+    model = gpt(**changes)
+    if recompute:
+        model.checkpoint_activations()
+    wrapped = parallel.wrap(model, env).train()
+    scaler = devices.grad_scaler(env.device, env.dtype)
+    if first_scale:
+        scaler = torch.amp.GradScaler('cuda', init_scale=first_scale)
+    run = Run(model, wrapped, optim.adamw(model, 1e-3, 0.1, (0.9, 0.95)), scaler, 2, 8, 1.0, 1)
+    source, numbers = batches(env, model.config), []
+    for run.iter_num in range(steps):
+        numbers.append(train_step(run, source, env))
+    source.close()
+    return [n['loss'].item() for n in numbers], [n['grad_norm'].item() for n in numbers], run
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 2e-3), ('bfloat16', 2e-2), ('float16', 1e-2)])
+def test_thirty_compiled_steps_have_the_losses_of_eager_ones(dtype, tolerance):
+    eager, compiled = (train(30, dtype, compile)[0] for compile in (False, True))
+    assert eager[-1] < 0.9 * eager[0]
+    assert compiled == pytest.approx(eager, rel=tolerance)
+
+
+def test_float16_skips_a_step_that_overflows_and_goes_on():
+    losses, norms, run = train(12, 'float16', False, first_scale=2.0 ** 40)
+    skipped = [norm for norm in norms if not torch.isfinite(torch.tensor(norm))]
+    assert skipped and run.scaler.get_scale() < 2.0 ** 40
+    assert all(torch.isfinite(p).all() for p in run.model.parameters()) and losses[-1] < losses[0]
+
+
+def test_training_compiles_to_one_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(3, 'bfloat16', True)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    assert not torch._dynamo.utils.counters['graph_break']
+
+
+def test_recomputed_activations_take_less_memory_and_give_the_same_losses():
+    peaks, losses = [], []
+    for recompute in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        losses.append(train(5, 'bfloat16', False, recompute=recompute, n_layer=8, dropout=0.1)[0])
+        peaks.append(devices.peak_memory(torch.device('cuda')))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+def test_uncompiled_training_never_holds_whole_logits():
+    """At GPT-2's vocabulary, whole float32 logits of 32 x 1,024 positions alone would take 6.6 GB."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    env = start('cuda', 'bfloat16', False)
+    model = gpt(vocab_size=50304, block_size=1024, n_layer=1, n_embd=64, n_head=1)
+    wrapped = parallel.wrap(model, env)
+    idx = torch.randint(50304, (32, 1024), device='cuda')
+    with env.autocast():
+        wrapped(idx, idx)[1].backward()
+    assert devices.peak_memory(env.device) < 5e9
+
+
+def test_batches_arrive_whole_and_in_order():
+    source = prefetch(lambda i: (torch.full((512, 1024), i), torch.full((512, 1024), -i)),
+                      ((i,) for i in range(50)), torch.device('cuda', 0))
+    for i, (x, y) in enumerate(source):
+        torch.cuda._sleep(10 ** 6)                              # the computation is slower than the copies
+        assert (x == i).all() and (y == -i).all()
+
+
+def test_numbers_are_read_in_their_order():
+    reads = []
+    for i in range(100):
+        torch.cuda._sleep(10 ** 5)
+        reads.append(devices.read_async(torch.full((3,), float(i), device='cuda')))
+    assert [read()[0] for read in reads] == list(range(100))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='this machine has one GPU')
+def test_another_gpu_leaves_the_first_one_alone():
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import torch, test_cuda; "
+            "test_cuda.train(3, 'bfloat16', False, device='cuda:1'); print(torch.cuda.memory_reserved(0))")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.split()[-1] == '0'
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiled_generation_is_uncompiled_generation(dtype):
+    """Token for token in float32. In bfloat16, where near ties can fall otherwise, at least the first tokens."""
+    torch._dynamo.reset()
+    model = gpt().to('cuda', dtype).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx = torch.randint(4096, (2, 5), device='cuda')
+    plain = model.generate(idx, 60, temperature=0)
+    compiled = model.generate(idx, 60, temperature=0, compile=True)
+    n = 65 if dtype == torch.float32 else 10
+    assert torch.equal(plain[:, :n], compiled[:, :n])
+
+
+def test_fifty_compiled_generations_neither_recompile_nor_grow():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = gpt().to('cuda', torch.bfloat16).eval()
+    idx = torch.randint(4096, (1, 5), device='cuda')
+    reserved = []
+    for _ in range(50):
+        model.generate(idx, 40, top_k=50, compile=True)
+        reserved.append(torch.cuda.memory_reserved())
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    assert reserved[-1] == reserved[5]
+
+
+def test_generation_never_uses_cudnn_attention():
+    model = gpt().to('cuda', torch.bfloat16).eval()
+    with torch.profiler.profile() as recorded:
+        model.generate(torch.randint(4096, (1, 5), device='cuda'), 20)
+    assert not any('cudnn' in event.key.lower() for event in recorded.key_averages())
+
+
+# Whole runs, by the command line
+
+GPU = ['--device=cuda', '--dropout=0']
+
+
+@pytest.mark.parametrize('compile', [False, True])
+def test_a_resumed_run_equals_one_that_never_stopped(workspace, compile):
+    """To rounding: attention adds its gradients in no fixed order on a GPU. README says so."""
+    flags = [*GPU, f'--compile={compile}', '--dtype=bfloat16']
+    straight, stopped = f'out-straight-{compile}', f'out-stopped-{compile}'
+    workspace.run_python('train.py', *workspace.flags(straight), *flags)
+    workspace.run_python('train.py', *workspace.flags(stopped), *flags, '--max_iters=10')
+    workspace.run_python('train.py', f'--out_dir={stopped}', '--init_from=resume', '--max_iters=20', *flags)
+    for a, b in zip(read_records(workspace.folder / straight), read_records(workspace.folder / stopped), strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-2) for key, value in a.items()}
+
+
+def test_ranks_over_nccl_train_as_one_process(workspace):
+    ranks = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
+    flags = [*GPU, '--dtype=float32', '--gradient_accumulation_steps=8']
+    one = workspace.run_python('train.py', *workspace.flags('out-one'), *flags)
+    many = workspace.run_python('train.py', *workspace.flags('out-nccl'), *flags, ranks=ranks)
+    assert one.codes == many.codes == [0], many.stderr
+    assert ranks == 1 or f'{ranks} ranks over nccl' in many.stdout
+    for a, b in zip(read_records(workspace.folder / 'out-one'), read_records(workspace.folder / 'out-nccl'), strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-3) for key, value in a.items()}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='this machine has one GPU')
+def test_a_killed_rank_ends_the_others(workspace):
+    command = [sys.executable, *torchrun_options(2), 'train.py', *workspace.flags('out-killed', rank_timeout=20), *GPU,
+               '--max_iters=1000000', '--gradient_accumulation_steps=2']
+    process = subprocess.Popen(command, cwd=workspace.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 5'):
+            break
+    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - began < 100
+    assert (workspace.folder / 'out-killed' / 'state.pt').exists()

@@ -1,0 +1,173 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+from harness import CAN_FORK
+
+from engine import distributed
+from engine.errors import UserError
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (dict(device='gpu'), "device='gpu' is unknown"), (dict(dtype='half'), "dtype='half' is unknown"),
+    (dict(compile='yes'), "compile='yes'"), (dict(backend='mpi'), "backend='mpi' is unknown; try 'auto', 'nccl' or 'gloo'")])
+def test_an_unknown_choice_is_refused(arguments, words):
+    with pytest.raises(UserError, match=words):
+        distributed.start(**{'device': 'cpu', **arguments})
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason='this machine has a GPU')
+def test_the_summary_says_what_was_chosen_and_why():
+    env = distributed.start(compile='auto')
+    assert (env.device.type, env.dtype, env.compile) == ('cpu', 'float32', False)
+    assert env.summary.startswith('device cpu (no GPU found), dtype float32 (default on cpu')
+    assert env.summary.endswith('not compiled (eager starts sooner on cpu)')
+
+
+def test_one_process_is_one_rank():
+    env = distributed.start(device='cpu')
+    assert (env.rank, env.local_rank, env.world_size, env.is_main) == (0, 0, 1, True)
+    assert env.all_reduce(torch.ones(2)).tolist() == [1, 1] and env.all_gather('a') == ['a']
+    env.barrier()
+    env.assert_same_on_all_ranks({'seed': 1})
+    with pytest.raises(UserError, match='a mistake'):
+        with env.raise_on_all_ranks():
+            raise UserError('a mistake')
+
+
+@pytest.mark.parametrize('variables, words', [
+    (dict(WORLD_SIZE='two'), "WORLD_SIZE='two' should be a number"), (dict(WORLD_SIZE='0'), "WORLD_SIZE='0'"),
+    (dict(RANK='1'), "RANK='1' should be a number from 0 to 0.*unset RANK LOCAL_RANK WORLD_SIZE"),
+    (dict(WORLD_SIZE='2', RANK='2'), "RANK='2'"), (dict(WORLD_SIZE='2', LOCAL_RANK='-1'), "LOCAL_RANK='-1'"),
+    (dict(WORLD_SIZE='2', MASTER_ADDR='localhost'), "MASTER_PORT=''"),
+    (dict(WORLD_SIZE='2', MASTER_PORT='29500'), 'WORLD_SIZE=2 needs MASTER_ADDR; start the ranks with torchrun')])
+def test_impossible_variables_are_refused(monkeypatch, variables, words):
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        distributed.start(device='cpu')
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(backend='nccl'), 'backend=nccl moves data between NVIDIA GPUs, and this runs on cpu; try --backend=gloo'),
+    (dict(device='cuda:1'), 'device=cuda:1 is one device, and 2 ranks need one each; try --device=auto')])
+def test_what_several_ranks_cannot_use_is_refused(monkeypatch, options, words):
+    for name, value in dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='localhost', MASTER_PORT='29500').items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        distributed.start(**{'device': 'cpu', **options})
+
+
+# Signals
+
+@pytest.fixture
+def restored_handlers():
+    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
+def test_the_first_signal_is_noted_and_kills_nothing(restored_handlers):
+    env = distributed.start(device='cpu')
+    env.catch_signals()
+    assert env.stop_signal() == distributed.signal_number(env.stop_flags().tolist()) == 0
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert env.stop_signal() == distributed.signal_number(env.stop_flags().tolist()) == signal.SIGUSR1
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no SIGHUP')
+def test_a_closed_terminal_stops_a_run_but_for_nohup(restored_handlers):
+    env = distributed.start(device='cpu')
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup starts a program
+    env.catch_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert env.stop_signal() == 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    env.catch_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert env.stop_signal() == signal.SIGHUP
+
+
+def test_only_the_named_signals_are_caught(restored_handlers):
+    before = signal.getsignal(signal.SIGINT)
+    distributed.start(device='cpu').catch_signals(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+
+
+# Two ranks
+
+PROBE = '''
+import json, os, signal, sys
+import torch
+import console
+from engine.distributed import hard_exit, report_first_failure, start
+from engine.errors import RunError, UserError
+
+def collectives(env):
+    env.barrier()
+    print(json.dumps(dict(rank=env.rank, is_main=env.is_main, summed=env.all_reduce(torch.tensor([env.rank + 1.0])).tolist(),
+                          gathered=env.all_gather({'rank': env.rank}))), flush=True)
+
+def mistake(env):
+    with env.raise_on_all_ranks():
+        if env.rank == 1:
+            raise UserError('rank 1 found a mistake')
+
+def different(env):
+    env.assert_same_on_all_ranks({'seed': 1, 'batch_size': 8 + env.rank})
+
+def failure(env):
+    raise RunError('this rank failed')
+
+def stop(env):
+    env.catch_signals()
+    if env.rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    raise SystemExit(env.stop_signal())
+
+with hard_exit(), console.report_errors(), report_first_failure():
+    globals()[sys.argv[1]](start(device='cpu', timeout=20))
+'''
+
+
+@pytest.fixture
+def run_probe(workspace):
+    if not CAN_FORK:
+        pytest.skip('two ranks are started by fork')
+    (workspace.folder / 'probe.py').write_text(PROBE, encoding='utf-8')
+    return lambda case: workspace.launcher.run('probe.py', case, ranks=2)
+
+
+def test_collectives_reach_every_rank(run_probe):
+    result = run_probe('collectives')
+    assert result.codes == [0, 0], result.stderr
+    lines = sorted((json.loads(line) for line in result.stdout.splitlines()), key=lambda line: line['rank'])
+    for rank, line in enumerate(lines):
+        assert line == dict(rank=rank, is_main=rank == 0, summed=[3.0], gathered=[{'rank': 0}, {'rank': 1}])
+
+
+@pytest.mark.parametrize('case, codes, line', [
+    ('mistake', {2, -signal.SIGTERM}, 'probe.py: rank 1 found a mistake\n'),
+    ('different', {2, -signal.SIGTERM}, 'probe.py: the ranks differ in batch_size: 8, 9\n')])
+def test_a_mistake_of_any_rank_ends_all_in_one_line(run_probe, case, codes, line):
+    """torchrun ends the ranks that are still there when the first one exits."""
+    result = run_probe(case)
+    assert result.codes[0] == 2 and set(result.codes) <= codes and result.stderr == line
+
+
+def test_only_the_first_rank_that_fails_prints_its_error(run_probe):
+    result = run_probe('failure')
+    assert 1 in result.codes and set(result.codes) <= {1, -signal.SIGTERM}
+    assert result.stderr.count('this rank failed') == 1 == result.stderr.count('\n')
+
+
+def test_a_signal_to_one_rank_reaches_all(run_probe):
+    assert run_probe('stop').codes == [signal.SIGUSR1, signal.SIGUSR1]

@@ -1,0 +1,101 @@
+import json
+import os
+import pickle
+
+import pytest
+
+from engine.dataloader import dataset_tokenizer
+from engine.errors import RunError, UserError
+from engine.tokenizer import GPT2, Tokenizer, char_spec, check_spec, read_meta
+
+
+class Evil:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self):
+        return os.system, ('touch ran',)
+
+
+def test_characters_come_back_and_unknown_ones_are_named():
+    tokenizer = Tokenizer(dict(tokenizer='char', vocab_size=4, chars='\nabé'))
+    assert tokenizer.encode('aé\nb') == [1, 3, 0, 2] and tokenizer.decode([1, 3, 0, 2]) == 'aé\nb'
+    assert tokenizer.encode_to_numpy('aé\nb').tolist() == [1, 3, 0, 2]
+    assert tokenizer.decode_bytes([3]) == 'é'.encode()
+    with pytest.raises(UserError, match="the character 'z' is not in the vocabulary of this model"):
+        tokenizer.encode('abz')
+
+
+def test_a_character_spec_is_in_code_point_order():
+    assert char_spec(set('bé\na')) == dict(tokenizer='char', vocab_size=4, chars='\nabé')
+    with pytest.raises(UserError, match='65,537 different characters'):
+        char_spec(set(map(chr, range(2 ** 16 + 1))))
+
+
+def test_gpt2_tokens_come_back_and_may_end_within_a_character():
+    try:
+        tokenizer = Tokenizer()
+    except RunError as error:
+        pytest.skip(str(error))
+    assert tokenizer.encode('Hello world<|endoftext|>') == [15496, 995, 50256]
+    text = 'naïve 漢字 🙂'
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b''.join(tokenizer.decode_bytes([i]) for i in ids).decode() == text
+    assert tokenizer.encode_to_numpy(text).tolist() == ids
+    assert 50256 not in tokenizer.encode_to_numpy('<|endoftext|>')      # a dataset's text cannot end its document
+
+
+def test_a_dataset_without_a_meta_file_is_gpt2s(tmp_path):
+    assert read_meta(tmp_path) == GPT2 and dataset_tokenizer(None) == GPT2
+
+
+def test_meta_json_is_read(tmp_path):
+    spec = dict(tokenizer='char', vocab_size=3, chars='aéb')
+    (tmp_path / 'meta.json').write_text(json.dumps(dict(spec, tokens={'train': 5}, dtype='uint16')), encoding='utf-8')
+    assert read_meta(tmp_path) == spec
+
+
+def test_nanogpts_meta_pkl_is_read(tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(
+        vocab_size=1000, itos={i: chr(1000 + i) for i in range(1000)}, stoi={chr(1000 + i): i for i in range(1000)})))
+    assert read_meta(tmp_path) == dict(tokenizer='char', vocab_size=1000, chars=''.join(map(chr, range(1000, 2000))))
+
+
+@pytest.mark.parametrize('meta, words', [
+    ('', 'JSONDecodeError'), ('{"tokenizer": ', 'JSONDecodeError'), ('[]', ''), ('7', ''), ('[' * 100_000, 'RecursionError'),
+    ('{"tokenizer": "char"}', 'vocab_size is None'),
+    ('{"tokenizer": "char", "vocab_size": 3, "chars": "aab"}', 'chars should be 3 different characters'),
+    ('{"tokenizer": "char", "vocab_size": 3, "chars": 7}', 'chars should be 3 different characters'),
+    ('{"tokenizer": "char", "vocab_size": 70000, "chars": "a"}', 'vocab_size is 70000'),
+    ('{"tokenizer": "gpt2", "vocab_size": -1}', 'vocab_size is -1'),
+    ('{"tokenizer": "gpt2", "vocab_size": 17}', "unknown tokenizer 'gpt2' of 17"),
+    ('{"tokenizer": "../gpt2", "vocab_size": 17}', "unknown tokenizer '../gpt2'"),
+    ('\udcff', 'UnicodeDecodeError')])
+def test_a_damaged_meta_json_is_refused(tmp_path, meta, words):
+    (tmp_path / 'meta.json').write_bytes(meta.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(UserError, match=f'meta.json cannot be read: .*{words}.*; prepare the dataset again'):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize('content, words', [
+    (pickle.dumps(Evil()), r'it asks to run \w+.system'),
+    (pickle.dumps(dict(vocab_size=Evil())), r'it asks to run \w+.system'),
+    (b'', ''), (pickle.dumps([1]), ''),
+    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a' * 10, 1: 'b'}}), 'itos should map ids to single characters'),
+    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}), 'different characters'),
+    (pickle.dumps({'vocab_size': 10 ** 12, 'itos': {0: 'a'}}), ''),
+    (b'\x80\x04r\xff\xff\xff\x7f.', '')])
+def test_a_damaged_or_hostile_meta_pkl_is_refused(tmp_path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)                                 # where Evil would create its file
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    with pytest.raises(UserError, match=f'meta.pkl cannot be read: .*{words}'):
+        read_meta(tmp_path)
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('spec', [
+    None, ['a'], {}, {'tokenizer': 'char'}, {'tokenizer': 'char', 'vocab_size': True, 'chars': 'a'},
+    {'tokenizer': 'char', 'vocab_size': 17, 'chars': 7}, {'tokenizer': ['gpt2'], 'vocab_size': 50257}])
+def test_a_damaged_spec_of_a_checkpoint_is_refused(spec):
+    with pytest.raises(UserError):
+        check_spec(spec)
