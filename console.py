@@ -115,3 +115,5 @@ def hide_interrupt(kind, error, trace):
 
 # Importing torch takes seconds. Ctrl-C meanwhile should end a script without a traceback.
 sys.excepthook = hide_interrupt
+# Of a lost rank, PyTorch's C++ code warns with 40 lines of stack frames.
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')

@@ -1,7 +1,7 @@
-"""Draw the losses of one or several runs against iterations and against time.
+"""Draw the losses of one or several runs against iterations, tokens and time.
 
     python plot.py out-shakespeare-char
-    python plot.py out-a out-b --picture=compare.png
+    python plot.py out-a out-b --picture=compare.png --smooth=0.9
 """
 
 import sys
@@ -13,6 +13,16 @@ from engine.errors import UserError
 from engine.metrics import FILE, is_number, read_metrics
 
 picture = ''        # file to write; '' is loss.png in the first run's folder
+smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws it as it is
+
+
+def smoothed(values, share):
+    """Exponential moving average of `values`, corrected for its start as Adam's is (arXiv:1412.6980)."""
+    average, result = 0.0, []
+    for n, value in enumerate(values, 1):
+        average = share * average + (1 - share) * value
+        result.append(average / (1 - share ** n))
+    return result
 
 
 def draw(runs, path):
@@ -20,13 +30,18 @@ def draw(runs, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout='constrained')
-    for axes, x, unit, label in zip(panels, ('iter', 'seconds'), (1, 60), ('iterations', 'minutes')):
-        for color, (name, records) in enumerate(runs.items()):
-            for y, split, style in (('loss', 'train', dict(lw=0.8, alpha=0.4)), ('val_loss', 'val', dict(marker='o', ms=3))):
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout='constrained')
+    for color, (name, records) in enumerate(runs.items()):
+        tokens = {r['iter']: r['tokens'] for r in records if is_number(r.get('tokens'))}
+        per_iter = min((count / (i + 1) for i, count in tokens.items()), default=None)
+        records = [{**r, 'tokens': per_iter and r['iter'] * per_iter} for r in records]
+        for axes, x, unit in zip(panels, ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
+            for y, split, style in (('loss', 'train', dict(lw=0.8, alpha=0.5)), ('val_loss', 'val', dict(marker='o', ms=3))):
                 points = [(r[x] / unit, r[y]) for r in records if is_number(r.get(x)) and is_number(r.get(y))]
                 if points:
-                    axes.plot(*zip(*points), color=f'C{color}', label=f'{name} {split}', **style)
+                    xs, ys = zip(*points)
+                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}', label=f'{name} {split}', **style)
+    for axes, label in zip(panels, ('iterations', 'million tokens', 'minutes')):
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel='loss, nats per token')
@@ -35,6 +50,7 @@ def draw(runs, path):
 
 
 def main(folders):
+    configurator.check_range(globals(), 'smooth', 0, below=1)
     if not folders:
         raise UserError('name the folders of the runs, as in: python plot.py out-shakespeare-char')
     runs = {}

@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 from dataclasses import dataclass
-from functools import partial
 
 from console import print0, progress_bar, report_errors, status     # before torch: see console.py
 import torch
@@ -23,9 +22,8 @@ from engine.dataloader import eval_batches, open_dataset, train_batches
 from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import RunError, UserError
-from engine.generate import sample_text
+from engine.generate import TextSampler
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
-from engine.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 # input and output
@@ -85,17 +83,16 @@ THIS_COMMAND = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from',
 
 
 def check_settings(combinations=True):
-    """UserError for an impossible value. combinations: and for values that do not fit each other, which
-    can only be said once a resumed run's own settings are in place."""
-    check = partial(configurator.check_range, globals())
-    check('eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
-    check('gradient_accumulation_steps batch_size', 1, 2 ** 20)
-    check('max_iters warmup_iters lr_decay_iters sample_tokens', 0, 10 ** 9)
-    check('min_lr weight_decay grad_clip', 0, below=math.inf)
-    check('learning_rate', above=0, below=math.inf)
-    check('beta1 beta2 dropout', 0, below=1)
-    check('seed', 0, 2 ** 63 - 1)
-    check('rank_timeout', 1, 10 ** 7)
+    """UserError for an impossible value. combinations: also for values that do not fit each other."""
+    settings, check = globals(), configurator.check_range
+    check(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
+    check(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
+    check(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens', 0, 10 ** 9)
+    check(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
+    check(settings, 'learning_rate', above=0, below=math.inf)
+    check(settings, 'beta1 beta2 dropout', 0, below=1)
+    check(settings, 'seed', 0, 2 ** 63 - 1)
+    check(settings, 'rank_timeout', 1, 10 ** 7)
     if not out_dir.strip() or '\0' in out_dir:
         raise UserError(f'out_dir={out_dir!r} should be the name of a folder')
     if lr_schedule not in ('cosine', 'linear', 'wsd'):
@@ -155,22 +152,20 @@ class Run:
     def save(self, env, model_too=False):
         """Write state.pt, and with model_too ckpt.pt. Every rank calls it, rank 0 writes."""
         if env.is_main:
-            weights = self.model.to_checkpoint()
             progress = dict(iter_num=self.iter_num, best_val_loss=self.best_val_loss, best_iter=self.best_iter,
-                            **self.description)
+                            last_eval=self.last_eval, wandb_id=self.writer.wandb_id, **self.description)
             with status('saving'):
                 if model_too:
-                    checkpoint.save_model(out_dir, weights, **progress)
-                checkpoint.save_state(out_dir, weights, **optim.state_dict(self.optimizer, self.scaler), **progress,
-                                      last_eval=self.last_eval, wandb_id=self.writer.wandb_id)
+                    checkpoint.save_model(out_dir, self.model.to_checkpoint(), **progress)
+                checkpoint.save_state(out_dir, self.model.to_checkpoint(), **progress,
+                                      **optim.state_dict(self.optimizer, self.scaler))
 
 
 def train_step(run, batches, env):
     """One optimizer step over this rank's micro-batches.
 
-    Returns {'loss': mean over them in nats, 'grad_norm': of the global batch}, scalar tensors that
-    are not read yet, so that the host runs ahead of a GPU. Where either is not finite, the weights
-    stay as they are.
+    Returns {'loss': mean over them in nats, 'grad_norm': of the global batch}, scalar tensors not read
+    yet, so that the host runs ahead of a GPU. Where either is not finite, the weights stay as they are.
     """
     loss_sum = torch.zeros((), device=env.device)
     for micro_step in range(run.micro_steps):
@@ -200,10 +195,8 @@ def estimate_loss(run, data, env):
                 with env.autocast():
                     total += run.wrapped_model(*batch)[1]
             if env.stop_signal():
-                run.wrapped_model.train()
                 return None
         losses[split] = env.all_reduce(total).item() / eval_iters
-    run.wrapped_model.train()
     return losses
 
 
@@ -216,8 +209,7 @@ def build_model(saved, data, overrides):
         return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
     if data.vocab_size > model.config.vocab_size:
-        raise UserError(f'dataset {dataset} has {data.vocab_size} tokens and the model {model.config.vocab_size}; '
-                        f'train on the dataset of the model')
+        raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
         value = getattr(model.config, name)
         if overrides.get(name, value) != value:
@@ -237,21 +229,18 @@ def start_run(saved, data, overrides, env):
         if saved:
             data.check_same(saved, accept_dataset_change)
     config, progress = configurator.snapshot(globals()), saved or dict(iter_num=0, best_val_loss=math.inf)
-    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint,
-                                  'iter_num (do all machines see the same out_dir?)': progress['iter_num']})
+    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress['iter_num']})
     wrapped_model = parallel.wrap(model, env, recompute).train()
     optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
-    with env.raise_on_all_ranks():
-        optim.load_state_dict(optimizer, scaler, progress)
+    optim.load_state_dict(optimizer, scaler, progress)
     run = Run(model, wrapped_model, optimizer, scaler, micro_steps, micro_batch_size, grad_clip, seed,
               progress['iter_num'], progress['best_val_loss'], progress.get('best_iter') or 0, progress.get('last_eval'),
               dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint))
     if env.is_main and not eval_only:
         checkpoint.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, config, env)
-        wandb_run = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir,
-                         id=progress.get('wandb_id'), resume='allow')
-        run.writer = MetricsWriter(out_dir, run.iter_num, run.last_eval == run.iter_num, print0, wandb_run if wandb_log else None)
+        run.writer = MetricsWriter(out_dir, run.iter_num, run.last_eval == run.iter_num, print0, wandb_log and dict(
+            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=progress.get('wandb_id'), resume='allow'))
     return run
 
 
@@ -264,7 +253,7 @@ def finish(run, log, env):
     elif run.writer:
         print0(f'{run.iter_num:,} iterations, {short_number(run.iter_num * log.tokens)} tokens, {run.writer.elapsed()}; '
                f'best val loss {run.best_val_loss:.4f} at iteration {run.best_iter}\n'
-               f'next: python sample.py --out_dir={shlex.quote(out_dir)}')
+               f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
     if run.writer:
         run.writer.close()
     env.barrier()                                       # a rank that fails in its last save fails them all
@@ -285,25 +274,23 @@ def main(overrides):
     if saved:
         notes += configurator.restore_settings(globals(), saved.get('config') or {}, overrides, THIS_COMMAND)
     check_settings()
+    if decay_lr and max_iters < lr_decay_iters:
+        notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
     for note in notes:
         print0(f'note: {note}')
     data = open_dataset(dataset, env)
-    tokenizer = Tokenizer(data.tokenizer) if sample_tokens else None
-    prompt = tokenizer and tokenizer.encode(sample_prompt)
+    sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
     tokens = run.micro_steps * run.micro_batch_size * run.model.config.block_size * env.world_size   # per iteration
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
-           f'{run.micro_batch_size} x {run.model.config.block_size} tokens per iteration'
-           + (f', from iteration {run.iter_num}' if saved else ''))
-    print0(f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
+           f'{run.micro_batch_size} x {run.model.config.block_size} tokens per iteration, from iteration {run.iter_num}\n'
+           f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
            f'{short_number(max_iters * tokens)}, {max_iters * tokens / len(data.tokens["train"]):.3g} epochs')
-    saved = None                                        # closes the mapped file
+    saved = None                                        # closes its file
     batches = train_batches(data, seed, range(run.iter_num, max_iters), run.micro_steps, run.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=tokens, flops=tokens / env.world_size * run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
                   advice=f'{out_dir} holds the state before it. A lower --learning_rate may help.')
-    if run.iter_num >= max_iters and not eval_only:
-        print0(f'the run has reached max_iters={max_iters}; raise it to go on')
     env.catch_signals()
 
     while True:
@@ -311,13 +298,14 @@ def main(overrides):
         if eval_only or run.evaluation_is_due():
             log.flush()
             losses = estimate_loss(run, data, env)
+            run.wrapped_model.train()
             if losses is None:
                 log.stop_signal = env.stop_signal()
                 break
             print0(f'step {run.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             improved = run.note_losses(losses)
-            if tokenizer and env.is_main:
-                print0(sample_prompt + sample_text(run.model, tokenizer, prompt, sample_tokens, seed))
+            if sampler and env.is_main:
+                print0(sampler(run.model))
             if not eval_only:
                 run.save(env, model_too=run.iter_num > 0 and (improved or always_save_checkpoint))
             log.restart_clock()

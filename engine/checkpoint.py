@@ -124,7 +124,10 @@ def save_state(out_dir, model, **rest):
 
 def holds_run(out_dir):
     """True where out_dir has a file to resume from."""
-    return any((Path(out_dir) / name).exists() for name in (STATE, PREVIOUS, MODEL))
+    try:
+        return any((Path(out_dir) / name).exists() for name in (STATE, PREVIOUS, MODEL))
+    except OSError as error:
+        raise UserError(f'{out_dir!r} cannot be used ({error.strerror}); choose another --out_dir') from None
 
 
 def load_state(out_dir):

@@ -125,7 +125,7 @@ def eval_batches(data, split, count, batch_size, env):
 
 def dataset_folder(name):
     """The folder data/NAME. UserError where `name` is not a plain folder name."""
-    if not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0'):
+    if not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0') or len(name.encode('utf-8', 'replace')) > 200:
         raise UserError(f'dataset={name!r} should be the name of a folder in {DATA}')
     return DATA / name
 

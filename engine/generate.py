@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import UserError
+from engine.tokenizer import Tokenizer
 
 
 class KVCache:
@@ -159,17 +160,27 @@ def decoding_attention(device):
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def sample_text(model, tokenizer, prompt, max_new_tokens, seed):
-    """Text that continues the token ids `prompt`, as sample.py would by default. It leaves the global generators and the
-    model's mode as they are. tokenizer: engine.tokenizer.Tokenizer."""
-    device = next(model.parameters()).device
-    noise = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    was_training, _ = model.training, model.eval()
-    idx = torch.tensor([prompt], device=device)
-    tokens = [token.item() for token in stream(model, idx, max_new_tokens, 0.8, 200, noise=noise,
-                                               vocab_size=tokenizer.vocab_size)]
-    model.train(was_training)
-    return tokenizer.decode(tokens)
+class TextSampler:
+    """Continues one prompt with the same random numbers each time, at sample.py's default temperature and top_k.
+
+    spec: the tokenizer. Raises UserError for a prompt that it cannot encode.
+    """
+
+    def __init__(self, spec, prompt, max_new_tokens, seed):
+        self.tokenizer, self.prompt = Tokenizer(spec), prompt
+        self.ids = self.tokenizer.encode(prompt) or [spec['vocab_size'] - 1]
+        self.noise = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, model):
+        """The prompt and its continuation. The model's mode and the global generators stay as they are."""
+        device = next(model.parameters()).device
+        was_training, _ = model.training, model.eval()
+        idx = torch.tensor([self.ids], device=device)
+        tokens = stream(model, idx, self.noise.size(1), 0.8, 200, noise=self.noise.to(device),
+                        vocab_size=self.tokenizer.vocab_size)
+        text = self.prompt + self.tokenizer.decode([token.item() for token in tokens])
+        model.train(was_training)
+        return text
 
 
 def new_caches(model, batch_size, positions, kind=KVCache):

@@ -69,7 +69,8 @@ def to_transformers(config, weights):
     GPT-2 there always has biases; a model without them gets zeros. Raises UserError where any
     other weight is missing.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+    logging.disable_progress_bar()
     activations = {value: key for key, value in reversed(ACTIVATIONS.items())}
     last_id = min(50256, config.vocab_size - 1)
     model = GPT2LMHeadModel(GPT2Config(

@@ -115,7 +115,7 @@ class MetricsWriter:
             self.file = open(Path(out_dir) / FILE, 'a', encoding='utf-8')
         except OSError as error:
             warn(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
-        if wandb_run is not None:
+        if wandb_run:
             terminal, sys.stdin = sys.stdin, open(os.devnull, encoding='utf-8')
             try:                                        # without a terminal, wandb does not ask to log in
                 import wandb

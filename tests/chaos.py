@@ -34,15 +34,15 @@ from engine import checkpoint
 from engine.errors import UserError
 
 # trials
-trials = 20             # in all; a mix takes the faults in turn
-fault = 'mix'           # kill, term, int, hup, usr1, full, flip, nan, freeze, lost, or mix
+trials = 26             # in all; a mix takes the faults in turn
+fault = 'mix'           # kill, term, int, hup, usr1, full, flip, nan, weights, pipe, cache, freeze, lost, or mix
 ranks = 1               # processes of a run; freeze and lost always take 2, under torchrun
 seed = 0                # of where the faults strike
 workers = 2             # trials at a time
 
 STOP = 12               # iteration in which the stopped run was killed
 FILES = (checkpoint.MODEL, checkpoint.STATE, checkpoint.PREVIOUS)
-FAULTS = ('kill', 'term', 'int', 'hup', 'usr1', 'full', 'flip', 'nan', 'freeze', 'lost')
+FAULTS = ('kill', 'term', 'int', 'hup', 'usr1', 'full', 'flip', 'nan', 'weights', 'pipe', 'cache', 'freeze', 'lost')
 ON_TWO_RANKS = ('freeze', 'lost')
 
 
@@ -85,13 +85,13 @@ class Lab(Workspace):
             out_dir.rmdir()
         return out_dir
 
-    def resume(self, launcher, out_dir, **options):
+    def resume(self, launcher, out_dir, *flags, **options):
         """Start or resume the run in out_dir, with --init_from=auto. Returns the Result."""
-        return launcher.run('train.py', *self.flags(out_dir, init_from='auto'), ranks=self.ranks, **options)
+        return launcher.run('train.py', *self.flags(out_dir, init_from='auto'), *flags, ranks=self.ranks, **options)
 
-    def finish(self, launcher, out_dir):
+    def finish(self, launcher, out_dir, *flags):
         """Resume the run to its end, and compare it with the reference. Returns the Result."""
-        result = self.resume(launcher, out_dir)
+        result = self.resume(launcher, out_dir, *flags)
         expect(set(result.codes) == {0} and not result.stderr, 'the restart failed', result)
         self.compare(out_dir)
         return result
@@ -122,9 +122,9 @@ def compare_values(a, b, where):
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, dict):
-        # Two runs may differ in their folder, in how they began, and in the learning rate that was
-        # set last: each step sets it anew.
-        names = [name for name in {**a, **b} if name not in ('out_dir', 'init_from', 'lr')]
+        # Two runs may differ in their folder, the name of their dataset, in how they began, and in the
+        # learning rate that was set last: each step sets it anew.
+        names = [name for name in {**a, **b} if name not in ('out_dir', 'dataset', 'init_from', 'lr')]
         return [line for name in names for line in (
             compare_values(a[name], b[name], f'{where} {name}') if name in a and name in b else [f'{where}: {name}'])]
     if isinstance(a, (list, tuple)) and len(a) == len(b):
@@ -273,6 +273,54 @@ def nan(lab, launcher, rng):
     return []
 
 
+def weights(lab, launcher, rng):
+    """The weights become NaN, and SIGTERM asks for a save before any loss shows it."""
+    out_dir = lab.new_out_dir(lab.stopped)
+    before = read_files(out_dir)
+    result = lab.resume(launcher, out_dir, fault=dict(kind='not finite', what='weights', iteration=rng.randrange(INTERVAL)))
+    expect_one_line(result, 'state.pt was not written', 'is not finite')
+    expect(read_files(out_dir) == before, 'files changed')
+    lab.finish(launcher, out_dir)
+    return ['in save']
+
+
+def pipe(lab, launcher, rng):
+    """The reader of stdout ends, as `tee` does of Ctrl-C or `head` of having read enough."""
+    out_dir, number = lab.new_out_dir(), rng.choice((0, signal.SIGINT))
+    result = lab.resume(launcher, out_dir, fault=dict(kind='no reader', number=number, iteration=rng.randrange(ITERATIONS - 1),
+                                                      micro_steps=lab.micro_steps))
+    expect(set(result.codes) == {128 + number if number else 0} and not result.stderr, 'it should run on, or save', result)
+    if number:
+        expect(checkpoint.load_state(out_dir)[1] == [], 'the state should load')
+        lab.finish(launcher, out_dir)
+    else:
+        lab.compare(out_dir)
+    return ['in save'] if number else []
+
+
+def cache(lab, launcher, rng):
+    """train.bin gets other tokens, but the same size and time of change as the cached check of it has."""
+    out_dir = lab.new_out_dir()
+    folder = lab.folder / 'data' / out_dir.name
+    shutil.copytree(lab.folder / 'data' / 'toy', folder)
+    flags = [f'--dataset={folder.name}']
+    result = launcher.run('train.py', *lab.flags(out_dir, max_iters=10), *flags, ranks=lab.ranks)
+    expect(set(result.codes) == {0}, 'the first half failed', result)
+    path, beyond = folder / 'train.bin', rng.random() < 0.5
+    tokens, stat = path.read_bytes(), path.stat()
+    at = 2 * rng.randrange(len(tokens) // 2)
+    path.write_bytes(tokens[:at] + bytes([200 if beyond else (tokens[at] + 1) % 17, 0]) + tokens[at + 2:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    result = lab.resume(launcher, out_dir, *flags)
+    expect(set(result.codes) == {2} and result.stderr.count('\n') == 1 and
+           ('beyond the vocabulary' if beyond else 'is not what the run was trained on') in result.stderr,
+           'it should notice', result)
+    path.write_bytes(tokens)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    lab.finish(launcher, out_dir, *flags)
+    return []
+
+
 # Trials under torchrun, on 2 ranks
 
 def run_torchrun(lab, out_dir, fault, *options, timeout):
@@ -334,7 +382,8 @@ def lost(lab, launcher, rng):
 
 
 TRIALS = dict(kill=kill, term=stop(signal.SIGTERM), int=stop(signal.SIGINT), hup=stop(signal.SIGHUP),
-              usr1=stop(signal.SIGUSR1), full=full, flip=flip, nan=nan, freeze=freeze, lost=lost)
+              usr1=stop(signal.SIGUSR1), full=full, flip=flip, nan=nan, weights=weights, pipe=pipe, cache=cache,
+              freeze=freeze, lost=lost)
 
 
 def run_trial(lab, launcher, name, key):

@@ -30,7 +30,9 @@ SAVE_STEPS = ('write', 'sync file', 'rename previous', 'rename', 'sync folder', 
 def inject(fault):
     """Make this process suffer `fault`, a dict:
 
-    kind: 'signal' (with number, and times it is sent), 'full disk', or 'not finite' (what: 'loss' or 'gradient').
+    kind: 'signal' (with number, and times it is sent), 'full disk', 'not finite' (what: 'loss', 'gradient', or
+    'weights', with a SIGTERM right after), or 'no reader' (stdout becomes a pipe that nobody reads; with number,
+    a signal follows).
     rank: the rank that has it, 0 by default. A process that torchrun has restarted has none.
 
     When it strikes: either save, the number of the checkpoint file, counted from 0, with step, one of
@@ -40,7 +42,9 @@ def inject(fault):
     """
     if fault.get('rank', 0) != int(os.environ.get('RANK', 0)) or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
         return
-    if 'iteration' in fault:
+    if fault.get('what') == 'weights':
+        inject_into_weights(fault)
+    elif 'iteration' in fault:
         inject_into_training(fault)
     else:
         inject_into_saves(fault)
@@ -51,6 +55,30 @@ def send_signal(fault):
         Path(fault['report']).write_text(str(time.time()), encoding='utf-8')
     for _ in range(fault.get('times', 1)):
         os.kill(os.getpid(), fault['number'])
+
+
+def close_reader(fault):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    if fault.get('number'):
+        send_signal(fault)
+
+
+def inject_into_weights(fault):
+    """Wrap optim.step, which training calls once per iteration."""
+    from engine import optim
+    step, calls = optim.step, 0
+
+    def faulty_step(optimizer, *arguments):
+        nonlocal calls
+        norm = step(optimizer, *arguments)
+        if calls == fault['iteration']:
+            optimizer.param_groups[0]['params'][0].data[0] = float('nan')
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls += 1
+        return norm
+    optim.step = faulty_step
 
 
 def inject_into_training(fault):
@@ -65,6 +93,8 @@ def inject_into_training(fault):
             if calls == fault['iteration'] * fault['micro_steps']:
                 if fault['kind'] == 'signal':
                     threading.Timer(fault.get('delay', 0), send_signal, [fault]).start()
+                elif fault['kind'] == 'no reader':
+                    close_reader(fault)
                 elif fault['what'] == 'loss':
                     loss = loss * float('nan')
                 else:

@@ -25,6 +25,33 @@ def test_the_command_writes_the_folder(trained):
         'config.json', 'model.safetensors'}
 
 
+def test_a_run_for_nanogpt_has_its_optimizer_inside(trained):
+    """Loaded as nanoGPT does it, into its two groups of AdamW, it takes the step that the run takes here."""
+    from engine import checkpoint, optim
+    from model import GPT
+    trained.run('export.py', 'out-toy', 'for-nanogpt', '--to=nanogpt')
+    loaded = torch.load(trained.folder / 'for-nanogpt' / 'ckpt.pt', weights_only=True)
+    assert set(loaded) == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'}
+    assert set(loaded['model_args']) == {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias'}
+    saved, _ = checkpoint.load_state(trained.folder / 'out-toy')
+    idx, weights = torch.randint(17, (2, 32)), []
+    for here in (True, False):
+        model = GPT.from_checkpoint(saved)
+        if here:
+            optimizer = optim.adamw(model, 1e-3, 0.1, (0.9, 0.95))
+            optim.load_state_dict(optimizer, torch.amp.GradScaler('cpu', enabled=False), saved)
+        else:
+            model.load_state_dict(loaded['model'])
+            groups = [[p for p in model.parameters() if (p.dim() >= 2) == large] for large in (True, False)]
+            optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)])
+            optimizer.load_state_dict(loaded['optimizer'])
+        optim.set_lr(optimizer, 1e-3)
+        model(idx, idx)[1].backward()
+        optimizer.step()
+        weights.append(model.state_dict())
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+
+
 def test_a_failure_leaves_no_folder(trained, tmp_path, monkeypatch):
     def fail(self, folder):
         folder.mkdir()

@@ -18,7 +18,7 @@ from engine.errors import UserError
 
 
 @pytest.mark.parametrize('fault, trials', [('kill', 4), ('term', 1), ('int', 1), ('hup', 1), ('usr1', 1), ('full', 2),
-                                           ('flip', 4), ('nan', 2)])
+                                           ('flip', 4), ('nan', 2), ('weights', 1), ('pipe', 2), ('cache', 2)])
 def test_a_fault_loses_nothing(lab, fault, trials):
     for i in range(trials):
         chaos.run_trial(lab, lab.launcher, fault, f'{fault} {i}')

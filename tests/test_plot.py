@@ -13,17 +13,25 @@ def write_records(folder, *records):
 
 
 def test_curves_are_the_records(tmp_path, monkeypatch):
-    """By iterations and by minutes, of two runs."""
+    """By iterations, tokens and minutes, of two runs."""
     drawn = []
     monkeypatch.setattr(plt.Figure, 'savefig', lambda figure, path, **options: drawn.append((figure, path)))
-    runs = {'a': [dict(iter=0, seconds=0, val_loss=3.0), dict(iter=0, seconds=6, loss=2.5),
-                  dict(iter=1, seconds=12, loss=2.0)],
+    runs = {'a': [dict(iter=0, seconds=0, val_loss=3.0), dict(iter=0, seconds=6, loss=2.5, tokens=2e6),
+                  dict(iter=1, seconds=12, loss=2.0, tokens=4e6)],
             'b': [dict(iter=0, seconds=None, loss=2.25)]}
-    plot.draw(runs, 'x.png')
+    with script_settings(plot, '--smooth=0'):
+        plot.draw(runs, 'x.png')
     (figure, path), = drawn
-    by_iteration, by_minute = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes)
+    by_iteration, by_token, by_minute = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes)
     assert path == 'x.png' and by_iteration == {'a train': [[0, 2.5], [1, 2.0]], 'a val': [[0, 3.0]], 'b train': [[0, 2.25]]}
+    assert by_token == {'a train': [[0, 2.5], [2, 2.0]], 'a val': [[0, 3.0]]}
     assert by_minute == {'a train': [[0.1, 2.5], [0.2, 2.0]], 'a val': [[0, 3.0]]}
+
+
+def test_smoothing_averages_what_came_before():
+    assert plot.smoothed([4.0] * 5, 0.9) == pytest.approx([4.0] * 5)
+    assert plot.smoothed([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 3) / 0.75])
+    assert plot.smoothed([1.0, 3.0, 2.0], 0) == [1.0, 3.0, 2.0]
 
 
 def test_a_picture_is_written(trained):

@@ -27,7 +27,21 @@ def test_the_schedule_rises_falls_and_stays():
         assert {train.get_lr(i) for i in range(200)} == {1.0}
 
 
+def test_the_other_schedules_fall_in_a_line():
+    flags = ['--learning_rate=1', '--min_lr=0.1', '--warmup_iters=10', '--lr_decay_iters=110']
+    with script_settings(train, *flags, '--lr_schedule=linear'):
+        rates = [train.get_lr(i) for i in range(200)]
+        assert rates[10:111] == pytest.approx([1 - 0.009 * i for i in range(101)]) and set(rates[111:]) == {rates[110]}
+    with script_settings(train, *flags, '--lr_schedule=wsd', '--cooldown_iters=20'):
+        rates = [train.get_lr(i) for i in range(200)]
+        assert rates[10:91] == [1.0] * 81 and rates[90:111] == pytest.approx([1 - 0.045 * i for i in range(21)])
+
+
 @pytest.mark.parametrize('flag, words', [
+    ('--lr_schedule=wave', "lr_schedule='wave' is unknown; try 'cosine', 'linear' or 'wsd'"),
+    ('--cooldown_iters=0', 'cooldown_iters=0 should be at least 1'), ('--sample_tokens=-1', 'sample_tokens=-1 should be'),
+    ('--max_iters=100000000000000000', 'should be .*at most 1,000,000,000'), ('--rank_timeout=99999999999999', 'at most 10,000,000'),
+    ('--batch_size=4611686018427387904', 'at most 1,048,576'),
     ('--batch_size=-4', 'batch_size=-4 should be at least 1'),
     ('--gradient_accumulation_steps=0', 'gradient_accumulation_steps=0 should be at least 1'),
     ('--dropout=1.5', 'dropout=1.5 should be at least 0 and below 1'), ('--dropout=-0.1', 'dropout=-0.1 should be'),
@@ -118,6 +132,29 @@ def test_evaluation_is_the_same_each_time_and_changes_no_step(trained):
     assert len(evaluations) == 21 and all(evaluations[r['iter']] == r for r in seldom if 'val_loss' in r)
 
 
+def test_a_sample_at_each_evaluation_changes_no_step(trained):
+    """It prints what the model writes, the same for the same weights. Dropout and batches stay as they are."""
+    shown = trained.train('out-sampled', '--sample_tokens=20', '--sample_prompt=abc').stdout
+    assert trained.records('out-sampled') == trained.records('out-toy')
+    texts = [line for line in shown.split('\n') if line.startswith('abc')]
+    assert len(texts) == 5                                      # after iterations 0, 5, 10, 15 and 20
+    refused = trained.train('out-unsampled', '--sample_tokens=20', '--sample_prompt=XYZ', code=2)
+    assert "'X' is not in the vocabulary" in refused.stderr and not (trained.folder / 'out-unsampled' / 'state.pt').exists()
+
+
+def test_the_end_of_a_run_says_what_it_made(trained):
+    shown = trained.train('out-told', '--lr_decay_iters=30').stdout
+    values = {r['iter']: r['val_loss'] for r in trained.records('out-told') if 'val_loss' in r}
+    best = min(values, key=values.get)
+    assert 'toy: 5,000 tokens to train on; 20 iterations read 2.56k, 0.512 epochs' in shown
+    assert f'20 iterations, 2.56k tokens, 0 min' in shown and f'best val loss {values[best]:.4f} at iteration {best}' in shown
+    assert 'next: python sample.py --out_dir=out-told' in shown
+    assert 'note: the learning rate does not reach min_lr: lr_decay_iters=30 is after max_iters=20' in shown
+    described = json.loads((trained.folder / 'out-told' / 'run.json').read_text())
+    assert described['settings']['lr_decay_iters'] == 30 and '--lr_decay_iters=30' in described['command']
+    assert described['torch'] == torch.__version__ and described['device'].startswith('device cpu')
+
+
 def test_an_evaluation_is_the_mean_loss_of_its_batches(trained, toy):
     """Of the plain model. The windows do not depend on the seed."""
     model, data = GPT.from_checkpoint(trained.folder / 'out-toy').eval(), TokenDataset('toy')
@@ -155,7 +192,7 @@ def test_a_run_goes_on_past_its_first_end_and_a_finished_one_ends_at_once(traine
     trained.train('out-long', '--init_from=auto', '--max_iters=20')
     assert trained.records('out-long') == trained.records('out-toy')
     shown = trained.train('out-long', '--init_from=resume').stdout
-    assert 'the run has reached max_iters=20; raise it to go on' in shown and 'iter 20' not in shown
+    assert 'to train longer, resume with more --max_iters' in shown and 'iter 20' not in shown
 
 
 def test_a_resumed_run_goes_on_with_its_own_settings(trained):
