@@ -3,12 +3,14 @@
     python bench.py                                     # the training step: train_step of train.py
     python bench.py --bench=sample --dtype=float16      # generation, as in sample.py
     python bench.py --bench=data                        # GPT-2's encoding; with --real_data=True batches too
-    python bench.py --compare=transformers --device=cpu --batch_size=4 --block_size=256
     python bench.py --profile=True                      # writes bench-trace.json for ui.perfetto.dev
+    python bench.py --report=figures.md                 # all of these, as a table for this machine
 """
 
+import json
 import statistics
 import sys
+import tempfile
 import time
 from itertools import count
 
@@ -45,6 +47,8 @@ bias = False
 warmup_steps = 5                        # untimed, compilation included
 steps = 20                              # timed, one by one; of sample and data: a fourth of them
 profile = False                         # True records 5 steps more as bench-trace.json
+report = ''                             # a file for the table of everything that is timed on this machine
+figures = False                         # True ends with the figures as a line of JSON
 # machine
 device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                          # auto, float32, bfloat16 or float16
@@ -67,7 +71,7 @@ def time_interleaved(functions, warmup, repeats):
     return seconds
 
 
-def report(seconds, amount, unit):
+def print_times(seconds, amount, unit):
     """Print a line for each function: the median, its spread, `amount` per second; then the ratio of
     the second to the first. Returns the first one's median in seconds."""
     for name, times in seconds.items():
@@ -139,14 +143,13 @@ def bench_train(env):
         functions['transformers'] = reference_step
     peaks = [devices.peak_flops(env.device, env.dtype, budget=0.3)]     # before and after: a busy CPU shows less
     n_sequences = micro_steps * batch_size
-    seconds = report(time_interleaved(functions, warmup_steps, steps), n_sequences * env.world_size * block_size, 'tokens/s')
+    seconds = print_times(time_interleaved(functions, warmup_steps, steps), n_sequences * env.world_size * block_size, 'tokens/s')
     peaks.append(devices.peak_flops(env.device, env.dtype, budget=0.3))
     peak = max(peaks) if all(peaks) else None
     mfu = model.estimate_mfu(n_sequences, seconds, peak)
-    source = 'measured here' if env.device.type == 'cpu' else "the data sheet's"
     print0(f'loss         {losses[0]:.4f} first, {losses[-1]:.4f} last')
-    print0(f'mfu          {mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, {source}' if mfu else
-           'mfu          n/a, the peak of this device is not known')
+    print0('mfu          ' + (f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, the peak' if mfu else 'n/a, as the peak is not known')
+           + ' measured here' * (env.device.type == 'cpu'))
     if not reference:
         print0(f'memory       {devices.peak_memory(env.device) / 2 ** 30:.2f} GiB at the most')
     if profile:
@@ -159,6 +162,8 @@ def bench_train(env):
         print0(recorded.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=40))
         print0('trace        bench-trace.json')
     batches.close()
+    return dict(ms=seconds * 1000, tokens_per_second=n_sequences * env.world_size * block_size / seconds, mfu=mfu,
+                peak_tflops=peak and peak / 1e12, memory_gib=devices.peak_memory(env.device) / 2 ** 30)
 
 
 def bench_sample(env, n_sequences):
@@ -175,9 +180,11 @@ def bench_sample(env, n_sequences):
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200, pad_token_id=0,
             min_new_tokens=new_tokens, max_new_tokens=new_tokens).tolist()
     bandwidth = devices.memory_bandwidth(env.device)
-    seconds = report(time_interleaved(functions, 1, max(2, steps // 4)), new_tokens * n_sequences, 'tokens/s')
+    seconds = print_times(time_interleaved(functions, 1, max(2, steps // 4)), new_tokens * n_sequences, 'tokens/s')
     read = stored * new_tokens / seconds
     print0(f'weights      {read / 1e9:.1f} GB/s read, {read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here')
+    return dict(tokens_per_second=new_tokens * n_sequences / seconds, bandwidth_share=read / bandwidth,
+                memory_gib=devices.peak_memory(env.device) / 2 ** 30)
 
 
 def bench_data():
@@ -188,7 +195,7 @@ def bench_data():
         data = TokenDataset(dataset)
         data.set_block_size(block_size)
         batch, read, bandwidth = count(), batch_size * block_size * 2, devices.memory_bandwidth(torch.device('cpu'))
-        seconds = report(time_interleaved({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)},
+        seconds = print_times(time_interleaved({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)},
                                           50, 1000), read / 1e9, 'GB/s')
         print0(f'tokens       {read / seconds / bandwidth:.1%} of the {bandwidth / 1e9:.1f} GB/s that memory was read at here')
     text = ''.join(path.read_text(encoding='utf-8') for path in sorted(configurator.ROOT.rglob('*.py'))
@@ -197,8 +204,26 @@ def bench_data():
     encode = Tokenizer().encode_to_numpy
     pieces = [piece for piece, _ in tokenfiles.safe_pieces([text])]
     size = sum(len(piece.encode()) for piece in pieces) / 1e6
-    report(time_interleaved({'all cores': lambda: list(tokenfiles.in_order(encode, pieces, 0)),
+    seconds = print_times(time_interleaved({'all cores': lambda: list(tokenfiles.in_order(encode, pieces, 0)),
                              'one core': lambda: [encode(piece) for piece in pieces]}, 1, repeats), size, 'MB/s of text')
+    return dict(mb_per_second=size / seconds)
+
+
+def report_rows(env, out_dir):
+    """[(what, command)] of the table that --report writes."""
+    on_cpu, common = env.device.type == 'cpu', [__file__, f'--device={device}', '--figures=True', '--compile=auto']
+    step = '--batch_size=4 --block_size=256 --warmup_steps=1 --steps=5'.split() if on_cpu else []
+    smaller = ('--eval_iters=20 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 '
+               '--lr_decay_iters=2000 --dropout=0.0').split() if on_cpu else []
+    rows = [(f'training step of GPT-2 124M, {name}', common + step + [f'--dtype={name}'])
+            for name in devices.DTYPES if not (on_cpu and name == 'float16')]         # which takes minutes a step
+    rows += [('the same, eager', common + step + ['--compile=False']),
+             ('the same, eager, activations recomputed', common + step + ['--compile=False', '--recompute=True'])]
+    rows += [(f'generation, 124M, one sequence, {name}', common + ['--bench=sample', '--steps=8', f'--dtype={name}'])
+             for name in devices.DTYPES]
+    return rows + [("encoding with GPT-2's tokens", common + ['--bench=data']),
+                   ('config/train_shakespeare_char.py to its end', [str(configurator.ROOT / 'train.py'), 'train_shakespeare_char',
+                    f'--device={device}', f'--out_dir={out_dir}', '--sample_tokens=0', *smaller])]
 
 
 def main(overrides):
@@ -217,12 +242,16 @@ def main(overrides):
         raise UserError('compare=transformers runs in one process; start it without torchrun')
     print0(configurator.describe_settings(overrides))
     print0(env.summary + f', PyTorch {torch.__version__}')
-    if bench == 'train':
-        bench_train(env)
-    elif bench == 'sample':
-        bench_sample(env, overrides.get('batch_size', 1))
-    else:
-        bench_data()
+    if report:
+        from engine import report as reports
+        with tempfile.TemporaryDirectory() as folder:
+            reports.write(report, f'Benchmarks on {env.summary}', report_rows(env, f'{folder}/run'), print0)
+        print0(f'wrote {report}')
+        return
+    results = (bench_train(env) if bench == 'train' else
+               bench_sample(env, overrides.get('batch_size', 1)) if bench == 'sample' else bench_data())
+    if figures:
+        print0(json.dumps(results))
     env.barrier()
 
 

@@ -1,0 +1,57 @@
+"""Figures of several commands as one Markdown table: each command runs in a process of its own, so that
+peak memory is its own too."""
+
+import datetime
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from engine.files import atomic_write
+
+
+def run(command, timeout=1200):
+    """The figures of a command, or {'failed': the reason}: of bench.py what its last line has as JSON, of
+    train.py the best loss and the minutes of the whole process."""
+    began = time.perf_counter()
+    try:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout, encoding='utf-8')
+        loss = re.search(r'best val loss ([\d.]+)', done.stdout)
+        figures = None
+        if done.returncode == 0:
+            figures = {'best_val_loss': float(loss[1])} if loss else json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {'failed': f'over {timeout // 60:.0f} minutes'}
+    except (ValueError, IndexError):
+        figures = None
+    if not isinstance(figures, dict):
+        return {'failed': (done.stderr.strip().splitlines() or ['no figures'])[-1][:200]}
+    return dict(figures, minutes=(time.perf_counter() - began) / 60) if loss else figures
+
+
+def format_figures(figures):
+    """{'mfu': 0.5, 'ms': 12.3} as 'mfu 50.0%, 12.30 ms'."""
+    formats = dict(ms='{:,.2f} ms', tokens_per_second='{:,.0f} tokens/s', mfu='mfu {:.1%}', peak_tflops='of {:,.2f} TFLOP/s',
+                   memory_gib='{:.2f} GiB', bandwidth_share='{:.0%} of the memory bandwidth', mb_per_second='{:,.1f} MB/s',
+                   best_val_loss='best val loss {:.4f}', minutes='{:.1f} min', failed='failed: {}')
+    return ', '.join(text.format(figures[name]) for name, text in formats.items() if figures.get(name) is not None)
+
+
+def write(path, title, rows, progress):
+    """Write the table to `path`. rows: [(what, command)]; command: a script and its flags. progress: takes a
+    line before each row."""
+    lines = [f'# {title}', '',
+             f'{datetime.date.today()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, '
+             f'PyTorch {torch.__version__}, NumPy {np.__version__}.', '',
+             '| what | figures | command |', '|---|---|---|']
+    for what, command in rows:
+        progress(f'{what} ...')
+        lines.append(f'| {what} | {format_figures(run(command))} | `python {shlex.join(command)}` |')
+    with atomic_write(path) as file:
+        file.write('\n'.join(lines) + '\n')
