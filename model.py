@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 
 
+NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+
+
 @dataclass
 class GPTConfig:
     """The shape of a GPT. UserError for a shape that cannot be built."""
@@ -212,10 +215,12 @@ class GPT(nn.Module):
             raise UserError(f'{saved.get("path", "the checkpoint")}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'} for a checkpoint. The activation is not in model_args, as
-        nanoGPT calls its GPTConfig with them and has only one."""
-        model_args = asdict(self.config)
-        return dict(activation=model_args.pop('activation'), model_args=model_args, model=self.state_dict())
+        """{'model_args', 'activation', 'model'} for a checkpoint. nanoGPT calls its GPTConfig with model_args,
+        so they have a field that it lacks only where that differs from the default, and never the activation."""
+        model_args = {name: value for name, value in asdict(self.config).items()
+                      if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
+        model_args.pop('activation', None)
+        return dict(activation=self.config.activation, model_args=model_args, model=self.state_dict())
 
     @classmethod
     def from_weights(cls, config, weights):

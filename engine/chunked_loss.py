@@ -5,6 +5,7 @@ PyTorch's own operations hold (positions, vocabulary) numbers several times over
 """
 
 import torch
+import torch.nn.functional as F
 
 CHUNK_LOGITS = {'cpu': 2 ** 23, 'cuda': 2 ** 28}    # logits held at once: 166 and 5,336 positions of GPT-2's vocabulary
 MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
@@ -13,21 +14,60 @@ MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 def replace_loss(model):
     """Make `model.loss_fn` return (None, loss) in chunks wherever there are at least MIN_LOGITS logits.
 
-    A model whose `logits` is not a plain product with `lm_head.weight` keeps its own loss_fn.
+    A model keeps its own loss_fn where that is not the cross-entropy of a product with lm_head.weight.
     """
-    weight, whole_loss = model.lm_head.weight, model.loss_fn
-    with torch.no_grad():
-        # Large numbers, so that a soft cap shows.
-        x = torch.linspace(-1e3, 1e3, weight.size(1), device=weight.device, dtype=weight.dtype)[None, None]
-        if not torch.allclose(model.logits(x), torch.nn.functional.linear(x, weight)):
-            return
+    head, embedding, whole_loss = model.lm_head, model.transformer.wte, model.loss_fn
+    if type(head) is not torch.nn.Linear or head.bias is not None or not is_plain_loss(model):
+        return
+    tied_weight = []                                            # of the last forward pass, for its loss
+
+    def embed(idx):
+        if head.weight is not embedding.weight or not torch.is_grad_enabled() or idx.numel() * len(head.weight) < MIN_LOGITS:
+            return F.embedding(idx, embedding.weight)
+        embedded, *tied_weight[:] = TiedEmbedding.apply(embedding.weight, idx)
+        return embedded
 
     def loss_fn(x, targets):
-        if targets.numel() * len(model.lm_head.weight) < MIN_LOGITS:
+        weight = tied_weight.pop() if tied_weight else head.weight
+        if targets.numel() * len(weight) < MIN_LOGITS:
             return whole_loss(x, targets)
-        return None, LinearCrossEntropy.apply(x.flatten(0, 1), model.lm_head.weight, targets.flatten(),
-                                              torch.is_grad_enabled())
-    model.loss_fn = loss_fn
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
+    embedding.forward, model.loss_fn = embed, loss_fn
+
+
+@torch.no_grad()
+def is_plain_loss(model):
+    """True where loss_fn is LinearCrossEntropy of its inputs. The inputs are large, so that a soft cap shows."""
+    weight = model.lm_head.weight
+    x = torch.linspace(-1e3, 1e3, weight.size(1), device=weight.device, dtype=weight.dtype).expand(1, 2, -1)
+    targets = torch.tensor([[0, len(weight) - 1]], device=weight.device)
+    loss = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), False)
+    return torch.allclose(model.loss_fn(x, targets)[1].float(), loss, rtol=1e-4)
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """Rows idx (B, T) of weight (V, C), and weight once more for the loss to use.
+
+    The gradient from the loss then arrives here, and the rows' gradients are added to it in place.
+    Autograd would spread them over a second (V, C) tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, idx):
+        ctx.save_for_backward(idx)
+        ctx.set_materialize_grads(False)
+        ctx.weight_shape = weight.shape
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_embedded, d_weight):
+        idx, = ctx.saved_tensors
+        if d_weight is None:                                    # the weight was not used again
+            d_weight = d_embedded.new_zeros(ctx.weight_shape)
+        if d_embedded is not None:
+            d_weight.index_add_(0, idx.flatten(), d_embedded.flatten(0, 1).to(d_weight.dtype))
+        return d_weight, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -68,14 +108,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                 else:
                     d_weight += grads.t() @ x_low[rows]
                 del logits, grads                               # before the next ones are made
-        # On ctx rather than by save_for_backward, so that backward gives away the only reference to
-        # d_weight: autograd then adds the embedding's gradient in place, without a third (V, C) tensor.
-        ctx.gradients = d_x, d_weight, n_counted
+        ctx.save_for_backward(d_x, d_weight, n_counted)
         return loss / n_counted
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        (d_x, d_weight, n_counted), ctx.gradients = ctx.gradients, None
+        d_x, d_weight, n_counted = ctx.saved_tensors
         scale = d_loss / n_counted
         return d_x.mul_(scale), d_weight.mul_(scale), None, None

@@ -1,5 +1,6 @@
 """GPT-2 weights of Hugging Face, in and out."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from engine.errors import RunError, UserError
 NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # transformers stores these four as (in, out), a Linear as (out, in).
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+OPTIONS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'activation')   # of GPTConfig
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 
@@ -66,9 +68,12 @@ def read_config(config):
 def to_transformers(config, weights):
     """A transformers GPT2LMHeadModel of a GPTConfig and a GPT's state_dict.
 
-    GPT-2 there always has biases; a model without them gets zeros. Raises UserError where any
-    other weight is missing.
+    GPT-2 there always has biases; a model without them gets zeros. Raises UserError for an option or a
+    weight that GPT-2 does not have, and where it lacks any other weight.
     """
+    for field in dataclasses.fields(config):
+        if field.name not in OPTIONS and getattr(config, field.name) != field.default:
+            raise UserError(f"{field.name}={getattr(config, field.name)!r} is not an option of transformers' GPT-2")
     from transformers import GPT2Config, GPT2LMHeadModel, logging
     logging.disable_progress_bar()
     activations = {value: key for key, value in reversed(ACTIVATIONS.items())}
@@ -77,6 +82,9 @@ def to_transformers(config, weights):
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, activation_function=activations[config.activation], resid_pdrop=config.dropout,
         embd_pdrop=config.dropout, attn_pdrop=config.dropout, bos_token_id=last_id, eos_token_id=last_id))
+    extra = sorted(set(weights) - set(model.state_dict()))
+    if extra:
+        raise UserError(f"transformers' GPT-2 has no weight {extra[0]}")
     with torch.no_grad():
         for name, target in model.state_dict().items():
             if name in weights:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import chunked_loss, cpu
 from model import GPT, GPTConfig
@@ -111,6 +112,56 @@ def test_less_is_saved_for_the_backward_pass(monkeypatch):
     positions, inner, gradient_of_head = 4 * 16, 4 * 32, 1000 * 32
     assert saved_bytes[False] - saved_bytes[True] >= 4 * (
         2 * positions * inner + positions * 1000 - gradient_of_head - positions * 32)
+
+
+def test_the_backward_pass_makes_no_second_gradient_of_the_embedding():
+    """(V, C) tensors that are made while it runs: with the chunked loss, the one of the loss exists before."""
+    class Made(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            inputs = {a.data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            if isinstance(result, torch.Tensor) and result.shape == (1000, 32) and result.data_ptr() not in inputs:
+                self.count += 1
+            return result
+
+    idx, counts = torch.randint(1000, (4, 16)), []
+    for optimized in (True, False):
+        loss = build(optimized, vocab_size=1000)(idx, idx)[1]
+        with Made() as made:
+            loss.backward()
+        counts.append(made.count)
+    assert counts[0] == 0 and counts[1] >= 2
+
+
+def test_an_embedding_that_is_used_without_the_loss_gets_its_gradient():
+    """And the loss of the next forward pass is not that of an earlier one."""
+    idx, gradients = torch.randint(50, (2, 16)), []
+    for optimized in (True, False):
+        model = build(optimized)
+        model.hidden(idx).square().sum().backward()
+        model(idx.flip(1), idx)[1].backward()
+        gradients.append(model.transformer.wte.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_changed_head_or_loss_is_left_alone():
+    class Offset(type(build(False))):
+        def loss_fn(self, x, targets):
+            logits, loss = super().loss_fn(x, targets)
+            return logits, loss + 100
+    model = build(False)
+    model.__class__ = Offset
+    cpu.optimize_for_training(model)
+    idx = torch.randint(50, (2, 16))
+    assert model(idx, idx)[1] > 100
+    model = build(False)
+    model.lm_head = torch.nn.Linear(32, 50)
+    torch.nn.init.zeros_(model.lm_head.bias)
+    cpu.optimize_for_training(model)
+    model(idx, idx)[1].backward()
+    assert model.lm_head.bias.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize('checkpointed', [False, True])
