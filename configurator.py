@@ -152,7 +152,7 @@ def show_help(script, settings, positional):
     group = None
     for name, setting in settings.items():
         if setting.group != group:
-            print0(f'\n{setting.group}')
+            print0(f'\n{setting.group}' if setting.group else '')
         group = setting.group
         print0(f'  {f"--{name}={setting.default!r}":<38}  {setting.comment}'.rstrip())
 

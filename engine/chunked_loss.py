@@ -7,7 +7,7 @@ PyTorch's own operations hold (positions, vocabulary) numbers several times over
 import torch
 import torch.nn.functional as F
 
-CHUNK_LOGITS = {'cpu': 2 ** 23, 'cuda': 2 ** 28}    # logits held at once: 166 and 5,336 positions of GPT-2's vocabulary
+CHUNK_LOGITS = {'cpu': 2 ** 22, 'cuda': 2 ** 28}    # logits held at once: 83 and 5,336 positions of GPT-2's vocabulary
 MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 
 
