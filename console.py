@@ -1,7 +1,6 @@
 """What a script prints, and how it ends: one line for an error, and an exit code.
 
-Scripts import it before torch, which takes seconds to import: Ctrl-C meanwhile then ends them
-without a traceback. engine/ never prints.
+Import it before torch, so that Ctrl-C during torch's slow import shows no traceback. engine/ never prints.
 """
 
 import os
@@ -16,8 +15,8 @@ IS_MAIN = os.environ.get('RANK', '0') == '0' or os.environ.get('WORLD_SIZE', '1'
 
 
 def print0(line='', end='\n', file=None):
-    """Print on rank 0. What cannot be printed is lost, and nothing else: the reader may be gone (`| head`,
-    Ctrl-C on `| tee`), the terminal closed, or the disk full."""
+    """Print on rank 0. A failed print is ignored: the reader may be gone (`| head`, Ctrl-C on `| tee`),
+    the terminal closed, or the disk full."""
     if IS_MAIN:
         with suppress(OSError, ValueError):         # ValueError: the stream is closed
             print(line, end=end, file=file, flush=True)
@@ -115,5 +114,5 @@ def hide_interrupt(kind, error, trace):
 
 # Importing torch takes seconds. Ctrl-C meanwhile should end a script without a traceback.
 sys.excepthook = hide_interrupt
-# Of a lost rank, PyTorch's C++ code warns with 40 lines of stack frames.
+# When a rank is lost, PyTorch's C++ code prints 40 lines of stack frames.
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')

@@ -1,4 +1,4 @@
-"""GPT-2: configuration, layers, forward pass, weights from elsewhere.
+"""GPT-2: configuration, layers, forward pass, loading and saving of weights.
 
 Parameter names and shapes are nanoGPT's (`transformer.wte.weight`,
 `transformer.h.0.attn.c_attn.weight`, ...), so checkpoints load in both projects.
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two Linears, four times as wide between them."""
+    """Two Linears, four times as wide between them. engine.cpu may replace forward, for the same result."""
 
     def __init__(self, config):
         super().__init__()
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP. Each reads a normalized copy of the stream and adds its output to the stream."""
+    """Attention, then an MLP. Each reads a normalized copy of the residual stream and adds its output to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 def residual_projection(n_in, config):
-    """A Linear whose output is added to the stream. Its initial weights are smaller by
+    """A Linear whose output is added to the residual stream. Its initial weights are scaled by
     1/sqrt(2 n_layer), so that the variance of the stream does not grow with depth (GPT-2, 2.3)."""
     layer = nn.Linear(n_in, config.n_embd, bias=config.bias)
     layer.init_std = 0.02 / math.sqrt(2 * config.n_layer)
@@ -134,7 +134,7 @@ class GPT(nn.Module):
         """Logits of the last position, or logits and the loss where targets are given.
 
         idx: (B, T) token ids. targets: (B, T) ids, -1 where a position does not count.
-        Returns ((B, 1, V), None) without targets, else what loss_fn returns.
+        Returns ((B, 1, V), None) without targets, else what loss_fn returns: (logits or None, loss).
         """
         x = self.hidden(idx)                                    # (B, T, C)
         if targets is None:
@@ -145,7 +145,8 @@ class GPT(nn.Module):
         """The normalized output of the last layer, (B, T, C), for idx (B, T).
 
         kv_caches: one engine.generate.KVCache per layer; idx then continues what they hold.
-        positions: (T,) of idx, where they are not the next ones.
+        positions: (T,), by default the next ones. A compiled decoder passes them, as a Python number would
+        recompile it for every token.
         """
         if positions is None:
             start = kv_caches[0].length if kv_caches else 0
@@ -182,11 +183,11 @@ class GPT(nn.Module):
         return torch.cat([idx] + tokens, dim=1)
 
     def stream(self, idx, *arguments, **options):
-        """The same tokens one at a time, (B,), as they are sampled."""
+        """Yield each sampled token, (B,), as soon as it exists."""
         from engine.generate import stream
         return stream(self, idx, *arguments, **options)
 
-    # Weights from elsewhere
+    # Loading and saving weights
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):
@@ -215,8 +216,8 @@ class GPT(nn.Module):
             raise UserError(f'{saved.get("path", "the checkpoint")}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'} for a checkpoint. nanoGPT calls its GPTConfig with model_args,
-        so they have a field that it lacks only where that differs from the default, and never the activation."""
+        """{'model_args', 'activation', 'model'} for a checkpoint. nanoGPT passes model_args to its own
+        GPTConfig. So a field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
         model_args.pop('activation', None)

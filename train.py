@@ -1,9 +1,9 @@
 """Train or finetune a GPT.
 
-    python train.py config/train_shakespeare_char.py                                    # on what this machine has
+    python train.py config/train_shakespeare_char.py                                    # one process, on a GPU if there is one
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py              # on 8 GPUs
 
-Everything random is a function of the seed and of the place in training. So a stopped run
+Everything random depends only on the seed, the iteration and the index in it. So a stopped run
 goes on exactly (--init_from=resume), and several ranks draw the batches that one would.
 """
 
@@ -35,7 +35,7 @@ eval_only = False                   # evaluate once, write nothing, and end
 always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
 init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), gpt2, gpt2-medium,
                                     # gpt2-large, gpt2-xl, or a folder of Hugging Face weights
-overwrite = False                   # True lets scratch replace the run that out_dir holds
+overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
 # wandb
@@ -45,7 +45,7 @@ wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'             # a folder of data/ that its prepare.py has filled
 accept_dataset_change = False       # True resumes on a dataset that is not the one the run began with
-gradient_accumulation_steps = 40    # times batch_size: sequences per iteration, over all ranks together
+gradient_accumulation_steps = 40    # micro-batches per iteration, over all ranks together
 batch_size = 12                     # sequences per micro-batch, at most; lower it where memory is short
 block_size = 1024                   # tokens of context
 # model
@@ -120,8 +120,8 @@ def get_lr(iteration):
 @dataclass
 class Run:
     """What is trained, and how far it is."""
-    model: GPT                          # its weights are saved
-    wrapped_model: torch.nn.Module      # the same weights, as the step calls them: compiled, over the ranks
+    model: GPT                          # the plain module, for saving and sampling
+    wrapped_model: torch.nn.Module      # the same after torch.compile and DDP; train_step calls it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     micro_steps: int                    # micro-batches of this rank per iteration
@@ -138,10 +138,10 @@ class Run:
     def evaluation_is_due(self):
         return self.last_eval != self.iter_num and (self.iter_num % eval_interval == 0 or self.iter_num >= max_iters)
 
-    def note_losses(self, losses):
-        """Take over an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
+    def record_losses(self, losses):
+        """Record an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
         if not math.isfinite(losses['val']):
-            raise RunError(f'step {self.iter_num}: val loss {losses["val"]}; {out_dir} holds the state before it')
+            raise RunError(f'step {self.iter_num}: val loss {losses["val"]}; {out_dir} keeps what was saved before')
         improved, self.last_eval = losses['val'] < self.best_val_loss, self.iter_num
         if improved:
             self.best_val_loss, self.best_iter = losses['val'], self.iter_num
@@ -178,13 +178,14 @@ def train_step(run, batches, env):
             run.scaler.scale(loss / run.micro_steps).backward()
         loss_sum += loss.detach()
     loss = loss_sum / run.micro_steps
-    return {'loss': loss, 'grad_norm': optim.step(run.optimizer, run.scaler, loss, run.grad_clip)}
+    grad_norm = optim.step(run.optimizer, run.scaler, loss, run.grad_clip)      # clips, updates, clears the gradients
+    return dict(loss=loss, grad_norm=grad_norm)
 
 
 @torch.no_grad()
 def estimate_loss(run, data, env):
     """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared over the
-    ranks. None if a signal reached any rank meanwhile."""
+    ranks. None if a signal reached any rank. The model is left in evaluation mode."""
     run.wrapped_model.eval()
     losses = {}
     for split in ('train', 'val'):
@@ -240,12 +241,13 @@ def start_run(saved, data, overrides, env):
         checkpoint.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, config, env)
         run.writer = MetricsWriter(out_dir, run.iter_num, run.last_eval == run.iter_num, print0, wandb_log and dict(
-            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, id=progress.get('wandb_id'), resume='allow'))
+            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow'), progress.get('wandb_id'))
     return run
 
 
 def finish(run, log, env):
     """Save if a signal stopped the run, say what the run made, and end together with the other ranks."""
+    log.flush()
     if log.stop_signal and not eval_only:
         run.save(env)
         print0(f'{signal.Signals(log.stop_signal).name}: saved at iteration {run.iter_num}; go on with: '
@@ -256,7 +258,7 @@ def finish(run, log, env):
                f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
     if run.writer:
         run.writer.close()
-    env.barrier()                                       # a rank that fails in its last save fails them all
+    env.barrier()                                       # if the last save fails, every rank fails
     if log.stop_signal:
         raise SystemExit(128 + log.stop_signal)
 
@@ -265,11 +267,11 @@ def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     check_settings(combinations=init_from not in ('resume', 'auto'))
     env = start(device, dtype, compile, backend, rank_timeout)
-    env.catch_signals(signal.SIGTERM)                   # until the loop begins, Ctrl-C ends the script at once
+    env.catch_signals(signal.SIGTERM)                   # takes effect in the loop; Ctrl-C still ends the start-up
     print0(configurator.describe_settings(overrides))
     print0(env.summary)
 
-    # what to train, and on what
+    # the run, the dataset, the model
     saved, notes, run_lock = checkpoint.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
     if saved:
         notes += configurator.restore_settings(globals(), saved.get('config') or {}, overrides, THIS_COMMAND)
@@ -286,13 +288,12 @@ def main(overrides):
            f'{run.micro_batch_size} x {run.model.config.block_size} tokens per iteration, from iteration {run.iter_num}\n'
            f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
            f'{short_number(max_iters * tokens)}, {max_iters * tokens / len(data.tokens["train"]):.3g} epochs')
-    saved = None                                        # closes its file
+    saved = None                                        # unmaps the checkpoint file
     batches = train_batches(data, seed, range(run.iter_num, max_iters), run.micro_steps, run.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=tokens, flops=tokens / env.world_size * run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
-                  advice=f'{out_dir} holds the state before it. A lower --learning_rate may help.')
+                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
     env.catch_signals()
-
     while True:
         # evaluate, sample, save
         if eval_only or run.evaluation_is_due():
@@ -303,7 +304,7 @@ def main(overrides):
                 log.stop_signal = env.stop_signal()
                 break
             print0(f'step {run.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            improved = run.note_losses(losses)
+            improved = run.record_losses(losses)
             if sampler and env.is_main:
                 print0(sampler(run.model))
             if not eval_only:
@@ -320,7 +321,6 @@ def main(overrides):
         if log.push(run.iter_num - 1, step, lr=lr):     # reads the step before; true when asked to stop
             break
 
-    log.flush()
     batches.close()
     finish(run, log, env)
 

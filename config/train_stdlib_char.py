@@ -1,5 +1,5 @@
 # A first result on a laptop's CPU, from text that needs no download: the source of Python's own
-# standard library, one token a character. About three minutes on two cores.
+# standard library, one token a character. About four minutes on two cores.
 out_dir = 'out-stdlib-char'
 init_from = 'auto'                  # the same command again goes on, or ends at once where the run is finished
 sample_tokens = 200

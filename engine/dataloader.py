@@ -78,7 +78,7 @@ class TokenDataset:
                             f'--accept_dataset_change=True')
 
     def batch(self, seed, stream, first, count):
-        """Sequences number first to first + count of a stream: 'train', 'eval train' or 'eval val'.
+        """`count` sequences of a stream ('train', 'eval train' or 'eval val'), starting at number `first`.
 
         Returns (x, y), each (count, block_size) int64; y is x one token later.
 
@@ -116,8 +116,8 @@ def train_batches(data, seed, iterations, micro_steps, micro_batch_size, env):
 
 
 def eval_batches(data, split, count, batch_size, env):
-    """This rank's share of the `count` batches that judge every run. Some ranks get None at the end, so
-    that all ranks get the same number."""
+    """This rank's share of the `count` evaluation batches, which are the same for every run. A rank with
+    one batch fewer gets None last."""
     requests = [(0, f'eval {split}', i * batch_size, batch_size) for i in range(env.rank, count, env.world_size)]
     missing = -(-count // env.world_size) - len(requests)
     return chain(prefetch(data.batch, requests, env.device), [None] * missing)

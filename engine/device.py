@@ -14,7 +14,7 @@ from engine.errors import UserError
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Dense tensor-core TFLOP/s from NVIDIA's data sheets: (bfloat16 and float16, float32 as TF32).
-# Volta and Turing have no TF32, so theirs is plain float32. The pattern matches the device's name.
+# Volta and Turing have no TF32, so their second number is plain float32. The pattern matches the device's name.
 PEAK_TFLOPS = {r'B200': (2250, 1125), r'H200 NVL': (835.5, 417.8), r'G?H200': (989.4, 494.7),
                r'H100 PCIe': (756, 378), r'H100 NVL': (835.5, 417.8), r'H100': (989.4, 494.7),
                r'A100': (312, 156), r'A40': (149.7, 74.8), r'A10': (125, 62.5), r'L40S': (362, 183),

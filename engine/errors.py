@@ -1,4 +1,4 @@
-"""The two errors that a person may see. `configurator.report_errors` shows each as one line."""
+"""The two errors that a person may see. `console.report_errors` shows each as one line."""
 
 
 class UserError(ValueError):

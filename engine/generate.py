@@ -1,6 +1,6 @@
 """Generation token by token: key/value caches, and sampling from logits.
 
-`GPT.generate` and `GPT.stream` call `stream`. It needs of a model: hidden, logits, config.
+`GPT.generate` and `GPT.stream` call `stream`. It uses only model.hidden, model.logits and model.config.
 """
 
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ class KVCache:
     def attend(self, q, k, v):
         """Attention of T queries over the cached positions and T new ones; all (B, H, T, D)."""
         T, end = q.size(2), self.length + q.size(2)
-        # Several queries behind cached keys would need a mask; nothing calls it so.
+        # Several queries behind cached keys would need a mask; no caller does this.
         assert T == 1 or self.length == 0
         self.keys[:, :, self.length:end] = k
         self.values[:, :, self.length:end] = v
@@ -168,7 +168,9 @@ class TextSampler:
 
     def __init__(self, spec, prompt, max_new_tokens, seed):
         self.tokenizer, self.prompt = Tokenizer(spec), prompt
-        self.ids = self.tokenizer.encode(prompt) or [spec['vocab_size'] - 1]
+        self.ids = self.tokenizer.encode(prompt)
+        if not self.ids:
+            raise UserError('sample_prompt is empty; give it a character to begin with')
         self.noise = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, model):

@@ -24,8 +24,8 @@ class StepLog:
     """Reads the numbers of finished steps, checks them, and logs them.
 
     On a GPU it reads a step while the next one runs, so the host never waits for the newest.
-    env: distributed.Environment. writer: MetricsWriter, or None. print_line: prints for the
-    person. tokens, flops: of one iteration, tokens over all ranks and operations of one rank.
+    env: distributed.Environment. writer: MetricsWriter, or None. print_line: prints one
+    line. tokens, flops: of one iteration, tokens over all ranks and operations of one rank.
     """
 
     def __init__(self, env, writer, print_line, *, tokens, flops, log_interval, max_iters, advice=''):
@@ -105,10 +105,11 @@ class MetricsWriter:
 
     iter_num, evaluated: where the run starts or resumes, and whether it was evaluated there already.
     warn: takes a line for the person. wandb_run: keyword arguments of wandb.init, or None.
+    wandb_id: of the run so far, kept for a later resume where this one does not use wandb.
     """
 
-    def __init__(self, out_dir, iter_num, evaluated, warn, wandb_run=None):
-        self.warn, self.file, self.wandb, self.wandb_id = warn, None, None, None
+    def __init__(self, out_dir, iter_num, evaluated, warn, wandb_run=None, wandb_id=None):
+        self.warn, self.file, self.wandb, self.wandb_id = warn, None, None, wandb_id
         self.seconds = 0.0                              # that the run took before this process
         try:
             self.seconds = drop_records_from(Path(out_dir) / FILE, iter_num, evaluated)
@@ -119,7 +120,7 @@ class MetricsWriter:
             terminal, sys.stdin = sys.stdin, open(os.devnull, encoding='utf-8')
             try:                                        # without a terminal, wandb does not ask to log in
                 import wandb
-                self.wandb = wandb.init(**wandb_run)
+                self.wandb = wandb.init(id=wandb_id, **wandb_run)
                 self.wandb_id = self.wandb.id
             except Exception as error:                  # missing, not logged in, no network, ...
                 warn(f'wandb is off ({one_line(error)}); training goes on without it')

@@ -1,6 +1,6 @@
 """The optimizer: parameter groups, one guarded step, and its state in checkpoints.
 
-No other file knows which optimizer it is.
+The names of moments and of the guard stay in this file.
 """
 
 import math
@@ -23,7 +23,7 @@ def adamw(model, learning_rate, weight_decay, betas):
 
 
 def set_lr(optimizer, learning_rate):
-    """The learning rate of the next step, in every group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group['lr'] = learning_rate
 

@@ -103,7 +103,7 @@ def fake_wandb(monkeypatch, fail_at=None):
 
 def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
     calls, terminal = fake_wandb(monkeypatch), sys.stdin
-    writer = write_run(tmp_path, 0, False, 3, wandb_run=dict(project='p', id='run1', resume='allow'))
+    writer = write_run(tmp_path, 0, False, 3, wandb_run=dict(project='p', resume='allow'), wandb_id='run1')
     assert calls[0]['id'] == 'run1' and calls[1:] == [(0, {'val_loss': 0.0}), (0, {'loss': 0.0}), (1, {'loss': 1.0}),
                                                       (2, {'loss': 2.0}), 'finish']
     assert writer.wandb_id == 'run1' and sys.stdin is terminal
