@@ -157,3 +157,10 @@ def test_the_real_scripts_show_their_settings(workspace, script, lines):
     shown = workspace.run(script, '--help').stdout
     assert all(line in shown for line in lines), shown
     assert workspace.run(script, '--no_such_setting=1', code=2).stderr.count('\n') == 1
+
+
+def test_a_config_is_an_ordinary_python_file(script):
+    """With a byte order mark, helpers, constants, loop variables and star imports of its own."""
+    path = write_config(script, '\ufefffrom math import *\nimport os\nN = 64\nclass Helper: pass\n'
+                                'def twice(x):\n    return 2 * x\nfor i in range(3):\n    _last = i\nwidth = twice(N) + _last')
+    assert configurator.configure(script, [path]) == {'width': 130}

@@ -189,3 +189,13 @@ def test_a_run_resumes_on_its_own_dataset_only(folder, change):
         data.check_same(saved, accept_change=True)
         with pytest.raises(UserError, match='is not what the run was trained on.*--accept_dataset_change=True'):
             data.check_same(saved, accept_change=False)
+
+
+@pytest.mark.parametrize('forged', ['{"key": Infinity, "sha256": "x", "largest": 0, "position": 0}', '[' * 200_000,
+                                    '{"key": [2000], "sha256": 7, "largest": -1, "position": 0}', None])
+def test_a_forged_cache_is_ignored(toy, forged):
+    before = TokenDataset('toy').fingerprint
+    cache = toy / 'train.checked.json'
+    cache.unlink()
+    cache.write_text(forged) if forged else cache.mkdir()
+    assert TokenDataset('toy').fingerprint == before

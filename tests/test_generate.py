@@ -126,3 +126,9 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 def test_impossible_options_are_refused(model, options, words):
     with pytest.raises(UserError, match=words):
         model.generate(torch.zeros(1, 1, dtype=torch.long), 3, **options)
+
+
+def test_the_smallest_temperature_takes_the_likeliest_token():
+    logits = torch.randn(20, 50)
+    for temperature in (1e-46, 1e-30, 1e-4):
+        assert torch.equal(sample_token(logits, temperature, None, 1.0, torch.rand(20, 1)), logits.argmax(-1))

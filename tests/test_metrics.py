@@ -1,3 +1,4 @@
+import os
 import json
 import math
 import signal
@@ -191,3 +192,11 @@ def test_a_signal_of_any_rank_is_told_with_the_step():
     assert log.push(0, step(2.0), lr=1e-3) is False
     log.env.received_signal = signal.SIGTERM
     assert log.push(1, step(2.0), lr=1e-3) is True and log.stop_signal == signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
+def test_a_fifo_in_the_place_of_the_metrics_warns_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'metrics.jsonl')
+    warnings = []
+    write_run(tmp_path, 0, False, 3, warnings)
+    assert len(warnings) == 1 and 'it is not a regular file' in warnings[0]

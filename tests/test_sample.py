@@ -1,3 +1,4 @@
+import os
 import io
 import sys
 
@@ -195,3 +196,15 @@ def test_a_damaged_tokenizer_of_a_checkpoint_is_refused(trained, tmp_path, monke
     with pytest.raises(UserError, match=words):
         with script_settings(sample, '--device=cpu', f'--out_dir={tmp_path}', '--start=a') as overrides:
             sample.main(overrides)
+
+
+def test_a_prompt_comes_from_a_regular_file_without_its_byte_order_mark(tmp_path):
+    (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbfabc')
+    assert sample.read_prompt(f'FILE:{tmp_path / "prompt.txt"}') == 'abc'
+    others = ['/dev/zero', tmp_path, tmp_path / 'nowhere', 'x' * 5000]
+    if hasattr(os, 'mkfifo'):
+        os.mkfifo(tmp_path / 'fifo')
+        others.append(tmp_path / 'fifo')
+    for path in others:
+        with pytest.raises(UserError, match='cannot be read'):
+            sample.read_prompt(f'FILE:{path}')
