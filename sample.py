@@ -55,9 +55,10 @@ def load():
     # nanoGPT's files have no tokenizer, but they name the dataset.
     spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
     try:
-        return GPT.from_checkpoint(saved), check_spec(spec)
+        check_spec(spec)
     except UserError as error:
-        raise UserError(str(error) if saved['path'] in str(error) else f'{saved["path"]}: {error}') from None
+        raise UserError(f'{saved["path"]}: {error}') from None
+    return GPT.from_checkpoint(saved), spec
 
 
 def read_prompt(text):

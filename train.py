@@ -268,8 +268,7 @@ def main(overrides):
     check_settings(combinations=init_from not in ('resume', 'auto'))
     env = start(device, dtype, compile, backend, rank_timeout)
     env.catch_signals(signal.SIGTERM)                   # takes effect in the loop; Ctrl-C still ends the start-up
-    print0(configurator.describe_settings(overrides))
-    print0(env.summary)
+    print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
 
     # the run, the dataset, the model
     saved, notes, run_lock = checkpoint.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
@@ -294,6 +293,7 @@ def main(overrides):
                   log_interval=log_interval, max_iters=max_iters,
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
     env.catch_signals()
+
     while True:
         # evaluate, sample, save
         if eval_only or run.evaluation_is_due():

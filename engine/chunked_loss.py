@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without whole logits: less memory, and on a CPU less time.
+"""Cross-entropy of a linear head without whole logits, to save memory.
 
 PyTorch's own operations hold (positions, vocabulary) numbers several times over: 0.2 GB for every
 1,024 positions of GPT-2, each time. Under torch.compile they are fused, and are the better choice.

@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import harness  # noqa: F401, puts the project on sys.path
 

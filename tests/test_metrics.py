@@ -1,6 +1,6 @@
-import os
 import json
 import math
+import os
 import signal
 import sys
 import types

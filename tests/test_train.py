@@ -147,7 +147,7 @@ def test_the_end_of_a_run_says_what_it_made(trained):
     values = {r['iter']: r['val_loss'] for r in trained.records('out-told') if 'val_loss' in r}
     best = min(values, key=values.get)
     assert 'toy: 5,000 tokens to train on; 20 iterations read 2.56k, 0.512 epochs' in shown
-    assert f'20 iterations, 2.56k tokens, 0 min' in shown and f'best val loss {values[best]:.4f} at iteration {best}' in shown
+    assert '20 iterations, 2.56k tokens, 0 min' in shown and f'best val loss {values[best]:.4f} at iteration {best}' in shown
     assert 'next: python sample.py --out_dir=out-told' in shown
     assert 'note: the learning rate does not reach min_lr: lr_decay_iters=30 is after max_iters=20' in shown
     described = json.loads((trained.folder / 'out-told' / 'run.json').read_text())
