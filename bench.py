@@ -19,11 +19,13 @@ import torch
 
 import configurator
 from engine import cpu, device as devices, optim, parallel
+from engine.batch_schedule import BatchSchedule
 from engine.dataloader import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
+from engine.run import Progress, Run
 from model import GPT, GPTConfig
-from train import Run, train_step       # the one script that another imports: a copy would drift
+from train import train_step            # the one script that another imports: a copy would drift
 
 # work
 bench = 'train'                         # train, sample or data
@@ -110,7 +112,8 @@ def bench_train(env):
         model.checkpoint_activations()
     micro_steps = gradient_accumulation_steps
     run = Run(model, parallel.wrap(model, env).train(), optim.adamw(model, 1e-4, 0.1, (0.9, 0.95)),
-              devices.grad_scaler(env.device, env.dtype), micro_steps, batch_size, 1.0, seed)
+              devices.grad_scaler(env.device, env.dtype),
+              BatchSchedule(micro_steps * env.world_size, batch_size, block_size, env.world_size), 1.0, seed, Progress())
     generator = torch.Generator().manual_seed(seed)
 
     def random_batch(seed, stream, first, count):
@@ -124,7 +127,7 @@ def bench_train(env):
 
     def step():
         losses.append(devices.read_async(train_step(run, batches, env)['loss'][None])()[0])
-        run.iter_num += 1
+        run.count_iteration()
 
     functions = {'this project': step}
     if reference:

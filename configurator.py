@@ -192,9 +192,9 @@ def restore_settings(namespace, saved, overrides, keep):
     """Put the settings of a saved run into a script's globals, but for those in `overrides` and `keep`.
 
     saved: {name: value}, perhaps of nanoGPT: unknown names and unusable values are skipped. Returns
-    'name old -> new' for each override that differs from the saved value.
+    {name: (saved value, override)} of the overrides that differ.
     """
-    settings, differences = read_settings(namespace['__file__']), []
+    settings, differences = read_settings(namespace['__file__']), {}
     for name, value in saved.items():
         if name in settings and name not in keep:
             with suppress(UserError):
@@ -202,7 +202,7 @@ def restore_settings(namespace, saved, overrides, keep):
                 if name not in overrides:
                     namespace[name] = value
                 elif overrides[name] != value:
-                    differences.append(f'{name} {value!r} -> {overrides[name]!r}')
+                    differences[name] = value, overrides[name]
     return differences
 
 

@@ -17,16 +17,18 @@ to = 'hf'       # hf: config.json and model.safetensors; nanogpt: a ckpt.pt with
 
 def export_hf(source, folder):
     """Write the model of the run `source` as transformers saves it."""
-    from engine import checkpoint, hf
+    from engine import hf, run_folder
     from model import GPT
-    model = GPT.from_checkpoint(checkpoint.load_newest_model(source))
+    model = GPT.from_checkpoint(run_folder.load_newest_model(source))
     hf.to_transformers(model.config, model.state_dict()).save_pretrained(folder)
 
 
 def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
-    from engine import checkpoint
-    saved, _ = checkpoint.load_state(source)
+    from engine import checkpoint, run_folder
+    saved, _ = run_folder.load_state(source)
+    if 'sharded' in saved:
+        raise UserError(f'{source} has a sharded state; resume it once with --checkpoint=gathered, and stop it')
     if saved.get('activation', 'gelu') != 'gelu':
         raise UserError(f'{source} has the activation {saved["activation"]}, and nanoGPT only the exact GELU; '
                         f'its results would differ')

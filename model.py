@@ -205,10 +205,12 @@ class GPT(nn.Module):
         """The model of a checkpoint: a run's folder, or what engine.checkpoint.load_model returned.
         float32, in memory of its own. UserError where the weights do not fit the configuration."""
         if not isinstance(saved, dict):
-            from engine.checkpoint import load_model
-            saved = load_model(saved)
+            from engine.run_folder import load_newest_model
+            saved = load_newest_model(saved)
         try:
             config = GPTConfig(**{'activation': saved.get('activation') or 'gelu', **saved['model_args'], 'dropout': dropout})
+            if 'model' not in saved:                            # engine.sharded_checkpoint reads the weights later
+                return cls(config)
             # A copy, as the file that the tensors are mapped from may be replaced.
             weights = {name: value.to(torch.float32, copy=True).contiguous() for name, value in saved['model'].items()}
             return cls.from_weights(config, weights)

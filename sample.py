@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from engine import checkpoint, cpu
+from engine import cpu, run_folder
 from engine.dataloader import dataset_tokenizer
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
@@ -51,7 +51,7 @@ def load():
     """The model and its tokenizer: the checkpoint's, else that of the checkpoint's dataset, else GPT-2's."""
     if init_from != 'resume':
         return GPT.from_pretrained(init_from), GPT2
-    saved = checkpoint.load_newest_model(out_dir)
+    saved = run_folder.load_newest_model(out_dir)
     # nanoGPT's files have no tokenizer, but they name the dataset.
     spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
     try:

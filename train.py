@@ -11,19 +11,22 @@ import math
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict
+from itertools import islice
 
 from console import print0, progress_bar, report_errors, status     # before torch: see console.py
 import torch
 
 import configurator
-from engine import checkpoint, optim, parallel
+from engine import optim, parallel, run_folder, sharded_checkpoint
+from engine.batch_schedule import BatchSchedule
 from engine.dataloader import eval_batches, open_dataset, train_batches
 from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
-from engine.errors import RunError, UserError
+from engine.errors import UserError
 from engine.generate import TextSampler
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
+from engine.run import Progress, Run
 from model import GPT, GPTConfig
 
 # input and output
@@ -32,6 +35,8 @@ eval_interval = 2000                # iterations between evaluations; each one s
 log_interval = 1                    # iterations between log lines
 eval_iters = 200                    # batches of batch_size per split and evaluation
 eval_only = False                   # evaluate once, write nothing, and end
+checkpoint = 'gathered'             # gathered: ckpt.pt and state.pt, written by rank 0; sharded: a folder state/, to
+                                    # which each rank writes its shards while training goes on
 always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
 init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), gpt2, gpt2-medium,
                                     # gpt2-large, gpt2-xl, or a folder of Hugging Face weights
@@ -48,6 +53,8 @@ accept_dataset_change = False       # True resumes on a dataset that is not the 
 gradient_accumulation_steps = 40    # micro-batches per iteration, over all ranks together
 batch_size = 12                     # sequences per micro-batch, at most; lower it where memory is short
 block_size = 1024                   # tokens of context
+batch_ramp_start = 0                # tokens of the first batch, which then grows to the full one; 0 is no ramp
+batch_ramp_tokens = 0               # tokens of training over which it grows; lr_decay_iters then counts full batches
 # model
 n_layer = 12
 n_head = 12
@@ -69,6 +76,9 @@ lr_decay_iters = 600000             # where the rate reaches min_lr; about max_i
 cooldown_iters = 100000             # iterations of the fall, with wsd; about a sixth of lr_decay_iters
 min_lr = 6e-5                       # about a tenth of learning_rate
 # machine
+strategy = 'ddp'                    # of several ranks: ddp (each has the whole model), fsdp (each has a shard of
+                                    # it), hsdp (shards within a machine, copies across machines)
+reduce_dtype = 'float32'            # of gradients between ranks; bfloat16 halves the traffic
 backend = 'auto'                    # between ranks: auto, nccl (GPUs) or gloo (CPUs)
 device = 'auto'                     # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                      # auto, float32, bfloat16 or float16 (with loss scaling)
@@ -77,9 +87,10 @@ recompute = False                   # True recomputes activations in backward: l
 seed = 1337                         # of the initial weights, the batches and dropout
 rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
 
-# settings of the machine and of this command, which a resumed run does not take from its saved ones
-THIS_COMMAND = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
+# settings of the machine and of this command: a resumed run takes all others from its saved ones
+NOT_RESTORED = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
                 'rank_timeout', 'wandb_log', 'accept_dataset_change')
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias')     # which loaded weights decide
 
 
 def check_settings(combinations=True):
@@ -88,6 +99,7 @@ def check_settings(combinations=True):
     check(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
     check(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
     check(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens', 0, 10 ** 9)
+    check(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
     check(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
     check(settings, 'learning_rate', above=0, below=math.inf)
     check(settings, 'beta1 beta2 dropout', 0, below=1)
@@ -95,8 +107,12 @@ def check_settings(combinations=True):
     check(settings, 'rank_timeout', 1, 10 ** 7)
     if not out_dir.strip() or '\0' in out_dir:
         raise UserError(f'out_dir={out_dir!r} should be the name of a folder')
-    if lr_schedule not in ('cosine', 'linear', 'wsd'):
-        raise UserError(f"lr_schedule={lr_schedule!r} is unknown; try 'cosine', 'linear' or 'wsd'")
+    for name, known in (('lr_schedule', ('cosine', 'linear', 'wsd')), ('strategy', parallel.STRATEGIES),
+                        ('reduce_dtype', ('float32', 'bfloat16')), ('checkpoint', ('gathered', 'sharded'))):
+        if settings[name] not in known:
+            raise UserError(f'{name}={settings[name]!r} is unknown; try {" or ".join(map(repr, known))}')
+    if bool(batch_ramp_start) != bool(batch_ramp_tokens):
+        raise UserError('a batch ramp takes both batch_ramp_start and batch_ramp_tokens')
     if combinations and decay_lr and warmup_iters >= lr_decay_iters:
         raise UserError(f'warmup_iters={warmup_iters} leaves nothing of lr_decay_iters={lr_decay_iters}; try '
                         f'--decay_lr=False, or --warmup_iters={max_iters // 10} --lr_decay_iters={max_iters}')
@@ -105,7 +121,7 @@ def check_settings(combinations=True):
 
 
 def get_lr(iteration):
-    """Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from
+    """The learning rate of an iteration (with a batch ramp, of that many full batches). Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from
     the rise on, or a line over the last cooldown_iters (arXiv:2404.06395)."""
     if not decay_lr:
         return learning_rate
@@ -115,50 +131,6 @@ def get_lr(iteration):
     progress = min(1.0, max(0.0, (iteration - start) / (lr_decay_iters - start)))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if lr_schedule == 'cosine' else 1 - progress
     return min_lr + (learning_rate - min_lr) * share
-
-
-@dataclass
-class Run:
-    """What is trained, and how far it is."""
-    model: GPT                          # the plain module, for saving and sampling
-    wrapped_model: torch.nn.Module      # the same after torch.compile and DDP; train_step calls it
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    micro_steps: int                    # micro-batches of this rank per iteration
-    micro_batch_size: int               # sequences in each
-    grad_clip: float
-    seed: int
-    iter_num: int = 0
-    best_val_loss: float = math.inf
-    best_iter: int = 0                  # iteration of that evaluation
-    last_eval: int | None = None        # iteration of the last evaluation
-    description: dict | None = None     # what checkpoints say of the run: settings, tokenizer, dataset
-    writer: MetricsWriter | None = None
-
-    def evaluation_is_due(self):
-        return self.last_eval != self.iter_num and (self.iter_num % eval_interval == 0 or self.iter_num >= max_iters)
-
-    def record_losses(self, losses):
-        """Record an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
-        if not math.isfinite(losses['val']):
-            raise RunError(f'step {self.iter_num}: val loss {losses["val"]}; {out_dir} keeps what was saved before')
-        improved, self.last_eval = losses['val'] < self.best_val_loss, self.iter_num
-        if improved:
-            self.best_val_loss, self.best_iter = losses['val'], self.iter_num
-        if self.writer:
-            self.writer.write(self.iter_num, train_loss=losses['train'], val_loss=losses['val'])
-        return improved
-
-    def save(self, env, model_too=False):
-        """Write state.pt, and with model_too ckpt.pt. Every rank calls it, rank 0 writes."""
-        if env.is_main:
-            progress = dict(iter_num=self.iter_num, best_val_loss=self.best_val_loss, best_iter=self.best_iter,
-                            last_eval=self.last_eval, wandb_id=self.writer.wandb_id, **self.description)
-            with status('saving'):
-                if model_too:
-                    checkpoint.save_model(out_dir, self.model.to_checkpoint(), **progress)
-                checkpoint.save_state(out_dir, self.model.to_checkpoint(), **progress,
-                                      **optim.state_dict(self.optimizer, self.scaler))
 
 
 def train_step(run, batches, env):
@@ -171,7 +143,7 @@ def train_step(run, batches, env):
     for micro_step in range(run.micro_steps):
         x, y = next(batches)                            # each (B, T)
         if run.model.config.dropout:
-            torch.manual_seed(derive_seed(run.seed, 'dropout', run.iter_num, env.rank * run.micro_steps + micro_step))
+            torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, env.rank * run.micro_steps + micro_step))
         with parallel.sync_gradients(run.wrapped_model, enabled=micro_step == run.micro_steps - 1):
             with env.autocast():
                 loss = run.wrapped_model(x, y)[1]
@@ -187,14 +159,16 @@ def estimate_loss(run, data, env):
     """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared over the
     ranks. None if a signal reached any rank. The model is left in evaluation mode."""
     run.wrapped_model.eval()
-    losses = {}
+    losses, mine = {}, len(range(env.rank, eval_iters, env.world_size))
     for split in ('train', 'val'):
         total = torch.zeros((), device=env.device)
         batches = eval_batches(data, split, eval_iters, batch_size, env)
-        for batch in progress_bar(f'evaluating on {split}', batches, -(-eval_iters // env.world_size)):
-            if batch:
-                with env.autocast():
-                    total += run.wrapped_model(*batch)[1]
+        show = progress_bar(f'evaluating on {split}', batches, -(-eval_iters // env.world_size), at_once=env.compile)
+        for i, batch in enumerate(show):
+            with env.autocast():
+                loss = run.wrapped_model(*batch)[1]
+            if i < mine:                                # each rank has as many batches, and the last may count on one only
+                total += loss
             if env.stop_signal():
                 return None
         losses[split] = env.all_reduce(total).item() / eval_iters
@@ -209,9 +183,12 @@ def build_model(saved, data, overrides):
         torch.manual_seed(seed)
         return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
+    if not saved and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size:
+        raise UserError(f"the tokens of {dataset} are characters, and {init_from} knows GPT-2's; prepare the text with "
+                        f'data/text/prepare.py --tokenizer=gpt2, or train with --init_from=scratch')
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
-    for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
+    for name in SHAPE:
         value = getattr(model.config, name)
         if overrides.get(name, value) != value:
             print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
@@ -223,44 +200,60 @@ def build_model(saved, data, overrides):
 def start_run(saved, data, overrides, env):
     """The Run: its model on the device and over the ranks, its optimizer, and where it goes on."""
     with env.raise_on_all_ranks():
-        micro_steps, micro_batch_size = parallel.split_batch(gradient_accumulation_steps, batch_size, env.world_size)
+        sharded = parallel.check_strategy(strategy, reduce_dtype, env)
+        # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
+        model = None if sharded and not env.is_main else build_model(saved, data, overrides)
+    shape = model.config if model else None
+    if sharded:
+        shape = env.all_gather(shape)[0]
+        with torch.device('meta'):
+            model = model or GPT(shape)
+    with env.raise_on_all_ranks():
+        batch_schedule = BatchSchedule(gradient_accumulation_steps, batch_size, shape.block_size, env.world_size,
+                                       batch_ramp_start, batch_ramp_tokens)
         scaler = grad_scaler(env.device, env.dtype)
-        model = build_model(saved, data, overrides)
-        data.set_block_size(model.config.block_size)
+        data.set_block_size(shape.block_size)
         if saved:
             data.check_same(saved, accept_dataset_change)
-    config, progress = configurator.snapshot(globals()), saved or dict(iter_num=0, best_val_loss=math.inf)
-    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress['iter_num']})
-    wrapped_model = parallel.wrap(model, env, recompute).train()
+    config, progress = configurator.snapshot(globals()), Progress.of(saved, batch_schedule.full, shape.block_size)
+    config.update({name: value for name, value in asdict(shape).items() if name in config})     # as the weights have it
+    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
+    wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
     optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
-    optim.load_state_dict(optimizer, scaler, progress)
-    run = Run(model, wrapped_model, optimizer, scaler, micro_steps, micro_batch_size, grad_clip, seed,
-              progress['iter_num'], progress['best_val_loss'], progress.get('best_iter') or 0, progress.get('last_eval'),
+    if saved and 'sharded' in saved:
+        saved = sharded_checkpoint.load(saved, model, optimizer)
+    optim.load_state_dict(optimizer, scaler, saved or {})
+    run = Run(model, wrapped_model, optimizer, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
               dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint))
+    if checkpoint == 'sharded' and not eval_only:
+        run.saver = sharded_checkpoint.ShardedSaver(out_dir, env, rank_timeout)
     if env.is_main and not eval_only:
-        checkpoint.clean_out_dir(out_dir, saved)
+        run_folder.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, config, env)
-        run.writer = MetricsWriter(out_dir, run.iter_num, run.last_eval == run.iter_num, print0, wandb_log and dict(
-            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow'), progress.get('wandb_id'))
+        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0, wandb_log and dict(
+            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow'), (saved or {}).get('wandb_id'))
     return run
 
 
-def finish(run, log, env):
+def finish(run, stop_signal, overrides, env):
     """Save if a signal stopped the run, say what the run made, and end together with the other ranks."""
-    log.flush()
-    if log.stop_signal and not eval_only:
-        run.save(env)
-        print0(f'{signal.Signals(log.stop_signal).name}: saved at iteration {run.iter_num}; go on with: '
-               f'python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}')
+    progress = run.progress
+    if stop_signal and not eval_only:
+        with status('saving'):
+            run.save(env)
+        again = {name: overrides[name] for name in NOT_RESTORED[:4] if name in overrides}
+        print0(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} train.py '
+               f'--init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(f' --{name}={again[name]}' for name in again))
     elif run.writer:
-        print0(f'{run.iter_num:,} iterations, {short_number(run.iter_num * log.tokens)} tokens, {run.writer.elapsed()}; '
-               f'best val loss {run.best_val_loss:.4f} at iteration {run.best_iter}\n'
+        print0(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {run.writer.elapsed()}; '
+               f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
                f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
     if run.writer:
         run.writer.close()
+    run.wait_for_save()
     env.barrier()                                       # if the last save fails, every rank fails
-    if log.stop_signal:
-        raise SystemExit(128 + log.stop_signal)
+    if stop_signal:
+        raise SystemExit(128 + stop_signal)
 
 
 def main(overrides):
@@ -271,58 +264,66 @@ def main(overrides):
     print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
 
     # the run, the dataset, the model
-    saved, notes, run_lock = checkpoint.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
+    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
     if saved:
-        notes += configurator.restore_settings(globals(), saved.get('config') or {}, overrides, THIS_COMMAND)
+        changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
+        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
     check_settings()
-    if decay_lr and max_iters < lr_decay_iters:
+    if decay_lr and max_iters < lr_decay_iters and not batch_ramp_start:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
     for note in notes:
         print0(f'note: {note}')
     data = open_dataset(dataset, env)
     sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
-    tokens = run.micro_steps * run.micro_batch_size * run.model.config.block_size * env.world_size   # per iteration
+    saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
+    tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
-           f'{run.micro_batch_size} x {run.model.config.block_size} tokens per iteration, from iteration {run.iter_num}\n'
+           f'{batch_schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
            f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
-           f'{short_number(max_iters * tokens)}, {max_iters * tokens / len(data.tokens["train"]):.3g} epochs')
-    saved = None                                        # unmaps the checkpoint file
-    batches = train_batches(data, seed, range(run.iter_num, max_iters), run.micro_steps, run.micro_batch_size, env)
-    log = StepLog(env, run.writer, print0, tokens=tokens, flops=tokens / env.world_size * run.model.flops_per_token(),
+           f'{short_number(tokens)}, {tokens / len(data.tokens["train"]):.3g} epochs')
+    iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
+    batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
+    log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
     env.catch_signals()
 
+    first_step = True
     while True:
         # evaluate, sample, save
-        if eval_only or run.evaluation_is_due():
+        if eval_only or (progress.last_eval != progress.iter_num
+                         and (progress.iter_num % eval_interval == 0 or progress.iter_num >= max_iters)):
             log.flush()
             losses = estimate_loss(run, data, env)
             run.wrapped_model.train()
             if losses is None:
                 log.stop_signal = env.stop_signal()
                 break
-            print0(f'step {run.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            print0(f'step {progress.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             improved = run.record_losses(losses)
-            if sampler and env.is_main:
-                print0(sampler(run.model))
+            if sampler:
+                run.sample(sampler, print0, env)
             if not eval_only:
-                run.save(env, model_too=run.iter_num > 0 and (improved or always_save_checkpoint))
+                with status('saving'):
+                    run.save(env, model_too=progress.iter_num > 0 and (improved or always_save_checkpoint))
             log.restart_clock()
-        if eval_only or run.iter_num >= max_iters:
+        if eval_only or progress.iter_num >= max_iters:
             break
 
         # one iteration
-        lr = get_lr(run.iter_num)
+        lr = get_lr(progress.tokens / batch_schedule.full_tokens if batch_ramp_start else progress.iter_num)
         optim.set_lr(run.optimizer, lr)
-        step = train_step(run, batches, env)
-        run.iter_num += 1
-        if log.push(run.iter_num - 1, step, lr=lr):     # reads the step before; true when asked to stop
+        with status('compiling the training step' if env.compile and first_step else ''):
+            step = train_step(run, batches, env)
+        run.count_iteration()
+        first_step = False
+        if log.push(progress.iter_num - 1, step, progress.tokens, lr=lr):   # reads the step before; true when asked to stop
             break
 
     batches.close()
-    finish(run, log, env)
+    log.flush()
+    finish(run, log.stop_signal, overrides, env)
 
 
 if __name__ == '__main__':

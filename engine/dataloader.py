@@ -7,7 +7,6 @@ between batches, so a resumed run and any number of ranks draw the same ones.
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -108,19 +107,18 @@ def open_dataset(name, env):
         return data or TokenDataset(name)
 
 
-def train_batches(data, seed, iterations, micro_steps, micro_batch_size, env):
-    """This rank's micro-batches of each of `iterations`, on its device: the ranks share the global batch."""
-    per_rank = micro_steps * micro_batch_size                   # sequences of an iteration
-    return prefetch(data.batch, ((seed, 'train', (i * env.world_size + env.rank) * per_rank + m * micro_batch_size,
-                                  micro_batch_size) for i in iterations for m in range(micro_steps)), env.device)
+def train_batches(data, seed, iterations, micro_batch_size, env):
+    """This rank's micro-batches on its device. The ranks share the global batch.
+    iterations: (number of the first sequence, micro-batches of each rank) of each one."""
+    return prefetch(data.batch, ((seed, 'train', first + (env.rank * micro_steps + m) * micro_batch_size, micro_batch_size)
+                                 for first, micro_steps in iterations for m in range(micro_steps)), env.device)
 
 
 def eval_batches(data, split, count, batch_size, env):
-    """This rank's share of the `count` evaluation batches, which are the same for every run. A rank with
-    one batch fewer gets None last."""
-    requests = [(0, f'eval {split}', i * batch_size, batch_size) for i in range(env.rank, count, env.world_size)]
-    missing = -(-count // env.world_size) - len(requests)
-    return chain(prefetch(data.batch, requests, env.device), [None] * missing)
+    """This rank's share of the `count` evaluation batches, which are the same for every run. Every rank gets
+    equally many, as a sharded model computes on all ranks at once: the last one may be a repetition."""
+    numbers = (min(first + env.rank, count - 1) for first in range(0, count, env.world_size))
+    return prefetch(data.batch, ((0, f'eval {split}', number * batch_size, batch_size) for number in numbers), env.device)
 
 
 def dataset_folder(name):

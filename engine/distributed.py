@@ -102,6 +102,20 @@ class Environment:
         self.is_main = rank == 0
         self.received_signal = 0                        # number of the first stop signal that this rank received
 
+    @property
+    def local_world_size(self):
+        """The ranks on this machine."""
+        text = os.environ.get('LOCAL_WORLD_SIZE', '')           # torchrun sets it
+        return int(text) if text.isdecimal() and 1 <= int(text) <= self.world_size else self.world_size
+
+    @property
+    def launcher(self):
+        """What starts a script with as many ranks as these: 'python' or 'torchrun ...'."""
+        if self.world_size == 1:
+            return 'python'
+        machines = self.world_size // self.local_world_size
+        return f'torchrun --nproc_per_node={self.local_world_size} ' + (f'--nnodes={machines} ...' if machines > 1 else '--standalone')
+
     def autocast(self):
         return devices.autocast(self.device, self.dtype)
 

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from engine import parallel
 from engine.errors import UserError
 
 
@@ -38,6 +39,8 @@ def step(optimizer, scaler, loss, grad_clip):
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    if parallel.is_shard(norm):
+        norm = norm.full_tensor()
     if scaler.is_enabled():
         scaler.step(optimizer)                          # skips the update itself, and lowers the scale
         scaler.update()
@@ -71,8 +74,7 @@ def load_state_dict(optimizer, scaler, saved):
         for index, moment in saved['optimizer']['state'].items():
             moments[index] = {'step': torch.tensor(float(moment['step']))}
             for name in ('exp_avg', 'exp_avg_sq'):
-                rows = len(parameters[index])           # fewer rows if block_size was lowered meanwhile
-                moments[index][name] = moment[name][:rows].clone()
+                moments[index][name] = parallel.shard_like(parameters[index], moment[name]).clone()
                 fits = fits and moments[index][name].shape == parameters[index].shape
         fits = fits and len(moments) in (0, len(parameters))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:

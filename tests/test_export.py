@@ -27,13 +27,13 @@ def test_the_command_writes_the_folder(trained):
 
 def test_a_run_for_nanogpt_has_its_optimizer_inside(trained):
     """Loaded as nanoGPT does it, into its two groups of AdamW, it takes the step that the run takes here."""
-    from engine import checkpoint, optim
+    from engine import checkpoint, optim, run_folder
     from model import GPT
     trained.run('export.py', 'out-toy', 'for-nanogpt', '--to=nanogpt')
     loaded = torch.load(trained.folder / 'for-nanogpt' / 'ckpt.pt', weights_only=True)
     assert set(loaded) == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'}
     assert set(loaded['model_args']) == {'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias'}
-    saved, _ = checkpoint.load_state(trained.folder / 'out-toy')
+    saved, _ = run_folder.load_state(trained.folder / 'out-toy')
     idx, weights = torch.randint(17, (2, 32)), []
     for here in (True, False):
         model = GPT.from_checkpoint(saved)

@@ -38,7 +38,7 @@ def test_the_other_schedules_fall_in_a_line():
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--lr_schedule=wave', "lr_schedule='wave' is unknown; try 'cosine', 'linear' or 'wsd'"),
+    ('--lr_schedule=wave', "lr_schedule='wave' is unknown; try 'cosine' or 'linear' or 'wsd'"),
     ('--cooldown_iters=0', 'cooldown_iters=0 should be at least 1'), ('--sample_tokens=-1', 'sample_tokens=-1 should be'),
     ('--max_iters=100000000000000000', 'should be .*at most 1,000,000,000'), ('--rank_timeout=99999999999999', 'at most 10,000,000'),
     ('--batch_size=4611686018427387904', 'at most 1,048,576'),
