@@ -289,11 +289,10 @@ def main(overrides):
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
     env.catch_signals()
 
-    first_step = True
+    first_iteration = progress.iter_num
     while True:
         # evaluate, sample, save
-        if eval_only or (progress.last_eval != progress.iter_num
-                         and (progress.iter_num % eval_interval == 0 or progress.iter_num >= max_iters)):
+        if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
             losses = estimate_loss(run, data, env)
             run.wrapped_model.train()
@@ -314,10 +313,9 @@ def main(overrides):
         # one iteration
         lr = get_lr(progress.tokens / batch_schedule.full_tokens if batch_ramp_start else progress.iter_num)
         optim.set_lr(run.optimizer, lr)
-        with status('compiling the training step' if env.compile and first_step else ''):
+        with status('compiling the training step' if env.compile and progress.iter_num == first_iteration else ''):
             step = train_step(run, batches, env)
         run.count_iteration()
-        first_step = False
         if log.push(progress.iter_num - 1, step, progress.tokens, lr=lr):   # reads the step before; true when asked to stop
             break
 

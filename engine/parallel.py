@@ -123,6 +123,11 @@ def is_shard(tensor):
     return hasattr(tensor, 'full_tensor')
 
 
+def local_part(tensor):
+    """What this rank holds of a tensor: its shard, or all of it."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
 def shard_like(parameter, value):
     """`value` as `parameter` is: on its device, sharded alike, with as many rows. value: whole on every rank; it
     has more rows where block_size was lowered meanwhile."""

@@ -62,6 +62,10 @@ class Run:
         self.progress.sequences += n_sequences
         self.progress.tokens += n_sequences * self.batch_schedule.block_size
 
+    def evaluation_is_due(self, eval_interval, max_iters):
+        iter_num = self.progress.iter_num
+        return self.progress.last_eval != iter_num and (iter_num % eval_interval == 0 or iter_num >= max_iters)
+
     def record_losses(self, losses):
         """Record an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
         progress = self.progress

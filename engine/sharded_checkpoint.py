@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from engine import parallel
 from engine.checkpoint import find_not_finite, read, validate, write
 from engine.errors import RunError, UserError
 from engine.files import atomic_write, sync_folder
-from engine.parallel import is_shard
 
 STATE, PREVIOUS, REST, CHECKSUMS = 'state', 'state.prev', 'run.pt', 'checksums.json'
 
@@ -53,7 +53,7 @@ class ShardedSaver:
         tensors = {f'model.{name}': parameter.detach() for name, parameter in model.named_parameters()}
         tensors.update({f'optimizer.{index}.{name}': value for index, moment in moments.items()
                         for name, value in moment.items() if value.dim()})
-        local = {name: tensor.to_local() if is_shard(tensor) else tensor for name, tensor in tensors.items()}
+        local = {name: parallel.local_part(tensor) for name, tensor in tensors.items()}
         not_finite = next((name for name in self.env.all_gather(find_not_finite({'model': local})) if name), None)
         if not_finite:
             raise RunError(f'{self.out_dir / STATE} was not written, as {not_finite} is not finite; go on from the state '

@@ -192,9 +192,9 @@ def test_a_damaged_state_is_refused(change, words):
 
 def test_moments_larger_than_their_file_are_refused(tmp_path):
     """A tensor that repeats one number a trillion times."""
-    from engine import checkpoint
+    from engine import run_folder
     model, _, saved = saved_state()
     with_moment('exp_avg_sq', torch.zeros(1).expand(10 ** 6, 10 ** 6))(saved)
     torch.save(dict(model.to_checkpoint(), **saved, iter_num=3, best_val_loss=2.5), tmp_path / 'state.pt')
     with pytest.raises(UserError, match='its tensors are larger than the file'):
-        checkpoint.load_state(tmp_path)
+        run_folder.load_state(tmp_path)

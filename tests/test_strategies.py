@@ -1,6 +1,7 @@
 """Whole runs of train.py over several ranks: every strategy and both kinds of checkpoint against one process."""
 
 import shutil
+import signal
 
 import pytest
 import torch
@@ -166,3 +167,22 @@ def test_a_batch_ramp_resumes_exactly(place, options):
     # the learning rate counts full batches: it warms up over two of them
     warm = [record['lr'] for record in records if record['tokens'] <= 2 * 512]
     assert warm == sorted(warm) and len(warm) > 4
+
+
+def test_a_stopped_run_prints_the_command_that_goes_on_as_it_was(place):
+    """With torchrun and as many ranks, and with the settings that a resume does not restore."""
+    result = place.launcher.run('train.py', *place.flags('stopped'), *SHARED, '--strategy=fsdp', ranks=2,
+                                fault=dict(kind='signal', number=signal.SIGTERM, iteration=3, micro_steps=6))
+    assert result.codes == [143, 143]
+    command = result.stdout.split('go on with: ')[1].splitlines()[0]
+    assert command == ('torchrun --nproc_per_node=2 --standalone train.py --init_from=resume --out_dir=stopped '
+                       '--device=cpu --compile=False')
+    assert run_folder.load_state(place.folder / 'stopped')[0]['config']['strategy'] == 'fsdp'
+
+
+def test_weights_of_others_are_shared_out_by_rank_0(place):
+    """A folder of Hugging Face weights, finetuned on shards and on one process."""
+    place.run('export.py', 'straight', 'weights')
+    for out_dir, options in (('tuned', dict(ranks=1)), ('tuned-fsdp', dict(strategy='fsdp'))):
+        train(place, out_dir, '--init_from=weights', '--max_iters=4', **options)
+    assert curve(place, 'tuned-fsdp') == pytest.approx(curve(place, 'tuned'), rel=1e-5) and len(curve(place, 'tuned')) == 6

@@ -240,8 +240,9 @@ def test_a_smaller_context_takes_effect_and_a_larger_one_is_refused(trained):
 def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=300)
-                                 ).save_pretrained(workspace.folder / 'weights')
+    for name, vocab_size in (('weights', 17), ('weights-of-other-tokens', 300)):
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=vocab_size)
+                                     ).save_pretrained(workspace.folder / name)
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size')
     flags = ['--init_from=weights', '--out_dir=out-hf', *(f'--{k}={v}' for k, v in SETTINGS.items() if k not in shape)]
     shown = workspace.run('train.py', *flags, '--eval_only=True', '--dropout=0').stdout
@@ -249,7 +250,10 @@ def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     workspace.run('train.py', *flags)
     losses = [r['val_loss'] for r in workspace.records('out-hf') if 'val_loss' in r]
     assert losses[-1] < losses[0] and f'val loss {losses[0]:.4f}' in shown
-    assert torch.load(workspace.folder / 'out-hf' / 'ckpt.pt', weights_only=True)['activation'] == 'gelu_tanh'
+    saved = torch.load(workspace.folder / 'out-hf' / 'ckpt.pt', weights_only=True)
+    assert saved['activation'] == 'gelu_tanh' and saved['config']['n_layer'] == 1     # the shape of the weights
+    flags[:2] = ['--init_from=weights-of-other-tokens', '--out_dir=out-other']
+    assert "the tokens of toy are characters, and weights-of-other-tokens knows GPT-2's" in workspace.run('train.py', *flags, code=2).stderr
 
 
 def test_a_new_run_replaces_another_only_when_told_to(trained):
