@@ -27,7 +27,7 @@ def optimize_for_training(model):
     """
     chunked_loss.replace_loss(model)
     for mlp in model.modules():
-        layers = [getattr(mlp, name, None) for name in ('c_fc', 'gelu', 'c_proj', 'dropout')]
+        layers = [getattr(mlp, name, None) for name in ('c_fc', 'activation', 'c_proj', 'dropout')]
         if [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear, nn.Dropout] and is_plain_mlp(mlp):
             mlp.forward = partial(mlp_forward, mlp, mlp.forward)
 
@@ -38,7 +38,7 @@ def is_plain_mlp(mlp):
     was_training, _ = mlp.training, mlp.eval()
     found = mlp(x)
     mlp.train(was_training)
-    return torch.allclose(found, mlp.c_proj(mlp.gelu(mlp.c_fc(x))))
+    return torch.allclose(found, mlp.c_proj(mlp.activation(mlp.c_fc(x))))
 
 
 def mlp_forward(mlp, plain_forward, x):
@@ -46,7 +46,7 @@ def mlp_forward(mlp, plain_forward, x):
     activations = x.numel() // x.size(-1) * mlp.c_fc.out_features
     if activations < MIN_ACTIVATIONS or not torch.is_grad_enabled() or type(mlp.c_proj) is not nn.Linear:
         return plain_forward(x)
-    y = GELULinear.apply(mlp.c_fc(x), mlp.c_proj.weight, mlp.c_proj.bias, mlp.gelu.approximate)
+    y = GELULinear.apply(mlp.c_fc(x), mlp.c_proj.weight, mlp.c_proj.bias, mlp.activation.approximate)
     return mlp.dropout(y)
 
 

@@ -26,8 +26,15 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.length = 0
 
-    def attend(self, q, k, v):
-        """Attention of T queries over the cached positions and T new ones; all (B, H, T, D)."""
+    def n_keys(self, T):
+        """How many keys T new queries attend over."""
+        return self.length + T
+
+    def attend(self, q, k, v, bias=None):
+        """Attention of T queries (B, H, T, D) over the cached positions and T new ones; k and v may have fewer heads.
+
+        bias: (1, H, T, n_keys) to add to the scores, -inf for the keys after a query; None hides only those.
+        """
         T, end = q.size(2), self.length + q.size(2)
         # Several queries behind cached keys would need a mask; no caller does this.
         assert T == 1 or self.length == 0
@@ -35,7 +42,7 @@ class KVCache:
         self.values[:, :, self.length:end] = v
         self.length = end
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, is_causal=T > 1).to(q.dtype)
+        return attention(q, keys, values, bias, is_causal=T > 1 and bias is None)
 
 
 class StaticKVCache(KVCache):
@@ -44,14 +51,25 @@ class StaticKVCache(KVCache):
 
     position = None                                             # (1,) tensor while a compiled step runs
 
-    def attend(self, q, k, v):
+    def n_keys(self, T):
+        return super().n_keys(T) if self.position is None else self.keys.size(2)
+
+    def attend(self, q, k, v, bias=None):
         if self.position is None:
-            return super().attend(q, k, v)
+            return super().attend(q, k, v, bias)
         dtype = self.keys.dtype
         self.keys.index_copy_(2, self.position, k.to(dtype))
         self.values.index_copy_(2, self.position, v.to(dtype))
         written = torch.arange(self.keys.size(2), device=q.device) <= self.position
-        return F.scaled_dot_product_attention(q.to(dtype), self.keys, self.values, attn_mask=written[None]).to(q.dtype)
+        return attention(q, self.keys, self.values, written[None] if bias is None else bias)
+
+
+def attention(q, keys, values, mask, is_causal=False):
+    """F.scaled_dot_product_attention in the precision of the keys, with the result in that of q."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(keys.dtype)
+    return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, mask, is_causal=is_causal,
+                                          enable_gqa=q.size(1) > keys.size(1)).to(q.dtype)
 
 
 class CompiledDecoder:
@@ -107,9 +125,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0,
     torch's global generator. vocab_size: larger ids (the padding of the embedding) are never
     sampled. compile: compile the step that reads one token. Raises UserError for bad options.
 
-    Learned positions cannot slide in a cache. Once block_size is full, the model reads the last
-    half of the window again and the cache goes on from there: one pass per half block.
-    exact_window=True reads the whole last window again for every token instead.
+    A full cache does not slide, whatever the positions: learned ones belong to their places, and with
+    rotary ones or ALiBi the keys that stay would still know what left the window. Once block_size is
+    full, the model reads the last half of the window again and the cache goes on from there: one pass
+    per half block. exact_window=True reads the whole last window again for every token instead.
     """
     if not temperature >= 0 or (top_k or 0) < 0 or not 0 < top_p <= 1:
         raise UserError(f'temperature={temperature} and top_k={top_k} should be 0 or more, '
@@ -189,7 +208,7 @@ def new_caches(model, batch_size, positions, kind=KVCache):
     """One empty cache for each layer of `model`."""
     c = model.config
     like = next(model.parameters())
-    return [kind(batch_size, c.n_head, positions, c.n_embd // c.n_head, like) for _ in range(c.n_layer)]
+    return [kind(batch_size, c.kv_heads, positions, c.head_size, like) for _ in range(c.n_layer)]
 
 
 def sample_token(logits, temperature, top_k, top_p, noise):
