@@ -15,7 +15,7 @@ import torch
 
 from engine.errors import RunError, UserError
 from engine.order import epoch_starts, weyl_starts
-from engine.shards import DTYPES, SHARD, SPLITS, TokenStream, check_split, find_token_files, token_dtype
+from engine.shards import DTYPES, REPLACING, SPLITS, TokenStream, check_split, find_token_files, token_dtype
 from engine.tokenizer import END_OF_TEXT, GPT2, read_meta
 
 DATA = Path(__file__).resolve().parent.parent / 'data'
@@ -38,7 +38,7 @@ class TokenDataset:
         files = find_token_files(self.folder)
         if not files['train'] or not files['val']:
             raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor shards of both; {advice(name)}')
-        if (self.folder / 'unfinished.json').exists() and SHARD.fullmatch(files['train'][0][0]):
+        if (self.folder / REPLACING).exists():
             raise UserError(f'{self.folder} is being replaced; if no prepare.py runs, start it again to complete that')
         self.tokenizer = read_meta(self.folder)
         self.vocab_size = self.tokenizer['vocab_size']

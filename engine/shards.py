@@ -19,9 +19,10 @@ from engine.files import atomic_write
 SPLITS = ('train', 'val')
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 SHARD = re.compile(r'((?:.+_)?)(train|val)_(\d+)\.bin')
+REPLACING = 'replacing.json'        # there while prepare.py replaces the shards of a folder
 HEADER_BYTES = 1024
 PUBLISHED = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}      # magic and version of llm.c's files
-OPEN_SHARDS = 128           # memory maps kept open at a time, each with a file descriptor
+OPEN_SHARDS = 64            # memory maps that a stream keeps open, each with a file descriptor; macOS allows 256
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 64, 1024       # of a sharded split, read at the start
 
 
@@ -33,7 +34,8 @@ def token_dtype(vocab_size):
 def find_token_files(folder):
     """{'train': [(name, bytes)], 'val': ...} of the token files in `folder`, shards in the order of their numbers.
 
-    Raises UserError for a split that is both one file and shards, and for a name that is no regular file.
+    Raises UserError for a split that is both one file and shards, for shards of several prefixes, and for a name that
+    is no regular file.
     """
     found, keys = {split: [] for split in SPLITS}, {}
     for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -47,8 +49,9 @@ def find_token_files(folder):
         found[split].append((entry.name, entry.stat().st_size))
     for split, files in found.items():
         files.sort(key=lambda file: (keys[file[0]], file[0]))
-        if len(files) > 1 and not keys[files[0][0]]:
-            raise UserError(f'{folder} holds both {files[0][0]} and {files[1][0]}; remove the one that is not meant')
+        first, last = (files[0][0], files[-1][0]) if files else ('', '')
+        if first != last and keys[first][:1] != keys[last][:1]:         # an empty key is a split of one file
+            raise UserError(f'{folder} holds {first} and {last}, which are not of one dataset; move one of them away')
     return found
 
 
@@ -63,6 +66,21 @@ def read_header(path):
     if size != HEADER_BYTES + tokens * DTYPES[dtype].itemsize:
         raise UserError(f'{path} has {size:,} bytes, which do not fit the {tokens:,} tokens of its header; download it again')
     return dtype, HEADER_BYTES
+
+
+def shard_opener(folder, names, counts, file_format):
+    """A function that returns the tokens of file number `number` as an array over a memory map. It keeps OPEN_SHARDS of
+    them open, and raises RunError for a file that is no longer what it was, or of another format than the first."""
+    def open_shard(number):
+        path, (dtype, header_bytes) = folder / names[number], file_format
+        try:
+            if (read_header(path) or (dtype, 0)) != file_format:
+                raise UserError(f'it has another format than {names[0]}')
+            # a plain array, since a memmap's own slices take ten times as long
+            return np.asarray(np.memmap(path, DTYPES[dtype], 'r', header_bytes, (counts[number],)))
+        except (OSError, ValueError) as error:
+            raise RunError(f'{path} cannot be read: {error}; restore it, and go on with --init_from=resume') from None
+    return lru_cache(maxsize=OPEN_SHARDS)(open_shard)
 
 
 class TokenStream:
@@ -83,7 +101,8 @@ class TokenStream:
         counts = sizes // self.dtype.itemsize
         self.ends = np.cumsum(counts)                           # where each file ends in the stream
         self.begins, self.counts = (self.ends - counts).tolist(), counts.tolist()
-        self.open = lru_cache(maxsize=OPEN_SHARDS)(self.open_file)
+        # its cache refers to no stream, so both are freed together at once, and the files are closed
+        self.open = shard_opener(folder, self.names, self.counts, self.format)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -91,17 +110,6 @@ class TokenStream:
     def __getitem__(self, part):
         start, stop, step = part.indices(len(self))
         return self.windows(np.array([start]), max(stop - start, 0), self.dtype)[0][::step]
-
-    def open_file(self, number):
-        """The tokens of a file as a memory map. RunError where it is no longer what it was, or never was like the first."""
-        path = self.folder / self.names[number]
-        try:
-            if (read_header(path) or self.format[:1] + (0,)) != self.format:
-                raise UserError(f'it has another format than {self.names[0]}')
-            # a plain array over the map: a memmap's own slices take ten times as long
-            return np.asarray(np.memmap(path, self.dtype, 'r', self.header_bytes, (self.counts[number],)))
-        except (OSError, ValueError) as error:
-            raise RunError(f'{path} cannot be read: {error}; restore it, and go on with --init_from=resume') from None
 
     def windows(self, starts, length, dtype=np.int64):
         """`length` tokens from each of `starts` on, over the ends of files. (len(starts), length)"""
