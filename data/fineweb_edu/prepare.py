@@ -28,6 +28,8 @@ shard_tokens = 100_000_000      # tokens per shard; the last one may be shorter
 part = '0/1'                    # i/n does one of n equal parts of the work, and the last part to finish publishes
 num_proc = 0                    # cores that encode, 0 for all; the result is the same
 
+DOCUMENTS = 9_670_000           # in sample-10BT, about
+
 
 def download():
     """The hub's parquet files of `sample`. They stay in the hub's cache, where an interrupted download
@@ -39,11 +41,16 @@ def download():
     try:
         from huggingface_hub import snapshot_download
         folder = snapshot_download('HuggingFaceFW/fineweb-edu', repo_type='dataset', allow_patterns=[f'{pattern}.parquet'])
-        return [path for path in textfiles.find_files(folder, ('.parquet',))
-                if path.relative_to(folder).match(f'{pattern}.parquet')]       # the cache may hold other samples too
+        files = [path for path in textfiles.find_files(folder, ('.parquet',))
+                 if path.relative_to(folder).match(f'{pattern}.parquet')]      # the cache may hold other samples too
     except Exception as error:      # the client raises errors of many libraries
         raise RunError(f'cannot download FineWeb-Edu ({type(error).__name__}: {str(error)[:200]}); '
                        f'if you have the parquet files, use --input=FOLDER') from None
+    rows = sum(textfiles.open_parquet(path).metadata.num_rows for path in files) if sample == 'sample-10BT' else DOCUMENTS
+    if rows < 0.99 * DOCUMENTS:     # without a network the client returns what its cache has
+        raise RunError(f'the download has {rows:,} of about {DOCUMENTS:,} documents; go online and run again, '
+                       f'or use it as it is: --input={files[0].parent}')
+    return files
 
 
 def identify(files):
