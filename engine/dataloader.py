@@ -37,7 +37,8 @@ class TokenDataset:
         check_order(sampling, documents)
         files = find_token_files(self.folder)
         if not files['train'] or not files['val']:
-            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor shards of both; {advice(name)}')
+            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor shards of both; '
+                            f'{advice(name)}')
         if (self.folder / REPLACING).exists():
             raise UserError(f'{self.folder} is being replaced; if no prepare.py runs, start it again to complete that')
         self.tokenizer = read_meta(self.folder)
@@ -45,7 +46,8 @@ class TokenDataset:
         meta = read_fields(self.folder)
         dtype = meta.get('dtype', token_dtype(self.vocab_size))
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or uint32; prepare the dataset again')
+            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or uint32; prepare the dataset '
+                            f'again')
         expected = meta['sha256'] if isinstance(meta.get('sha256'), dict) else {}
         self.tokens, digests = {}, []
         for split in SPLITS:
@@ -58,7 +60,8 @@ class TokenDataset:
         where train has no end-of-text token."""
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
-                raise UserError(f'{self.folder / split}.bin has {len(tokens):,} tokens, and a block takes '
+                file = f'{split}.bin' if len(tokens.names) == 1 else f'the shards of {split}'
+                raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
                                 f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
         self.block_size = block_size
         if self.documents == 'whole':
@@ -111,8 +114,8 @@ class TokenDataset:
         if windows.max() >= self.vocab_size:
             row, column = divmod(int(windows.argmax()), self.block_size + 1)
             path, position = tokens.locate(starts[row] + column)
-            raise RunError(f'{path} is damaged, or changed while it was read: id {windows.max()} of token {position:,} is beyond '
-                           f'the vocabulary of {self.vocab_size}; restore it, and go on with --init_from=resume')
+            raise RunError(f'{path} is damaged, or changed while it was read: id {windows.max()} of token {position:,} is '
+                           f'beyond the vocabulary of {self.vocab_size}; restore it, and go on with --init_from=resume')
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -124,7 +127,7 @@ def check_order(sampling, documents):
         raise UserError(f"documents={documents!r} is unknown; try 'any' or 'whole'")
     if sampling == 'epoch' and documents == 'whole':
         raise UserError('sampling=epoch reads each window once, and documents=whole moves windows, so that some coincide; '
-                        'try --sampling=windows, or --documents=any')
+                        'try --sampling=windows or --documents=any')
 
 
 def open_dataset(name, env, sampling='windows', documents='any'):
@@ -153,7 +156,8 @@ def eval_batches(data, split, count, batch_size, env):
 
 def dataset_folder(name):
     """The folder data/NAME. UserError where `name` is not a plain folder name."""
-    if not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0') or len(name.encode('utf-8', 'replace')) > 200:
+    if (not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0')
+            or len(name.encode('utf-8', 'replace')) > 200):
         raise UserError(f'dataset={name!r} should be the name of a folder in {DATA}')
     return DATA / name
 

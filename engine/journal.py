@@ -140,13 +140,17 @@ def replace_with_shards(folder, meta):
 
 
 def complete_shards(folder, key):
-    """Complete the replacement that a killed run began. True where the folder then holds the shards made for `key`."""
+    """Complete the replacement that a killed run began. True where the folder then holds the shards made for `key`.
+    Without all of its shards, replacing.json stays, and so the folder is refused, until another dataset is whole."""
     meta = read_shards_meta(folder / REPLACING)
-    if meta and all((ready_folder(folder, meta['source']) / name).exists() or (folder / name).exists() for name in meta['sha256']):
-        replace_with_shards(folder, meta)
-    (folder / REPLACING).unlink(missing_ok=True)
+    if meta:
+        places = {name: ready_folder(folder, meta['source']) / name for name in meta['sha256']}
+        places = {name: path if path.exists() else folder / name for name, path in places.items()}
+        if all(path.is_file() and hash_start(path, path.stat().st_size, meta['sha256'][name])
+               for name, path in places.items()):
+            replace_with_shards(folder, meta)
     meta = read_shards_meta(folder / 'meta.json')
-    if not meta or meta['source'] != key:
+    if not meta or meta['source'] != key or (folder / REPLACING).exists():
         return False
     files = [file for files in find_token_files(folder).values() for file in files]
     return ({name for name, _ in files} == set(meta['sha256']) and sum(size for _, size in files)
@@ -157,7 +161,8 @@ def read_shards_meta(path):
     """The content of meta.json of our own shards, or None."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         meta = json.loads(path.read_text(encoding='utf-8'))
-        if (re.fullmatch('[0-9a-f]{64}', meta['source']) and DTYPES[meta['dtype']] and all(type(meta['tokens'][split]) is int for split in SPLITS)
+        counts_are_numbers = all(type(meta['tokens'][split]) is int for split in SPLITS)
+        if (re.fullmatch('[0-9a-f]{64}', meta['source']) and DTYPES[meta['dtype']] and counts_are_numbers
                 and all(SHARD.fullmatch(name) for name in meta['sha256'])):
             return meta
     return None

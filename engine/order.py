@@ -33,8 +33,8 @@ def epoch_starts(first, count, tokens, block_size, seed):
     An epoch cuts the text into windows of block_size, from a seeded offset below block_size on, and reads
     them in a seeded order. Up to two blocks at the ends of the text are left out of an epoch, others in each.
     """
-    chunks = [epoch_chunk(number, tokens, block_size, seed) for number in range(first // CHUNK, (first + count - 1) // CHUNK + 1)]
-    return np.concatenate(chunks)[first % CHUNK:][:count]
+    numbers = range(first // CHUNK, (first + count - 1) // CHUNK + 1)
+    return np.concatenate([epoch_chunk(number, tokens, block_size, seed) for number in numbers])[first % CHUNK:][:count]
 
 
 @lru_cache(maxsize=16)

@@ -56,7 +56,7 @@ def find_token_files(folder):
 
 
 def read_header(path):
-    """(dtype, bytes before the tokens) of a file of llm.c, else None. UserError where its size is not what it says."""
+    """(dtype, bytes before the tokens) of llm.c's files, else None. UserError where the header tells another size."""
     with open(path, 'rb') as file:
         magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b'\0'), '<i4').tolist()
         size = os.fstat(file.fileno()).st_size
@@ -64,7 +64,8 @@ def read_header(path):
         return None
     dtype = PUBLISHED[magic, version]
     if size != HEADER_BYTES + tokens * DTYPES[dtype].itemsize:
-        raise UserError(f'{path} has {size:,} bytes, which do not fit the {tokens:,} tokens of its header; download it again')
+        raise UserError(f'{path} has {size:,} bytes, which do not fit the {tokens:,} tokens of its header; download it '
+                        f'again')
     return dtype, HEADER_BYTES
 
 
@@ -109,6 +110,8 @@ class TokenStream:
 
     def __getitem__(self, part):
         start, stop, step = part.indices(len(self))
+        if len(self.names) == 1:
+            return self.open(0)[start:stop:step]
         return self.windows(np.array([start]), max(stop - start, 0), self.dtype)[0][::step]
 
     def windows(self, starts, length, dtype=np.int64):
@@ -152,7 +155,8 @@ def check_split(stream, split, vocab_size, expected):
 
     One file is read as a whole. Of shards, which may be too many to read, evenly spaced blocks are: the
     digest is that of their ids, the number of tokens and, where meta.json has them, the shards' digests.
-    expected: {name: sha256} of meta.json. UserError for an id beyond the vocabulary, and where meta.json describes other files.
+    expected: {name: sha256} of meta.json. UserError for an id beyond the vocabulary, and where meta.json
+    describes other files.
     """
     if stream.names == [f'{split}.bin']:
         path = stream.folder / stream.names[0]
@@ -162,8 +166,8 @@ def check_split(stream, split, vocab_size, expected):
     else:
         described = [name for name in expected if (match := SHARD.fullmatch(name)) and match[2] == split]
         if described and set(described) != set(stream.names):
-            raise UserError(f'{stream.folder} has {len(stream.names):,} shards of {split}, which are not the {len(described):,} that '
-                            f'meta.json describes; prepare the dataset again')
+            raise UserError(f'{stream.folder} has {len(stream.names):,} shards of {split}, which are not the '
+                            f'{len(described):,} that meta.json describes; prepare the dataset again')
         starts, ids = stream.sample()
         facts = [len(stream), [str(expected[name]) for name in stream.names if name in expected]]
         digest = hashlib.sha256(json.dumps(facts).encode() + ids.astype('<u4').tobytes()).hexdigest()

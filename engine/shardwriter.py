@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files import atomic_write
 from engine.journal import complete_shards, hash_start, ready_folder, replace_with_shards
-from engine.shards import DTYPES, SPLITS, TokenStream, token_dtype
+from engine.shards import DTYPES, TokenStream, token_dtype
 from engine.tokenfiles import batch_pieces, in_order, write_lock
 from engine.tokenizer import END_OF_TEXT
 
@@ -90,7 +90,8 @@ class ShardWriter:
             journal = json.loads((self.work(part) / 'journal.json').read_text(encoding='utf-8'))
             file, position = journal['document'] or (0, 0)
             numbers = [file, position, journal['skip'], *(tokens for tokens, _ in journal['pieces'])]
-            if (journal['key'] == self.key and type(journal['finished']) is bool and all(type(n) is int and n >= 0 for n in numbers)
+            numbers_are_possible = all(type(n) is int and n >= 0 for n in numbers)
+            if (journal['key'] == self.key and type(journal['finished']) is bool and numbers_are_possible
                     and all(tokens <= self.shard_tokens and type(sha256) is str for tokens, sha256 in journal['pieces'])):
                 return journal
         return dict(key=self.key, pieces=[], document=None, skip=0, finished=False)
@@ -106,7 +107,9 @@ class ShardWriter:
         with write_lock(self.work(self.part) / 'prepare.lock'):
             with write_lock(self.unfinished / 'finish.lock', wait=True):
                 complete = complete_shards(self.folder, self.key)
-            if not complete:
+            if complete:
+                self.log(f'{self.folder} is complete; remove its meta.json to make it again')
+            else:
                 self.write_part(read_pieces, encode, cores)
                 with write_lock(self.unfinished / 'finish.lock', wait=True):
                     complete = complete_shards(self.folder, self.key) or self.finish(cores)
@@ -170,64 +173,66 @@ class ShardWriter:
         journals = [self.read_journal(part) for part in range(self.parts)]
         waiting = [f'{part}/{self.parts}' for part, journal in enumerate(journals) if not journal['finished']]
         if waiting:
-            self.log(f'part {self.part}/{self.parts} is done; the dataset follows with the last of --part={", ".join(waiting)}')
+            self.log(f'part {self.part}/{self.parts} is done; the last of --part={", ".join(waiting)} publishes the dataset')
             return False
         pieces = [piece for part, journal in enumerate(journals) for piece in self.list_pieces(part, journal)]
         total, size = sum(tokens for _, tokens, _ in pieces), self.shard_tokens
         if total <= size:
             shutil.rmtree(self.unfinished)
-            raise UserError(f'{total:,} tokens are not more than one shard, which is held out; try --shard_tokens={max(1, total // 10)}')
-        digests = self.cut([(begin, min(size, total - begin)) for begin in range(0, total, size)], pieces, cores)
-        tokens = {split: sum(min(size, total - i * size) for i, name in enumerate(digests) if name.startswith(split)) for split in SPLITS}
-        meta = dict(self.spec, dtype=token_dtype(self.spec['vocab_size']), tokens=tokens, sha256=digests, source=self.key)
+            raise UserError(f'{total:,} tokens are not more than one shard, which is held out; try '
+                            f'--shard_tokens={max(1, total // 10)}')
+        begins = range(0, total, size)
+        shards = {shard_name(number): (begin, min(size, total - begin)) for number, begin in enumerate(begins)}
+        meta = dict(self.spec, dtype=self.dtype.name, tokens=dict(train=total - size, val=size),
+                    sha256=self.cut(shards, pieces, cores), source=self.key)
         replace_with_shards(self.folder, meta)
-        self.log(f'{self.folder}: {len(digests) - 1:,} shards have {tokens["train"]:,} tokens, val_000000.bin {tokens["val"]:,}; '
+        self.log(f'{self.folder}: {len(shards) - 1:,} shards have {total - size:,} tokens, val_000000.bin {size:,}; '
                  f'vocabulary {meta["vocab_size"]:,} ({meta["tokenizer"]})')
         return True
 
     def cut(self, shards, pieces, cores):
-        """Make the file of each of `shards`, [(begin, tokens)] in the stream of `pieces`. Returns {name: sha256}."""
+        """Make the file of each of `shards`, {name: (begin, tokens)} in the stream of `pieces`. Returns {name: sha256}."""
         begins = np.cumsum([0, *(tokens for _, tokens, _ in pieces)]).tolist()
         same = {(begin, piece[1]): piece for begin, piece in zip(begins, pieces)}      # pieces that may be shards
-        names = {shard_name(number): shard for number, shard in enumerate(shards)}
         ready = ready_folder(self.folder, self.key)
         ready.mkdir(exist_ok=True)
-        missing = {name for name in names if names[name] not in same and not (ready / name).exists()}
+        copied = [name for name, shard in shards.items() if shard not in same]
+        missing = {name for name in copied if not (ready / name).exists()}
         if missing:
             self.check_pieces(pieces)
-            files = [(path.relative_to(self.folder).as_posix(), tokens * self.dtype.itemsize) for path, tokens, _ in pieces]
-            stream = TokenStream(self.folder, files, self.dtype.name)
+            names = [path.relative_to(self.unfinished).as_posix() for path, _, _ in pieces]
+            sizes = [tokens * self.dtype.itemsize for _, tokens, _ in pieces]
+            stream = TokenStream(self.unfinished, list(zip(names, sizes)), self.dtype.name)
 
         def copy(name):
             """The digest of a shard that is no piece. One that is there already was copied by a killed run."""
-            begin, tokens = names[name]
+            begin, tokens = shards[name]
             if name in missing:
                 with atomic_write(ready / name, 'wb') as file:
                     for start in range(begin, begin + tokens, COPIED_TOKENS):
                         file.write(stream[start:min(start + COPIED_TOKENS, begin + tokens)])
             return hash_start(ready / name, tokens * self.dtype.itemsize).hexdigest()
 
-        copied = [name for name in names if names[name] not in same]
         with closing(in_order(copy, copied, cores)) as results:
             bar = tqdm(results, 'cutting', len(copied), unit=' shards', delay=1, disable=None)
             digests = dict(zip(copied, bar))
-        for name, shard in names.items():           # only now: shards were copied from some of these pieces too
+        for name, shard in shards.items():          # only now: shards were copied from some of these pieces too
             if shard in same and not (ready / name).exists():
                 self.check_pieces([same[shard]])
                 os.replace(same[shard][0], ready / name)
-        return {name: same[shard][2] if shard in same else digests[name] for name, shard in names.items()}
+        return {name: same[shard][2] if shard in same else digests[name] for name, shard in shards.items()}
 
     def list_pieces(self, part, journal):
         """[(path, tokens, sha256)] of the pieces that a journal has."""
-        return [(self.work(part) / piece_name(number), tokens, sha256) for number, (tokens, sha256) in enumerate(journal['pieces'])]
+        return [(self.work(part) / piece_name(number), *piece) for number, piece in enumerate(journal['pieces'])]
 
     def check_pieces(self, pieces):
         """UserError where a piece is missing or has another size. Its part then starts anew."""
         for path, tokens, _ in pieces:
             if not path.is_file() or path.stat().st_size != tokens * self.dtype.itemsize:
                 (path.parent / 'journal.json').unlink(missing_ok=True)
-                raise UserError(f'{path} is missing or damaged; run --part={path.parent.name.replace("_of_", "/")} again, which starts '
-                                f'from the beginning')
+                raise UserError(f'{path} is missing or damaged; run --part={path.parent.name.replace("_of_", "/")} again, '
+                                f'which starts from the beginning')
 
 
 def piece_name(number):

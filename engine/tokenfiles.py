@@ -131,7 +131,8 @@ class DatasetWriter:
             arrays = {split: [] for split in SPLITS}
             for split, text, ends in batch:
                 arrays[split] += [encode(text), [END_OF_TEXT]] if ends else [encode(text)]
-            return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe') for split, ids in arrays.items() if ids}
+            return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe')
+                           for split, ids in arrays.items() if ids}
 
         with (tqdm(desc='encoding', total=total, initial=self.documents, unit=f' {unit}',
                    unit_scale=True, delay=1, mininterval=1, disable=None) as bar,
@@ -234,8 +235,9 @@ def write_lock(path, wait=False):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RunError(f'{path.parent} cannot hold the dataset ({error.strerror}). It takes 2 bytes per token, or 4 for more than '
-                       f'65,536 ids, and an earlier one stays until it is whole; free some space and run again') from None
+        raise RunError(f'{path.parent} cannot hold the dataset ({error.strerror}). It takes 2 bytes per token, or 4 for '
+                       f'more than 65,536 ids, and an earlier one stays until it is whole; free some space and run '
+                       f'again') from None
     finally:
         signal.signal(signal.SIGTERM, before)
         if not wait:                                    # those who wait hold the file open, and need it to stay

@@ -56,7 +56,9 @@ def download():
 def identify(files):
     """A text that changes with the files. Downloads have the same on every machine: names in the hub's
     cache are links to files that are named by their content."""
-    return textfiles.fingerprint(files) if input else str([(path.name, path.resolve().name, path.stat().st_size) for path in files])
+    if input:
+        return textfiles.fingerprint(files)
+    return str([(path.name, path.resolve().name, path.stat().st_size) for path in files])
 
 
 def read_pieces(files, begin, end):
