@@ -23,6 +23,7 @@ from engine.batch_schedule import BatchSchedule
 from engine.dataloader import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
+from engine.limits import CHOICES
 from engine.run import Progress, Run
 from model import GPT, GPTConfig
 from train import train_step            # the one script that another imports: a copy would drift
@@ -221,7 +222,7 @@ def main(overrides):
     configurator.check_range(globals(), 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens',
                              1, 2 ** 20)
     for name, known in (('bench', ('train', 'sample', 'data')), ('compare', ('', 'transformers')),
-                        ('compare_dtype', ('auto', *devices.DTYPES)), ('strategy', parallel.STRATEGIES)):
+                        ('compare_dtype', ('auto', *devices.DTYPES)), ('strategy', CHOICES['strategy'])):
         if globals()[name] not in known:
             raise UserError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
     env = start(device, dtype, compile, backend)

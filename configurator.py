@@ -6,7 +6,6 @@ trailing comment are read from the source, so `--help` always agrees with the sc
 
 import ast
 import difflib
-import math
 import os
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from console import describe, print0
 from engine.errors import UserError
+from engine.limits import check_range, shorten      # scripts call configurator.check_range
 
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
@@ -66,20 +66,6 @@ def convert(name, setting, value):
     if type(value) is not expected and not (is_constant and str(value) in setting.comment):
         raise UserError(f'{name}={shorten(value)} should be {TYPE_NAMES[expected]}, such as the default {setting.default!r}')
     return value
-
-
-def check_range(namespace, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """UserError unless low <= value <= high and above < value < below, for each of the settings `names`."""
-    for name in names.split():
-        if not (low <= namespace[name] <= high and above < namespace[name] < below):
-            limits = [(low, 'at least'), (high, 'at most'), (above, 'above'), (below, 'below')]
-            words = ' and '.join(f'{word} {limit:,}' for limit, word in limits if math.isfinite(limit))
-            raise UserError(f'{name}={shorten(namespace[name])} should be {words}')
-
-
-def shorten(value):
-    text = repr(value)
-    return text if len(text) < 100 else text[:97] + '...'
 
 
 def parse(setting, text):

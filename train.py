@@ -25,6 +25,7 @@ from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.generate import TextSampler
+from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
 from engine.run import Progress, Run
 from model import GPT, GPTConfig
@@ -50,19 +51,34 @@ wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'             # a folder of data/ that its prepare.py has filled
 accept_dataset_change = False       # True resumes on a dataset that is not the one the run began with
+sampling = 'windows'                # windows, spread evenly over the text; epoch: each window once, then again cut elsewhere
+documents = 'any'                   # any: a sequence starts anywhere; whole: at the start of a document
 gradient_accumulation_steps = 40    # micro-batches per iteration, over all ranks together
 batch_size = 12                     # sequences per micro-batch, at most; lower it where memory is short
 block_size = 1024                   # tokens of context
 batch_ramp_start = 0                # tokens of the first batch, which then grows to the full one; 0 is no ramp
 batch_ramp_tokens = 0               # tokens of training over which it grows; lr_decay_iters then counts full batches
-# model
+# model; what loaded weights have is kept
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0                       # 0 for pretraining; 0.1 or more for finetuning and small data
 bias = False                        # biases in Linears and LayerNorms; GPT-2 has them
-# optimizer: AdamW
+# model beyond GPT-2; model.py explains each
+activation = 'gelu'                 # gelu, gelu_tanh, relu2 or swiglu
+position = 'learned'                # learned, rotary or alibi
+norm = 'layernorm'                  # layernorm, rmsnorm (without parameters) or rmsnorm_gain
+qk_norm = False                     # normalize queries and keys
+embedding_norm = False              # normalize what the first block reads
+n_kv_head = 0                       # heads of keys and values; 0: n_head
+n_inner = 0                         # width of the MLP; 0: 4 n_embd, or 8/3 n_embd with swiglu
+tied = True                         # the embedding is also the head
+softcap = 0.0                       # logits stay within (-softcap, softcap); 0: no limit
+zero_init = False                   # start with residual projections, and an untied head, of zeros
+# optimizer
+optimizer = 'adamw'                 # adamw; or muon for the matrices of the blocks, and AdamW for the rest
 learning_rate = 6e-4                # the highest, after warm-up
+muon_lr = 0.02                      # the highest of the matrices, with muon
 max_iters = 600000                  # optimizer steps in all
 weight_decay = 0.1                  # on matrices and embeddings only
 beta1 = 0.9
@@ -90,39 +106,13 @@ rank_timeout = 600                  # seconds that ranks wait for a lost one bef
 # settings of the machine and of this command: a resumed run takes all others from its saved ones
 NOT_RESTORED = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
                 'rank_timeout', 'wandb_log', 'accept_dataset_change')
-SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias')     # which loaded weights decide
-
-
-def check_settings(combinations=True):
-    """UserError for an impossible value. combinations: also for values that do not fit each other."""
-    settings, check = globals(), configurator.check_range
-    check(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
-    check(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
-    check(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens', 0, 10 ** 9)
-    check(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
-    check(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
-    check(settings, 'learning_rate', above=0, below=math.inf)
-    check(settings, 'beta1 beta2 dropout', 0, below=1)
-    check(settings, 'seed', 0, 2 ** 63 - 1)
-    check(settings, 'rank_timeout', 1, 10 ** 7)
-    if not out_dir.strip() or '\0' in out_dir:
-        raise UserError(f'out_dir={out_dir!r} should be the name of a folder')
-    for name, known in (('lr_schedule', ('cosine', 'linear', 'wsd')), ('strategy', parallel.STRATEGIES),
-                        ('reduce_dtype', ('float32', 'bfloat16')), ('checkpoint', ('gathered', 'sharded'))):
-        if settings[name] not in known:
-            raise UserError(f'{name}={settings[name]!r} is unknown; try {" or ".join(map(repr, known))}')
-    if bool(batch_ramp_start) != bool(batch_ramp_tokens):
-        raise UserError('a batch ramp takes both batch_ramp_start and batch_ramp_tokens')
-    if combinations and decay_lr and warmup_iters >= lr_decay_iters:
-        raise UserError(f'warmup_iters={warmup_iters} leaves nothing of lr_decay_iters={lr_decay_iters}; try '
-                        f'--decay_lr=False, or --warmup_iters={max_iters // 10} --lr_decay_iters={max_iters}')
-    if combinations and decay_lr and min_lr > learning_rate:
-        raise UserError(f'min_lr={min_lr} is above learning_rate={learning_rate}; try --min_lr={learning_rate / 10:g}')
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'activation', 'position', 'norm', 'qk_norm', 'embedding_norm', 'n_kv_head',
+         'n_inner', 'tied', 'softcap', 'zero_init')         # fields of GPTConfig, which loaded weights decide
 
 
 def get_lr(iteration):
-    """The learning rate of an iteration (with a batch ramp, of that many full batches). Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from
-    the rise on, or a line over the last cooldown_iters (arXiv:2404.06395)."""
+    """Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from the rise on, or
+    a line over the last cooldown_iters (arXiv:2404.06395). iteration: with a batch ramp, in full batches."""
     if not decay_lr:
         return learning_rate
     if iteration < warmup_iters:
@@ -181,7 +171,8 @@ def build_model(saved, data, overrides):
         # GPT-2's 50257 tokens are padded to 50304, which multiplies faster; 65 characters are 65.
         vocab_size = 50304 if data.vocab_size == 50257 else data.vocab_size
         torch.manual_seed(seed)
-        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+        shape = {name: globals()[name] for name in SHAPE}
+        return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
     if not saved and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokens of {dataset} are characters, and {init_from} knows GPT-2's; prepare the text with "
@@ -200,7 +191,7 @@ def build_model(saved, data, overrides):
 def start_run(saved, data, overrides, env):
     """The Run: its model on the device and over the ranks, its optimizer, and where it goes on."""
     with env.raise_on_all_ranks():
-        sharded = parallel.check_strategy(strategy, reduce_dtype, env)
+        sharded = parallel.check_strategy(strategy, reduce_dtype, env, optimizer)
         # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
         model = None if sharded and not env.is_main else build_model(saved, data, overrides)
     shape = model.config if model else None
@@ -219,11 +210,11 @@ def start_run(saved, data, overrides, env):
     config.update({name: value for name, value in asdict(shape).items() if name in config})     # as the weights have it
     env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
     wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
-    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
+    built = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
     if saved and 'sharded' in saved:
-        saved = sharded_checkpoint.load(saved, model, optimizer)
-    optim.load_state_dict(optimizer, scaler, saved or {})
-    run = Run(model, wrapped_model, optimizer, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
+        saved = sharded_checkpoint.load(saved, model, built)
+    optim.load_state_dict(built, scaler, saved or {})
+    run = Run(model, wrapped_model, built, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
               dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint))
     if checkpoint == 'sharded' and not eval_only:
         run.saver = sharded_checkpoint.ShardedSaver(out_dir, env, rank_timeout)
@@ -258,7 +249,7 @@ def finish(run, stop_signal, overrides, env):
 
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
-    check_settings(combinations=init_from not in ('resume', 'auto'))
+    check_training(globals(), combinations=init_from not in ('resume', 'auto'))
     env = start(device, dtype, compile, backend, rank_timeout)
     env.catch_signals(signal.SIGTERM)                   # takes effect in the loop; Ctrl-C still ends the start-up
     print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
@@ -268,12 +259,12 @@ def main(overrides):
     if saved:
         changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
         notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
-    check_settings()
+    check_training(globals())
     if decay_lr and max_iters < lr_decay_iters and not batch_ramp_start:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
     for note in notes:
         print0(f'note: {note}')
-    data = open_dataset(dataset, env)
+    data = open_dataset(dataset, env, sampling, documents)
     sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
     saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
@@ -312,7 +303,7 @@ def main(overrides):
 
         # one iteration
         lr = get_lr(progress.tokens / batch_schedule.full_tokens if batch_ramp_start else progress.iter_num)
-        optim.set_lr(run.optimizer, lr)
+        optim.set_lr(run.optimizer, lr, progress.iter_num)
         with status('compiling the training step' if env.compile and progress.iter_num == first_iteration else ''):
             step = train_step(run, batches, env)
         run.count_iteration()

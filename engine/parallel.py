@@ -12,10 +12,8 @@ import torch.distributed as dist
 from engine import chunked_loss, cpu
 from engine.errors import UserError
 
-STRATEGIES = ('ddp', 'fsdp', 'hsdp')
 
-
-def check_strategy(strategy, reduce_dtype, env):
+def check_strategy(strategy, reduce_dtype, env, optimizer='adamw'):
     """True where `strategy` shards the model. UserError for what cannot be had."""
     if env.world_size == 1:
         return False
@@ -26,6 +24,9 @@ def check_strategy(strategy, reduce_dtype, env):
     if env.dtype == 'float16':
         raise UserError(f'strategy={strategy} does not scale the loss, which float16 needs: each rank would see the '
                         f'overflow of its own shard only; try --dtype=bfloat16, or --strategy=ddp')
+    if optimizer == 'muon':
+        raise UserError(f'Muon multiplies whole matrices, and strategy={strategy} gives a rank a part of each; try '
+                        f'--strategy=ddp, or --optimizer=adamw')
     if strategy == 'hsdp' and env.world_size % env.local_world_size:
         raise UserError(f'strategy=hsdp needs machines with equally many ranks, and {env.world_size} ranks are not a '
                         f'multiple of {env.local_world_size}; try --strategy=fsdp')

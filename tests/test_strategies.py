@@ -140,6 +140,7 @@ def test_weights_that_are_not_finite_are_not_saved_by_any_rank(place, sharded, t
 @pytest.mark.parametrize('flags, words', [
     (('--strategy=zero',), "strategy='zero' is unknown; try 'ddp' or 'fsdp' or 'hsdp'"),
     (('--strategy=fsdp', '--dtype=float16'), 'strategy=fsdp does not scale the loss, which float16 needs'),
+    (('--strategy=fsdp', '--optimizer=muon'), 'Muon multiplies whole matrices, and strategy=fsdp gives a rank a part of each'),
     (('--reduce_dtype=bfloat16',), 'reduce_dtype=bfloat16 takes NCCL under ddp'),
     (('--checkpoint=none',), "checkpoint='none' is unknown; try 'gathered' or 'sharded'"),
     (('--batch_ramp_start=64',), 'a batch ramp takes both batch_ramp_start and batch_ramp_tokens')])

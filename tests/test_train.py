@@ -12,6 +12,7 @@ from harness import SETTINGS, script_settings
 import train
 from engine.dataloader import TokenDataset
 from engine.errors import UserError
+from engine.limits import check_training
 from model import GPT, GPTConfig
 
 
@@ -58,10 +59,10 @@ def test_the_other_schedules_fall_in_a_line():
 def test_an_impossible_value_is_refused(flag, words):
     flags = [f'--{name}={value}' for name, value in SETTINGS.items()]
     with script_settings(train, *flags):
-        train.check_settings()
+        check_training(vars(train))
     with pytest.raises(UserError, match=words):
         with script_settings(train, *flags, flag):
-            train.check_settings()
+            check_training(vars(train))
 
 
 @pytest.mark.parametrize('flag, words', [
