@@ -16,9 +16,11 @@ NEWTON_SCHULZ, PRECISION = (3.4445, -4.775, 2.0315), torch.bfloat16     # factor
 
 def build(name, model, learning_rate, weight_decay, betas, muon_lr):
     """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates."""
-    if name == 'muon':
-        return Muon(model, learning_rate, weight_decay, betas, muon_lr)
-    return adamw(model, learning_rate, weight_decay, betas)
+    if name not in ('adamw', 'muon'):
+        raise UserError(f"optimizer={name!r} is unknown; try 'adamw' or 'muon'")
+    if name == 'adamw':
+        return adamw(model, learning_rate, weight_decay, betas)
+    return Muon(model, learning_rate, weight_decay, betas, muon_lr)
 
 
 def adamw(model, learning_rate, weight_decay, betas):

@@ -232,6 +232,25 @@ def test_activation_checkpointing_gives_the_same_gradients(changes):
 
 
 @each_shape
+def test_16_bits_are_near_32(changes):
+    """Losses and gradients under autocast, and cached positions with 16-bit weights."""
+    idx, found = torch.randint(50, (4, 16)), []
+    model = with_random_weights(tiny_gpt(**changes))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+        model.zero_grad()
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
+    exact = model.hidden(idx)
+    model.bfloat16()
+    caches = new_caches(model, 4, 16)
+    parts = [model.hidden(idx[:, :5], caches)] + [model.hidden(idx[:, i:i + 1], caches) for i in range(5, 16)]
+    assert (torch.cat(parts, dim=1) - exact).norm() < 0.03 * exact.norm()
+
+
+@each_shape
 def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
     """Without graph breaks, and no other graph for another token."""
     torch_compile = torch.compile
