@@ -72,7 +72,7 @@ class Muon(torch.optim.AdamW):
 
     def update_matrices(self, group):
         found_inf = getattr(self, 'found_inf', None)            # 1 on the device where nothing may change
-        enabled = 1 - found_inf if found_inf is not None else torch.ones((), device=group['params'][0].device)
+        enabled = torch.ones((), device=group['params'][0].device) if found_inf is None else (found_inf == 0).float()
         keep = 1 - group['lr'] * group['weight_decay'] * enabled
         wide = {}                                               # shape: [(matrix, its momentum)], turned if it is tall
         for p, rows in zip(group['params'], group['rows']):
