@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunError, UserError
-from engine.hf_shapes import CLASSES, TRANSPOSED, kind_of, read_config, read_weights, write_config, write_weights   # noqa: F401
+from engine.hf_shapes import CLASSES, kind_of, read_config, read_weights, write_config, write_weights
 
 NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')      # on the hub without an owner
 
@@ -18,7 +18,7 @@ def load(source):
     Raises UserError for what GPT cannot be, RunError where the hub is out of reach.
     """
     is_folder = bool(source) and Path(source).is_dir()
-    if not is_folder and source not in NAMES and not re.fullmatch(r'[\w.-]+/[\w.-]+', source):
+    if not is_folder and source not in NAMES and not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source):
         raise UserError(f'init_from={source!r} should be scratch, resume, auto, {", ".join(NAMES)}, a model on the hub '
                         f'by its owner/name, or a folder of weights')
     import huggingface_hub

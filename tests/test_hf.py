@@ -37,7 +37,7 @@ def assert_same_function(model, reference):
     expected_loss.backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
     for name, p in model.named_parameters():
-        expected = grads[name].t() if name.endswith(hf.TRANSPOSED) else grads[name]
+        expected = grads[name].t() if name.endswith(hf_shapes.TRANSPOSED) else grads[name]
         assert (p.grad - expected).norm() <= 1e-5 * expected.norm(), name
 
 
@@ -106,7 +106,7 @@ def test_a_folder_without_weights_for_gpt_is_refused(tmp_path, content):
         GPT.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize('source', ['gpt5', 'gpt3', 'scrath', '', 'nowhere/at all', 'a/b/c'])
+@pytest.mark.parametrize('source', ['gpt5', 'gpt3', 'scrath', '', 'nowhere/at all', 'a/b/c', '../weights', './weights'])
 def test_an_unknown_source_is_refused(source):
     with pytest.raises(UserError, match=f'init_from={source!r} should be scratch, resume, auto, gpt2'):
         GPT.from_pretrained(source)

@@ -105,7 +105,7 @@ def test_a_context_without_position_embeddings_can_grow(position):
 def test_a_checkpoint_names_what_differs_from_gpt2_and_comes_back_the_same(changes):
     model = with_random_weights(tiny_gpt(**changes))
     saved = model.to_checkpoint()
-    assert set(saved['model_args']) == {*NANOGPT_ARGS, *changes} - {'activation'}
+    assert set(saved['model_args']) == {*NANOGPT_ARGS, *changes}
     assert saved['activation'] == changes.get('activation', 'gelu')
     again = GPT.from_checkpoint(saved)
     assert again.config == model.config
@@ -229,6 +229,25 @@ def test_activation_checkpointing_gives_the_same_gradients(changes):
         model(idx, idx)[1].backward()
         found.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@each_shape
+def test_16_bits_are_near_32(changes):
+    """Losses and gradients under autocast, and cached positions with 16-bit weights."""
+    idx, found = torch.randint(50, (4, 16)), []
+    model = with_random_weights(tiny_gpt(**changes))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+        model.zero_grad()
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
+    exact = model.hidden(idx)
+    model.bfloat16()
+    caches = new_caches(model, 4, 16)
+    parts = [model.hidden(idx[:, :5], caches)] + [model.hidden(idx[:, i:i + 1], caches) for i in range(5, 16)]
+    assert (torch.cat(parts, dim=1) - exact).norm() < 0.03 * exact.norm()
 
 
 @each_shape

@@ -219,6 +219,11 @@ def test_moments_larger_than_their_file_are_refused(tmp_path):
 
 # Muon
 
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(UserError, match="optimizer='sgd' is unknown; try 'adamw' or 'muon'"):
+        new_optimizer(tiny_gpt(), name='sgd')
+
+
 def plain_newton_schulz(matrix):
     """One matrix at a time, in float32, by the published formula."""
     if len(matrix) > matrix.size(1):
