@@ -7,6 +7,7 @@ magic number, a version, and the number of tokens.
 
 import hashlib
 import json
+import mmap
 import os
 import re
 from functools import lru_cache
@@ -22,7 +23,7 @@ SHARD = re.compile(r'((?:.+_)?)(train|val)_(\d+)\.bin')
 REPLACING = 'replacing.json'        # there while prepare.py replaces the shards of a folder
 HEADER_BYTES = 1024
 PUBLISHED = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}      # magic and version of llm.c's files
-OPEN_SHARDS = 64            # memory maps that a stream keeps open, each with a file descriptor; macOS allows 256
+OPEN_SHARDS = 4096          # memory maps that a stream keeps open at most; each takes a file descriptor
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 64, 1024       # of a sharded split, read at the start
 
 
@@ -58,8 +59,12 @@ def find_token_files(folder):
 def read_header(path):
     """(dtype, bytes before the tokens) of llm.c's files, else None. UserError where the header tells another size."""
     with open(path, 'rb') as file:
-        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b'\0'), '<i4').tolist()
-        size = os.fstat(file.fileno()).st_size
+        return parse_header(path, file.read(12), os.fstat(file.fileno()).st_size)
+
+
+def parse_header(path, start, size):
+    """The same, of a file that begins with the bytes `start`."""
+    magic, version, tokens = np.frombuffer(start.ljust(12, b'\0'), '<i4').tolist()
     if (magic, version) not in PUBLISHED:
         return None
     dtype = PUBLISHED[magic, version]
@@ -70,18 +75,29 @@ def read_header(path):
 
 
 def shard_opener(folder, names, counts, file_format):
-    """A function that returns the tokens of file number `number` as an array over a memory map. It keeps OPEN_SHARDS of
-    them open, and raises RunError for a file that is no longer what it was, or of another format than the first."""
+    """A function that returns the tokens of file number `number` as an array over a memory map, and keeps the latest maps.
+    It raises RunError for a file that is no longer what it was, or of another format than the first."""
     def open_shard(number):
         path, (dtype, header_bytes) = folder / names[number], file_format
         try:
-            if (read_header(path) or (dtype, 0)) != file_format:
+            with open(path, 'rb') as file:
+                tokens = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if (parse_header(path, tokens[:12], len(tokens)) or (dtype, 0)) != file_format:
                 raise UserError(f'it has another format than {names[0]}')
-            # a plain array, since a memmap's own slices take ten times as long
-            return np.asarray(np.memmap(path, DTYPES[dtype], 'r', header_bytes, (counts[number],)))
+            return np.frombuffer(tokens, DTYPES[dtype], counts[number], header_bytes)   # np.memmap is ten times slower
         except (OSError, ValueError) as error:
             raise RunError(f'{path} cannot be read: {error}; restore it, and go on with --init_from=resume') from None
-    return lru_cache(maxsize=OPEN_SHARDS)(open_shard)
+    return lru_cache(maxsize=min(OPEN_SHARDS, open_files_limit() // 8))(open_shard)
+
+
+def open_files_limit():
+    """How many files this process may open: often 1,024, and 256 on macOS."""
+    try:
+        from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError:             # Windows
+        return 512
+    limit = getrlimit(RLIMIT_NOFILE)[0]
+    return limit if limit >= 0 else 8 * OPEN_SHARDS     # negative: no limit
 
 
 class TokenStream:

@@ -77,7 +77,7 @@ class ShardWriter:
         self.folder, self.spec, self.shard_tokens = folder, spec, shard_tokens
         self.key = hashlib.sha256(json.dumps([key, spec, shard_tokens]).encode()).hexdigest()
         self.part, self.parts, self.log, self.text_bytes = part, parts, log, 0
-        self.dtype = DTYPES[token_dtype(spec['vocab_size'])]
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
         self.unfinished = folder / 'unfinished'
 
     def work(self, part):
@@ -132,7 +132,7 @@ class ShardWriter:
                 ids = encode(text)
                 if begins:
                     starts.append((position, document))
-                    arrays.append([END_OF_TEXT])
+                    arrays.append([self.end_of_text])
                 arrays.append(ids)
                 position += begins + len(ids)
                 size += len(text) if text.isascii() else len(text.encode('utf-8', 'surrogatepass'))
