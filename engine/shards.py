@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,13 +28,19 @@ OPEN_SHARDS = 4096          # memory maps that a stream keeps open at most; each
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 64, 1024       # of a sharded split, read at the start
 
 
+class TokenFile(NamedTuple):
+    name: str
+    bytes: int
+    inode: int = 0          # 0 where the system has none
+
+
 def token_dtype(vocab_size):
     """The name of the type that token files have: 'uint16', or 'uint32' for more than 65,536 ids."""
     return 'uint16' if vocab_size <= 1 << 16 else 'uint32'
 
 
 def find_token_files(folder):
-    """{'train': [(name, bytes)], 'val': ...} of the token files in `folder`, shards in the order of their numbers.
+    """{'train': [TokenFile], 'val': ...} of the token files in `folder`, shards in the order of their numbers.
 
     Raises UserError for a split that is both one file and shards, for shards of several prefixes, and for a name that
     is no regular file.
@@ -47,10 +54,10 @@ def find_token_files(folder):
         if not entry.is_file():
             raise UserError(f'{entry.path} is not a file; remove it, or prepare the dataset again')
         keys[entry.name] = (match[1], int(match[3])) if match else ()
-        found[split].append((entry.name, entry.stat().st_size))
-    for split, files in found.items():
-        files.sort(key=lambda file: (keys[file[0]], file[0]))
-        first, last = (files[0][0], files[-1][0]) if files else ('', '')
+        found[split].append(TokenFile(entry.name, entry.stat().st_size, entry.stat().st_ino))
+    for files in found.values():
+        files.sort(key=lambda file: (keys[file.name], file.name))
+        first, last = (files[0].name, files[-1].name) if files else ('', '')
         if first != last and keys[first][:1] != keys[last][:1]:         # an empty key is a split of one file
             raise UserError(f'{folder} holds {first} and {last}, which are not of one dataset; move one of them away')
     return found
@@ -74,16 +81,18 @@ def parse_header(path, start, size):
     return dtype, HEADER_BYTES
 
 
-def shard_opener(folder, names, counts, file_format):
+def shard_opener(folder, files, counts, file_format):
     """A function that returns the tokens of file number `number` as an array over a memory map, and keeps the latest maps.
-    It raises RunError for a file that is no longer what it was, or of another format than the first."""
+    It raises RunError for a file that is no longer the same, or of another format than the first."""
     def open_shard(number):
-        path, (dtype, header_bytes) = folder / names[number], file_format
+        path, (dtype, header_bytes) = folder / files[number].name, file_format
         try:
             with open(path, 'rb') as file:
                 tokens = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if files[number].inode not in (0, os.fstat(file.fileno()).st_ino):
+                    raise UserError('it was replaced')
             if (parse_header(path, tokens[:12], len(tokens)) or (dtype, 0)) != file_format:
-                raise UserError(f'it has another format than {names[0]}')
+                raise UserError(f'it has another format than {files[0].name}')
             return np.frombuffer(tokens, DTYPES[dtype], counts[number], header_bytes)   # np.memmap is ten times slower
         except (OSError, ValueError) as error:
             raise RunError(f'{path} cannot be read: {error}; restore it, and go on with --init_from=resume') from None
@@ -101,25 +110,27 @@ def open_files_limit():
 
 
 class TokenStream:
-    """The tokens of `files`, [(name, bytes)] in `folder`, one after the other. `len` and slices are those of an array.
+    """The tokens of `files`, [TokenFile] in `folder`, one after the other. `len` and slices are those of an array.
 
     dtype: 'uint16' or 'uint32', where the files have no header. At the start only the first file is
     opened. Raises UserError for files that cannot be tokens.
     """
 
     def __init__(self, folder, files, dtype):
-        self.folder, self.names = folder, [name for name, _ in files]
+        self.folder, self.names = folder, [file.name for file in files]
         self.format = read_header(folder / self.names[0]) or (dtype, 0)
         self.dtype, self.header_bytes = DTYPES[self.format[0]], self.format[1]
-        sizes = np.array([size for _, size in files], np.int64) - self.header_bytes
+        sizes = np.array([file.bytes for file in files], np.int64) - self.header_bytes
         for i in np.flatnonzero((sizes <= 0) | (sizes % self.dtype.itemsize != 0))[:1]:
-            raise UserError(f'{folder / self.names[i]} has {files[i][1]:,} bytes, and a token takes '
+            raise UserError(f'{folder / self.names[i]} has {files[i].bytes:,} bytes, and a token takes '
                             f'{self.dtype.itemsize}; prepare the dataset again')
         counts = sizes // self.dtype.itemsize
         self.ends = np.cumsum(counts)                           # where each file ends in the stream
         self.begins, self.counts = (self.ends - counts).tolist(), counts.tolist()
         # its cache refers to no stream, so both are freed together at once, and the files are closed
-        self.open = shard_opener(folder, self.names, self.counts, self.format)
+        self.open = shard_opener(folder, files, self.counts, self.format)
+        if len(files) == 1:
+            self.open(0)                                        # for good: it stays the same if the file is replaced
 
     def __len__(self):
         return int(self.ends[-1])

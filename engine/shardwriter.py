@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files import atomic_write
 from engine.journal import complete_shards, hash_start, ready_folder, replace_with_shards
-from engine.shards import DTYPES, TokenStream, token_dtype
+from engine.shards import DTYPES, TokenFile, TokenStream, token_dtype
 from engine.tokenfiles import batch_pieces, in_order, write_lock
 from engine.tokenizer import END_OF_TEXT
 
@@ -200,9 +200,9 @@ class ShardWriter:
         missing = {name for name in copied if not (ready / name).exists()}
         if missing:
             self.check_pieces(pieces)
-            names = [path.relative_to(self.unfinished).as_posix() for path, _, _ in pieces]
-            sizes = [tokens * self.dtype.itemsize for _, tokens, _ in pieces]
-            stream = TokenStream(self.unfinished, list(zip(names, sizes)), self.dtype.name)
+            files = [TokenFile(path.relative_to(self.unfinished).as_posix(), tokens * self.dtype.itemsize)
+                     for path, tokens, _ in pieces]
+            stream = TokenStream(self.unfinished, files, self.dtype.name)
 
         def copy(name):
             """The digest of a shard that is no piece. One that is there already was copied by a killed run."""
