@@ -82,6 +82,7 @@ def test_parts_are_shares_of_the_bytes(documents):
     positions = [position for position, _ in textfiles.read_documents(files[1])]
     for position in positions[::7]:
         assert [place for place, _ in textfiles.read_documents(files[1], position)] == [p for p in positions if p >= position]
+    assert not list(textfiles.read_documents(files[0], 80))
     rows = [''.join(next(textfiles.read_documents(files[0], row))[1]) for row in (0, 6, 7, 8, 79)]
     assert rows == [''.join(document) for row, (_, document) in enumerate(textfiles.read_documents(files[0]))
                     if row in (0, 6, 7, 8, 79)]
@@ -243,6 +244,13 @@ def test_a_part_is_not_run_twice_at_once(stoppable):
     work.mkdir(parents=True)
     with tokenfiles.write_lock(work / 'prepare.lock'), pytest.raises(UserError, match='another run'):
         stoppable.run()
+
+
+def test_shards_of_others_in_the_folder_are_refused_first(stoppable):
+    (stoppable.folder / 'fineweb_train_000001.bin').write_bytes(b'ab')
+    with pytest.raises(UserError, match='holds fineweb_train_000001.bin of another dataset'):
+        stoppable.run()
+    assert not stoppable.encoded
 
 
 # the hub
