@@ -73,7 +73,7 @@ class TokenDataset:
         """The position of the first end-of-text token of train at `start` or up to SEARCHED_TOKENS after, with a
         block behind it; else None. The token separates documents, before or after each."""
         last = len(self.tokens['train']) - self.block_size - 1
-        token = END_OF_TEXT if self.tokenizer['tokenizer'] == 'gpt2' else None
+        token = END_OF_TEXT if self.tokenizer['tokenizer'] == 'gpt2' else self.tokenizer.get('end_of_text')
         return None if token is None else self.tokens['train'].find(token, start, min(start + SEARCHED_TOKENS, last + 1))
 
     def check_same(self, saved, accept_change):
