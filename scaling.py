@@ -26,7 +26,7 @@ from engine.tokenizer import Tokenizer
 
 # what to train
 out_dir = 'out-scaling'
-sizes = '1x32,2x32,2x48,3x64,4x96'          # layers x width, from the smallest on
+sizes = '1x16,1x32,2x32,2x48,3x64'          # layers x width; runs of other sizes stay in runs.csv and are not fitted
 budgets = '2.5e11,5e11,1e12'                # floating point operations of a run
 dataset = 'stdlib_char'                     # a folder of data/
 head_size = 16                              # channels of an attention head
@@ -46,6 +46,8 @@ FIELDS = ('budget', 'n_layer', 'n_embd', 'token', 'position', 'block', 'total', 
 def parse_list(name, text, read):
     try:
         return [read(part) for part in text.split(',')]
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f'{name}={text!r} should be a list such as {configurator.read_settings(__file__)[name].default}') from None
 
@@ -157,6 +159,7 @@ def main():
         runs.append(train(*job, data, bytes_each))
         write_runs(path, runs)
 
+    runs = [run for run in runs if run['budget'] in targets and (run['n_layer'], run['n_embd']) in shapes]
     grouped = group_by_budget(sorted(runs, key=lambda run: run['budget']))
     parabolas = {budget: scaling_laws.fit_parabola(N, losses) for budget, (N, _, losses) in grouped.items()}
     for budget, best in parabolas.items():

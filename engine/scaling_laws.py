@@ -111,7 +111,7 @@ def fit_loss_law(N, D, losses, delta=1e-3, starts=None):
     log_n, log_d, log_loss = (torch.tensor(np.log(np.asarray(v, float))) for v in (N, D, losses))
     lowest = log_loss.min().item()
     if starts is None:
-        starts = itertools.product((2.0, 6.0, 10.0), (2.0, 6.0, 10.0), (lowest - 0.7, lowest - 0.1), (0.3, 0.6), (0.3, 0.6))
+        starts = itertools.product((3.0, 8.0), (3.0, 8.0), (lowest - 0.7, lowest - 0.1), (0.3,), (0.3, 0.6))
 
     def objective(p):
         log_a, log_b, log_e, alpha, beta = p

@@ -1,13 +1,15 @@
 import csv
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from harness import script_settings
+from harness import CAN_FORK, ROOT, script_settings
 
 import scaling
 from engine import scaling_laws
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 from engine.scaling_laws import BESIROGLU, HOFFMANN, LossLaw
 from model import GPT, GPTConfig
 
@@ -18,7 +20,7 @@ def test_the_published_laws_give_the_published_optimum_for_2_21e19_flops(law, N,
     assert 6 * N * D == pytest.approx(2.21e19, rel=0.002)
     best = law.optimum(2.21e19)
     assert best == pytest.approx((N, D), rel=0.035)
-    assert law.loss(*best) == pytest.approx(law.loss(N, D), abs=2e-4)
+    assert law.loss(*best) == pytest.approx(law.loss(N, D), abs=5e-4)
 
 
 @pytest.mark.parametrize('law', [HOFFMANN, BESIROGLU])
@@ -114,35 +116,59 @@ def test_impossible_settings_are_refused(flag, words):
         scaling.main()
 
 
-def test_a_study_trains_once_and_goes_on_from_its_csv(workspace):
-    out_dir = workspace.folder / 'out-scaling'
+@pytest.fixture
+def forked_runs(workspace, toy, monkeypatch):
+    """scaling.py's training runs start by fork, in a workspace with the same toy dataset. A list of their commands."""
+    commands = []
+
+    def run(command, **options):
+        assert command[:2] == [sys.executable, str(ROOT / 'train.py')] and 'stderr' in options
+        commands.append(command)
+        result = workspace.launcher.run('train.py', *command[2:])
+        return subprocess.CompletedProcess(command, result.code, None, result.stderr)
+    if not CAN_FORK:
+        pytest.skip('six runs take too long without fork')
+    monkeypatch.setattr(scaling.subprocess, 'run', run)
+    return commands
+
+
+def test_a_study_trains_once_and_goes_on_from_its_csv(tmp_path, forked_runs, capsys):
+    out_dir = tmp_path / 'out-scaling'
     flags = [f'--out_dir={out_dir}', '--dataset=toy', '--sizes=1x16,1x32,2x32', '--budgets=4e8,8e8', '--batch_size=2',
              '--block_size=32', '--eval_iters=2', '--train_flags=--device=cpu --compile=False']
-    first = workspace.run('scaling.py', *flags, timeout=300)
-    path = out_dir / 'runs.csv'
-    with open(path, encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file))
+
+    def study(*more):
+        with script_settings(scaling, *flags, *more):
+            scaling.main()
+        with open(out_dir / 'runs.csv', encoding='utf-8', newline='') as file:
+            return [{name: text for name, text in row.items() if name != 'seconds'} for row in csv.DictReader(file)]
+    rows = study()
     assert [(row['n_layer'], row['n_embd']) for row in rows] == 2 * [('1', '16'), ('1', '32'), ('2', '32')]
     for row in rows:
         assert float(row['flops']) == pytest.approx(float(row['budget']), rel=0.05)
         assert float(row['tokens']) == float(row['iterations']) * 64
         # Every character of the toy dataset is one byte.
         assert float(row['bits_per_byte']) == pytest.approx(float(row['loss']) / math.log(2))
-    assert 'FLOPs train' in first.stdout and (out_dir / 'scaling.png').stat().st_size > 5000
+    assert 'FLOPs train' in capsys.readouterr().out and (out_dir / 'scaling.png').stat().st_size > 5000
 
-    # One run is missing: it alone is trained, and its folder has it already.
-    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
-    path.write_text(''.join(lines[:-1]), encoding='utf-8')
-    again = workspace.run('scaling.py', *flags, '--flops=1e10', timeout=120)
+    # One line is missing: that run alone starts again, and finds itself finished.
+    path = out_dir / 'runs.csv'
+    path.write_text(''.join(path.read_text(encoding='utf-8').splitlines(keepends=True)[:-1]), encoding='utf-8')
+    assert study('--flops=1e10') == rows and len(forked_runs) == 7
+    assert 'for 1e+10 FLOPs train' in capsys.readouterr().out
 
-    def without_seconds(text):
-        return [line.rpartition(',')[0] for line in text.splitlines()]
-    assert without_seconds(path.read_text(encoding='utf-8')) == without_seconds(''.join(lines))
-    assert 'for 1e+10 FLOPs train' in again.stdout
+    # Another size is trained, and sizes that are not asked for are not fitted.
+    assert len(study('--sizes=1x16,1x32,2x16')) == 8 and len(forked_runs) == 9
 
     path.write_text('budget,loss\n1,two\n', encoding='utf-8')
-    result = workspace.run('scaling.py', *flags, code=2)
-    assert 'is damaged' in result.stderr and result.stderr.count('\n') == 1
+    with pytest.raises(UserError, match='is damaged'):
+        study()
+
+
+def test_a_run_that_fails_ends_the_study_in_one_line(tmp_path, forked_runs):
+    with script_settings(scaling, f'--out_dir={tmp_path}', '--dataset=toy', '--budgets=4e8', '--block_size=32', '--batch_size=2',
+                         '--sizes=1x16', '--train_flags=--device=gpu'), pytest.raises(RunError, match="device='gpu' is unknown"):
+        scaling.main()
 
 
 def test_a_law_is_the_loss_that_it_says():
