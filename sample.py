@@ -20,7 +20,7 @@ from engine import checkpoint, cpu
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
 from engine.errors import UserError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import GPT2, Tokenizer
 from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
@@ -50,7 +50,7 @@ MAX_PROMPT_BYTES = 1 << 26
 def load():
     """The model, and the spec of its tokenizer."""
     if init_from != 'resume':
-        return GPT.from_pretrained(init_from), pretrained_spec(init_from)
+        return GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2
     saved = checkpoint.load_newest_model(out_dir)
     return GPT.from_checkpoint(saved), checkpoint_spec(saved)
 

@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import UserError
 from engine.hf import to_transformers
+from engine.metrics import FILE, is_number, read_metrics
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import tokenizer_files
 
@@ -19,7 +20,11 @@ pipeline_tag: text-generation
 # {title}
 
 {parameters:,} parameters, {architecture}, weights in {dtype}; {tokens:,} tokens ({tokenizer}). Trained for {iterations:,}
-iterations{dataset}. Best validation loss: {loss}.
+iterations{dataset}.
+
+| loss, nats per token | train | validation |
+|----------------------|------:|-----------:|
+{losses}
 
 ```python
 from transformers import pipeline
@@ -35,7 +40,7 @@ print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['genera
 def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False):
     """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes for the person, a list of lines.
 
-    saved: the checkpoint, for the model card. spec: its tokenizer. dtype: of the weights written.
+    saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer. dtype: of the weights.
     trim_vocab: drop the rows of ids that the tokenizer lacks. UserError where transformers has no such model.
     """
     folder = Path(folder)
@@ -83,11 +88,15 @@ def model_card(model, saved, spec, dtype):
     settings = {name: value for name, value in (saved.get('config') or {}).items() if type(value) in (str, int, float, bool)}
     dataset = settings.get('dataset')
     rows = [f'| {name} | {cell(value)} |' for name, value in settings.items()]
+    records = read_metrics(Path(saved['path']).parent / FILE) if 'path' in saved else []
+    losses = [f'| iteration {r["iter"]:,} | {r["train_loss"]:.4f} | {r["val_loss"]:.4f} |' for r in records
+              if r['iter'] <= saved['iter_num'] and is_number(r.get('train_loss')) and is_number(r.get('val_loss'))]
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')), parameters=model.num_parameters(), dtype=dtype,
         architecture=type(model).__name__, tokens=spec['vocab_size'],
         tokenizer=cell(spec.get('tokenizer_name', spec['tokenizer'])), iterations=saved['iter_num'],
-        dataset=f' on the dataset {cell(dataset)}' if dataset else '', loss=f'{saved["best_val_loss"]:.4f}', settings='\n'.join(rows))
+        dataset=f' on the dataset {cell(dataset)}' if dataset else '',
+        losses='\n'.join([*losses[-1:], f'| best evaluation | | {saved["best_val_loss"]:.4f} |']), settings='\n'.join(rows))
 
 
 def cell(value):

@@ -18,6 +18,9 @@ class HFTokenizer:
         self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.fingerprint = fingerprint(self.parts)
+        decoder = json.dumps(self.parts['decoder'])
+        self.names_bytes = '"ByteFallback"' in decoder          # SentencePiece's <0x00> to <0xFF> are bytes
+        self.bytes_of_letters = {letter: byte for byte, letter in enumerate(byte_letters())} if '"ByteLevel"' in decoder else {}
 
     def encode(self, text):
         """A list of ids, with special tokens as such, and with what the tokenizer puts around a text."""
@@ -47,12 +50,6 @@ class HFTokenizer:
                 and all(token['special'] for token in self.parts['added_tokens']) and not self.encode(''))
 
     @cached_property
-    def bytes_of_letters(self):
-        """{letter: byte} of a byte-level vocabulary, else {}."""
-        is_byte_level = '"ByteLevel"' in json.dumps(self.parts['decoder'])
-        return {letter: byte for byte, letter in enumerate(byte_letters())} if is_byte_level else {}
-
-    @cached_property
     def token_before(self):
         """A list of one id that any token can follow; of none, if the vocabulary has no 'a'."""
         return self.encode_ordinary('a')[-1:]
@@ -60,12 +57,12 @@ class HFTokenizer:
     def decode_bytes(self, i):
         """The bytes of a token within a text."""
         token = self.tokenizer.id_to_token(i)
+        if self.names_bytes and re.fullmatch('<0x[0-9A-F]{2}>', token or ''):
+            return bytes([int(token[3:5], 16)])
         if token is None or i in self.added:                    # None: some vocabularies leave out ids
             return self.added.get(i, '').encode()
         if self.bytes_of_letters and not set(token) - self.bytes_of_letters.keys():
             return bytes(self.bytes_of_letters[letter] for letter in token)
-        if re.fullmatch('<0x[0-9A-F]{2}>', token):              # SentencePiece's name of a byte
-            return bytes([int(token[3:5], 16)])
         # Decoders treat the first token of a text in ways of their own, so this one is decoded behind another.
         alone, both = (self.tokenizer.decode([*self.token_before, *ids], skip_special_tokens=False) for ids in ((), (i,)))
         return both.removeprefix(alone).encode()

@@ -38,11 +38,11 @@ class Tokenizer:
         check_spec(spec)
         self.spec, self.vocab_size, self.chars = spec, spec['vocab_size'], spec.get('chars')
         self.dtype = '<u2' if self.vocab_size <= 1 << 16 else '<u4'
-        self.bpe, self.hf, self.end_of_text, self.splits_like_gpt2 = None, None, None, False
+        self.end_of_text, self.bpe, self.hf, self.splits_like_gpt2 = end_of_text(spec), None, None, False
         if spec['tokenizer'] == 'gpt2':
-            self.bpe, self.end_of_text, self.splits_like_gpt2 = load_gpt2_encoding(), END_OF_TEXT, True
+            self.bpe, self.splits_like_gpt2 = load_gpt2_encoding(), True
         elif spec['tokenizer'] == 'hf':
-            self.hf, self.end_of_text = HFTokenizer(spec['tokenizer_json']), spec.get('end_of_text')
+            self.hf = HFTokenizer(spec['tokenizer_json'])
             self.splits_like_gpt2 = self.hf.splits_like_gpt2
             if self.hf.fingerprint != spec['tokenizer_sha256'] or self.hf.vocab_size != self.vocab_size:
                 raise UserError(f'the tokenizer.json of {spec["tokenizer_name"][:100]} is damaged; prepare the dataset again')
@@ -140,6 +140,11 @@ def check_spec(spec):
     elif kind != 'gpt2' or size != GPT2['vocab_size']:
         raise UserError(f'unknown tokenizer {kind!r} of {size} tokens')
     return spec
+
+
+def end_of_text(spec):
+    """The id that follows each document of a dataset with this spec, or None."""
+    return END_OF_TEXT if spec['tokenizer'] == 'gpt2' else spec.get('end_of_text')
 
 
 def same_tokens(spec, other):

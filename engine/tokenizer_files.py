@@ -34,12 +34,12 @@ def checkpoint_spec(saved):
 
 
 def pretrained_spec(source):
-    """The tokenizer spec of the weights `source`, a hub name or a folder; GPT-2's where they come without files of one."""
+    """The tokenizer spec of the weights `source`, a hub name or a folder; None where no tokenizer lies beside them."""
     from engine.hf import NAMES
     if source in NAMES and not Path(source).is_dir():
         return GPT2
     folder, revision = find_folder(source)
-    return spec_of_files(folder, source, revision) if has_vocabulary(folder) else GPT2
+    return spec_of_files(folder, source, revision) if has_vocabulary(folder) else None
 
 
 def named_spec(source):
