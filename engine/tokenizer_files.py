@@ -45,9 +45,9 @@ def pretrained_spec(source):
 def named_spec(source):
     """The spec of --tokenizer=SOURCE: a folder of transformers' tokenizer files, a dataset of this project, or a hub
     name. UserError where there is no such tokenizer, RunError where the hub is out of reach."""
-    if Path(source, 'meta.json').is_file():
+    if source and Path(source, 'meta.json').is_file():
         return read_meta(Path(source))
-    if not Path(source).is_dir() and source.count('/') != 1:
+    if not source or not Path(source).is_dir() and source.count('/') != 1:
         raise UserError(f'tokenizer={source!r} is unknown; try --tokenizer=gpt2, --tokenizer=char, --tokenizer=bpe, a '
                         f'folder that holds a tokenizer.json, or a hub name such as openai-community/gpt2')
     folder, revision = find_folder(source)
@@ -138,11 +138,10 @@ def tokenizer_files(spec):
     if spec['tokenizer'] == 'gpt2':
         return gpt2_files()
     if spec['tokenizer'] == 'char':
-        try:
-            return {'tokenizer.json': char_tokenizer(spec['chars']).to_str(),
-                    'tokenizer_config.json': tokenizer_config('PreTrainedTokenizerFast')}
-        except UnicodeEncodeError:
-            raise UserError('the vocabulary has half a surrogate pair, which a tokenizer.json cannot hold') from None
+        if any('\ud800' <= char <= '\udfff' for char in spec['chars']):
+            raise UserError('the vocabulary has half a surrogate pair, which a tokenizer.json cannot hold')
+        return {'tokenizer.json': char_tokenizer(spec['chars']).to_str(),
+                'tokenizer_config.json': tokenizer_config('PreTrainedTokenizerFast')}
     return {'tokenizer.json': spec['tokenizer_json'], 'tokenizer_config.json': spec['tokenizer_config']}
 
 
