@@ -61,7 +61,7 @@ def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=Fals
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     complete_config(folder / 'config.json')
     files['tokenizer_config.json'] = json.dumps(
-        dict(json.loads(files['tokenizer_config.json']), model_max_length=config.block_size), indent=2)
+        dict(read_tokenizer_config(files['tokenizer_config.json']), model_max_length=config.block_size), indent=2)
     files['README.md'] = model_card(model, saved, spec, dtype)
     for name, text in files.items():
         (folder / name).write_text(text, encoding='utf-8', newline='\n')
@@ -72,6 +72,14 @@ def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=Fals
         notes.append(f'{len(padding)} of {config.vocab_size:,} ids are padding that the tokenizer lacks; '
                      f'--trim_vocab=True leaves them out')
     return notes
+
+
+def read_tokenizer_config(text):
+    """The dict of a tokenizer_config.json, which may come from a checkpoint of anybody, without names of code."""
+    try:
+        return {key: value for key, value in json.loads(text).items() if key != 'auto_map'}
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError("the checkpoint's tokenizer_config is no JSON object; prepare its dataset again") from None
 
 
 def complete_config(path):

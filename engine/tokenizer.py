@@ -114,7 +114,7 @@ def load_gpt2_encoding():
 def char_spec(chars):
     """The spec of a tokenizer whose tokens are the characters in `chars`, in code point order."""
     if len(chars) > 1 << 16:
-        raise UserError(f'the text has {len(chars):,} different characters and uint16 holds 65,536 ids; '
+        raise UserError(f'the text has {len(chars):,} different characters, and a vocabulary of characters at most 65,536; '
                         f'try --tokenizer=gpt2')
     return dict(vocab_size=len(chars), tokenizer='char', chars=''.join(sorted(chars)))
 
@@ -134,6 +134,8 @@ def check_spec(spec):
         end = spec.get('end_of_text')
         if end is not None and (type(end) is not int or not 0 <= end < size):
             raise UserError(f'end_of_text is {end!r}')
+        if not isinstance(spec.get('tokenizer_revision'), (str, type(None))):
+            raise UserError(f'tokenizer_revision is {spec["tokenizer_revision"]!r}')
         for key in ('tokenizer_name', 'tokenizer_sha256', 'tokenizer_json', 'tokenizer_config'):
             if type(spec.get(key)) is not str or len(spec[key]) > MAX_FILE_CHARACTERS:
                 raise UserError(f'{key} should be a text of at most {MAX_FILE_CHARACTERS:,} characters')

@@ -212,6 +212,13 @@ def test_a_model_card_holds_no_markup_of_a_setting(trained, tmp_path):
     assert '\n# a \\| b \\# c \\<script\\>\n' in card and 'dataset \\[x\\](http://y).' in card
 
 
+@pytest.mark.parametrize('text', ['', '[]', '7', '{', '[' * 100_000])
+def test_a_damaged_tokenizer_config_is_refused(text):
+    with pytest.raises(UserError, match='is no JSON object'):
+        hf_folder.read_tokenizer_config(text)
+    assert hf_folder.read_tokenizer_config('{"eos_token": "a", "auto_map": {"AutoTokenizer": "b"}}') == {'eos_token': 'a'}
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--dtype=int8'], "dtype='int8' is unknown; try 'float32', 'bfloat16', 'float16'"), (['--to=gguf'], "to='gguf' is unknown"),
     (['--to=nanogpt', '--dtype=float16'], 'are for --to=hf'), (['--to=nanogpt', '--trim_vocab=True'], 'are for --to=hf')])
