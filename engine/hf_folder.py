@@ -87,7 +87,7 @@ def complete_config(path):
     settings = json.loads(path.read_text(encoding='utf-8'))
     settings['torch_dtype'] = settings.get('dtype')
     if settings['model_type'] == 'gpt2':
-        settings.update(n_ctx=settings['n_positions'], n_inner=4 * settings['n_embd'])
+        settings.update(n_ctx=settings['n_positions'], n_inner=settings['n_inner'] or 4 * settings['n_embd'])
     path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 
