@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import configurator
 from engine import cpu, run_folder
-from engine.dataloader import dataset_tokenizer
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
 from engine.errors import UserError
-from engine.tokenizer import END_OF_TEXT, GPT2, Tokenizer, check_spec
+from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
 # model
@@ -48,17 +48,11 @@ MAX_PROMPT_BYTES = 1 << 26
 
 
 def load():
-    """The model and its tokenizer: the checkpoint's, else that of the checkpoint's dataset, else GPT-2's."""
+    """The model, and the spec of its tokenizer."""
     if init_from != 'resume':
-        return GPT.from_pretrained(init_from), GPT2
+        return GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2
     saved = run_folder.load_newest_model(out_dir)
-    # nanoGPT's files have no tokenizer, but they name the dataset.
-    spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
-    try:
-        check_spec(spec)
-    except UserError as error:
-        raise UserError(f'{saved["path"]}: {error}') from None
-    return GPT.from_checkpoint(saved), spec
+    return GPT.from_checkpoint(saved), checkpoint_spec(saved)
 
 
 def read_prompt(text):
@@ -108,9 +102,9 @@ def main(overrides):
                         f'prepare the dataset that the model was trained on in data/ first')
     tokenizer, prompt = Tokenizer(spec), read_prompt(start)
     ids = tokenizer.encode(prompt)
-    if not ids and spec['tokenizer'] == 'char':
-        raise UserError('start is empty, and this model needs a character to begin with; try --start="A"')
-    ids = ids or [END_OF_TEXT]                          # GPT-2 begins a document after this token
+    if not ids and tokenizer.end_of_text is None:
+        raise UserError('start is empty, and this model needs something to begin with; try --start="A"')
+    ids = ids or [tokenizer.end_of_text]                # a document begins after this token
     if len(ids) > model.config.block_size:
         print0(f'note: the prompt has {len(ids):,} tokens, the model reads its last {model.config.block_size:,}', file=sys.stderr)
     print0(configurator.describe_settings(overrides), file=sys.stderr)
