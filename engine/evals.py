@@ -51,11 +51,11 @@ class Task:
 def text_pairs(kind, record, delimiter=' '):
     """[(context, continuation)] of a record, one for each option."""
     if kind == 'multiple_choice':
-        return [(record['query'], delimiter + choice) for choice in record['choices']]
+        return [(record['query'] + delimiter, choice) for choice in record['choices']]
     if kind == 'schema':
-        return [(context, delimiter + record['continuation']) for context in record['context_options']]
+        return [(context + delimiter, record['continuation']) for context in record['context_options']]
     if kind == 'language_modelling':
-        return [(record['context'], delimiter + record['continuation'])]
+        return [(record['context'] + delimiter, record['continuation'])]
     return [(record['prompt'], record['answer'])]
 
 

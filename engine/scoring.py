@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from engine.generate import decoding_attention
 from engine.tokenizer import END_OF_TEXT
 
-LOGIT_ROWS = 1024               # positions whose logits are held at once: 206 MB for GPT-2's vocabulary
+LOGIT_ROWS = 512                # positions whose logits are held at once: 103 MB for GPT-2's vocabulary
 
 
 class Option(NamedTuple):
@@ -123,23 +123,35 @@ class TreeAttention:
     def __init__(self, trees, device):
         lengths = [len(tree.tokens) for tree in trees]
         longest, starts = max(lengths), np.cumsum([0, *lengths])
-        rows, branches = np.zeros((2, len(trees), longest), np.int64)
+        rows, positions, branches = np.zeros((3, len(trees), longest), np.int64)
         for i, tree in enumerate(trees):
             rows[i, :lengths[i]] = np.arange(starts[i], starts[i + 1])
+            positions[i, :lengths[i]] = tree.positions
             branches[i, :lengths[i]] = tree.branches
         padded = np.concatenate([i * longest + np.arange(length) for i, length in enumerate(lengths)])
-        self.rows = torch.from_numpy(rows).to(device)           # (B, S) places in the row of trees
+        self.n_positions = int(positions.max()) + 1
         self.places = torch.from_numpy(padded).to(device)       # (N,) places in the padded trees, flattened
-        self.mask = None                                        # every tree is one sequence
-        if branches.any():
-            branches = torch.from_numpy(branches).to(device)
-            visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
-            self.mask = visible.tril()[:, None]                 # (B, 1, S, S)
+        self.rows, self.positions, branches = torch.from_numpy(np.stack([rows, positions, branches])).to(device)    # (B, S)
+        visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+        self.mask = visible.tril()[:, None]                     # (B, 1, S, S)
+        self.is_causal = bool((branches == 0).all())            # every tree is one sequence
 
-    def attend(self, q, k, v):
-        """Attention of the N tokens of a row, (1, H, N, D), each over its own tree."""
-        q, k, v = (x[0][:, self.rows].transpose(0, 1) for x in (q, k, v))                   # (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None,
+    def n_keys(self, T):
+        """How many keys, at positions from 0 on, a bias of the scores has to cover."""
+        return self.n_positions
+
+    def attend(self, q, k, v, bias=None):
+        """Attention of the N tokens of a row, (1, H, N, D), each over its own tree; k and v may have fewer heads.
+
+        bias: (1, H, N, n_keys) to add to the scores of the keys at each position, as ALiBi does, or None.
+        """
+        q, k, v = (x[0][:, self.rows].transpose(0, 1) for x in (q, k, v))                   # (B, H or G, S, D)
+        mask = None if self.is_causal else self.mask
+        if bias is not None:
+            bias = bias[0][:, self.rows]                                                    # (H, B, S, n_keys)
+            bias = bias.gather(3, self.positions[None, :, None].expand(*bias.shape[:3], -1)).transpose(0, 1)
+            mask = bias.masked_fill(~self.mask, -torch.inf).to(q.dtype)                     # (B, H, S, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=q.size(1) != k.size(1))
         return y.transpose(0, 1).flatten(1, 2)[:, self.places][None]                        # (1, H, N, D)
 
