@@ -107,11 +107,17 @@ def download(source):
 
 def read_rows(path):
     """The rows of an authors' .jsonl file, with the labels of PIQA, which lie in a file of their own."""
-    rows = [json.loads(line) for line in ''.join(textfiles.read_text(path)).split('\n') if line.strip()]
-    labels = path.with_name(f'{path.stem}-labels.lst')
-    if labels.is_file():
-        rows = [dict(row, label=label) for row, label in zip(rows, ''.join(textfiles.read_text(labels)).split(), strict=True)]
-    return rows
+    try:
+        rows = [json.loads(line) for line in ''.join(textfiles.read_text(path)).split('\n') if line.strip()]
+        labels = path.with_name(f'{path.stem}-labels.lst')
+        if labels.is_file():
+            labels = ''.join(textfiles.read_text(labels)).split()
+            rows = [dict(row, label=label) for row, label in zip(rows, labels, strict=True)]
+        return rows
+    except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        raise UserError(f'{path} is not JSON lines ({str(error)[:100]}); fetch it again') from None
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from None
 
 
 def join_rows(name, texts):
@@ -155,12 +161,7 @@ def main():
         if input and not path:
             print0(f'note: {name} is left out: {input} has no {" or ".join(source.files)}', file=sys.stderr)
             continue
-        try:
-            file_name, text, count = make_task(name, source, path)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f'{path} is damaged ({str(error)[:100]})') from None
+        file_name, text, count = make_task(name, source, path)
         data = text.encode('utf-8', 'surrogatepass')
         target.mkdir(parents=True, exist_ok=True)
         with atomic_write(target / file_name, 'wb') as file:
