@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.errors import RunError
 from engine.generate import decoding_attention
 from engine.tokenizer import END_OF_TEXT
 
@@ -132,9 +133,11 @@ class TreeAttention:
         self.n_positions = int(positions.max()) + 1
         self.places = torch.from_numpy(padded).to(device)       # (N,) places in the padded trees, flattened
         self.rows, self.positions, branches = torch.from_numpy(np.stack([rows, positions, branches])).to(device)    # (B, S)
-        visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
-        self.mask = visible.tril()[:, None]                     # (B, 1, S, S)
+        self.visible = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         self.is_causal = bool((branches == 0).all())            # every tree is one sequence
+        if not self.is_causal:
+            same = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+            self.visible = (self.visible & same)[:, None]       # (B, 1, S, S)
 
     def n_keys(self, T):
         """How many keys, at positions from 0 on, a bias of the scores has to cover."""
@@ -146,11 +149,11 @@ class TreeAttention:
         bias: (1, H, N, n_keys) to add to the scores of the keys at each position, as ALiBi does, or None.
         """
         q, k, v = (x[0][:, self.rows].transpose(0, 1) for x in (q, k, v))                   # (B, H or G, S, D)
-        mask = None if self.is_causal else self.mask
+        mask = None if self.is_causal else self.visible
         if bias is not None:
             bias = bias[0][:, self.rows]                                                    # (H, B, S, n_keys)
             bias = bias.gather(3, self.positions[None, :, None].expand(*bias.shape[:3], -1)).transpose(0, 1)
-            mask = bias.masked_fill(~self.mask, -torch.inf).to(q.dtype)                     # (B, H, S, S)
+            mask = bias.masked_fill(~self.visible, -torch.inf).to(q.dtype)                     # (B, H, S, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=q.size(1) != k.size(1))
         return y.transpose(0, 1).flatten(1, 2)[:, self.places][None]                        # (1, H, N, D)
@@ -190,6 +193,9 @@ def score_batch(model, examples, env):
             logprobs.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1))
             greedy.append(logits.argmax(dim=1) == ids)
     logprobs, greedy = torch.cat(logprobs).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
+    if not np.isfinite(logprobs).all():
+        raise RunError(f'the model gives probabilities that are not finite numbers in {env.dtype}; '
+                       f'try --dtype=float32, or an earlier checkpoint')
     scores, end = [], 0
     for example in examples:
         scores.append([])

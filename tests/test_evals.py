@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from engine import distributed, evals, scoring, taskfiles
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 from engine.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -165,6 +165,13 @@ def test_a_signal_ends_the_evaluation(folder):
     tasks, _ = evals.load_tasks('choices', folder, Tokenizer(SPEC), 64)
     assert evals.evaluate_tasks(model, tasks, distributed.start(device='cpu'), should_stop=lambda: True) is None
     assert model.training
+
+
+def test_weights_that_are_not_finite_end_in_one_line(folder):
+    model = make_model()
+    model.transformer.ln_f.weight.data[0] = math.nan
+    with pytest.raises(RunError, match='not finite numbers in float32'):
+        evaluate(model, folder, 'words')
 
 
 @pytest.mark.parametrize('size, stride', [(8, 8), (8, 4), (9, 8), (100, 100)])
