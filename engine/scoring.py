@@ -41,7 +41,7 @@ class Encoder:
 
     def __init__(self, tokenizer, block_size):
         self.tokenizer, self.block_size = tokenizer, block_size
-        self.known = None if tokenizer.bpe else set(tokenizer.chars)
+        self.known = set(tokenizer.chars) if tokenizer.chars else None
         self.first = [END_OF_TEXT] if tokenizer.bpe else []     # what a document begins after
 
     def encode(self, text):
