@@ -44,7 +44,7 @@ class Task:
     skipped: int = 0                    # examples that this model cannot read
     reason: str = ''                    # why not, of the first
     baseline: float | None = None       # of a CORE task: accuracy by chance
-    protocol: str = ''                  # of a text
+    protocol: str = ''                  # of a text, and of a CORE task
     units: dict = field(default_factory=dict)           # of a text: {metric: number of words, bytes, ...}
 
 
@@ -87,7 +87,7 @@ def load_examples(name, path, encoder, limit, progress, core=None):
     order = list(range(len(records)))
     if core:                                            # the order that nanochat evaluates in
         random.Random(1337).shuffle(order)
-    task = Task(name, kind, [], baseline=core.baseline if core else None)
+    task = Task(name, kind, [], **dict(baseline=core.baseline, protocol=f'CORE, {core.shots}-shot') if core else {})
     for i, number in enumerate(progress(f'reading {name}', order[:limit or None], min(limit or len(order), len(order)))):
         record = records[number]
         try:
@@ -207,7 +207,7 @@ def summarize(task, scores):
         if metric == 'perplexity':
             value = math.exp(min(value, 700))
             stderr *= value
-        protocol = 'CORE' if task.baseline is not None else PROTOCOLS[task.kind, metric]
+        protocol = task.protocol or PROTOCOLS[task.kind, metric]
         found.append(result(task, metric, value, stderr, protocol))
         if task.baseline is not None:                   # 0 by chance, 1 where all are right
             scale = 1 - task.baseline
