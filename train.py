@@ -27,7 +27,7 @@ from engine.errors import UserError
 from engine.generate import TextSampler
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
-from engine.run import Progress, Run
+from engine.run import Progress, Run, TaskScorer
 from model import GPT, GPTConfig
 
 # input and output
@@ -44,6 +44,10 @@ init_from = 'scratch'               # scratch, resume, auto (resume if there is 
 overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
+eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
+eval_tasks_interval = 0             # iterations between such scores; 0 has them at every evaluation
+eval_tasks_limit = 0                # first examples of each task, 0 for all; 1000 tell 0.29 from 0.33
+eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
 # wandb
 wandb_log = False                   # True sends the metrics to wandb as well
 wandb_project = 'owt'
@@ -267,6 +271,10 @@ def main(overrides):
     data = open_dataset(dataset, env, sampling, documents)
     sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
+    with env.raise_on_all_ranks():
+        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, run.model, progress_bar)
+    for note in scorer.notes if scorer else ():
+        print0(f'note: {note}')
     saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
     tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
@@ -285,13 +293,17 @@ def main(overrides):
         # evaluate, sample, save
         if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
-            losses = estimate_loss(run, data, env)
+            losses, scores = estimate_loss(run, data, env), {}
+            if losses and scorer and (progress.iter_num >= max_iters or progress.iter_num % (eval_tasks_interval or eval_interval) == 0):
+                scores = scorer(run.model, env)
             run.wrapped_model.train()
-            if losses is None:
+            if losses is None or scores is None:
                 log.stop_signal = env.stop_signal()
                 break
             print0(f'step {progress.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            improved = run.record_losses(losses)
+            if scores:
+                print0(f'step {progress.iter_num}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()))
+            improved = run.record_losses(losses, scores)
             if sampler:
                 run.sample(sampler, print0, env)
             if not eval_only:

@@ -25,7 +25,7 @@ from launcher import script_environment
 
 import configurator
 import console
-from engine import checkpoint
+from engine import checkpoint, run_folder
 from engine.errors import UserError
 
 case = 'all'            # one of the functions under "Cases", or all
@@ -219,7 +219,7 @@ def cut(lab):
     for host in hosts:
         lines = host.lines()
         expect(len(lines) == 1 and 'another rank did not answer within --rank_timeout' in lines[0], f'one line: {lines}')
-    iterations = [checkpoint.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
+    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
     lab.network.plug_in()
     lab.start(out_dir)
     lab.expect_end()
