@@ -40,8 +40,8 @@ print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['genera
 def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False):
     """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes for the person, a list of lines.
 
-    saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer. dtype: of the weights.
-    trim_vocab: drop the rows of ids that the tokenizer lacks. UserError where transformers has no such model.
+    saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer.
+    dtype: of the weights. trim_vocab: drop the rows of ids that the tokenizer lacks. UserError where transformers has no such model.
     """
     folder = Path(folder)
     tokenizer, files, notes = Tokenizer(spec), tokenizer_files(spec), []
