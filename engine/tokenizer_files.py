@@ -17,7 +17,7 @@ END = '<|endoftext|>'
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'tekken.json')
 DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
               'config.json')
-# fingerprint() of the tokenizer.json that gpt2_files() makes, and of OpenAI's gpt2 on the hub
+# fingerprint() of the tokenizer.json that gpt2_files() makes
 GPT2_FINGERPRINT = '9e11a8b32668ffdedd05cdbba72ae5942ad90fee5e64568f85465be111b1f6f4'
 
 
@@ -82,6 +82,9 @@ def spec_of_files(folder, name, revision):
     from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
     try:
+        for file in DOWNLOADED:
+            if (folder / file).exists() and not (folder / file).is_file():
+                raise UserError(f'{file} is no regular file')
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with tempfile.TemporaryDirectory() as written:
             tokenizer.save_pretrained(written)

@@ -296,6 +296,15 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, words):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes here')
+def test_a_pipe_in_a_folder_is_refused(tmp_path):
+    source = write(tmp_path / 'a', byte_level_bpe())
+    (tmp_path / 'a' / 'tokenizer_config.json').unlink()
+    os.mkfifo(tmp_path / 'a' / 'tokenizer_config.json')
+    with pytest.raises(UserError, match='tokenizer_config.json is no regular file'):
+        named_spec(source)
+
+
 def test_names_that_are_no_tokenizers_are_refused(monkeypatch):
     for name in ('word', 'gpt-2', '', 'a/b/c'):
         with pytest.raises(UserError, match='is unknown; try --tokenizer=gpt2'):
