@@ -13,7 +13,8 @@ import configurator
 from console import describe, print0, report_errors
 from engine.errors import RunError, UserError
 
-to = 'hf'               # hf: weights, configuration, tokenizer and model card; nanogpt: a ckpt.pt with the optimizer's state in it
+to = 'hf'               # hf: weights, config.json, tokenizer and model card;
+                        # nanogpt: a ckpt.pt with the optimizer's state in it
 dtype = 'float32'       # of the weights, for hf: float32, bfloat16 or float16
 trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens to GPT-2's 50,257
 

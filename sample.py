@@ -26,7 +26,7 @@ from model import GPT
 
 # model
 init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-                            # or a folder of Hugging Face weights
+                            # or a folder of Hugging Face weights, with their tokenizer
 out_dir = 'out'             # where ckpt.pt lies
 # text
 start = '\n'                # what to continue: text, or FILE:PATH

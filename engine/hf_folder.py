@@ -40,14 +40,16 @@ print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['genera
 def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False):
     """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes for the person, a list of lines.
 
-    saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer. dtype: of the weights.
-    trim_vocab: drop the rows of ids that the tokenizer lacks. UserError where transformers has no such model.
+    saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer.
+    dtype: of the weights. trim_vocab: drop the rows of ids that the tokenizer lacks.
+    Raises UserError where transformers has no such model.
     """
     folder = Path(folder)
     tokenizer, files, notes = Tokenizer(spec), tokenizer_files(spec), []
     padding = range(tokenizer.vocab_size, config.vocab_size)
     if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}')
+        raise UserError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; '
+                        f'prepare the dataset that the model was trained on in data/ first')
     if padding and trim_vocab:
         # The head and the embedding have a row per token; a head that is tied is the embedding.
         weights = {name: value[:tokenizer.vocab_size] if name in ('transformer.wte.weight', 'lm_head.weight') else value

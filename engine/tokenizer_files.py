@@ -15,8 +15,9 @@ from engine.tokenizer import END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, char_spec, check
 
 END = '<|endoftext|>'
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'tekken.json')
-DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'config.json')
-# fingerprint() of the tokenizer.json that gpt2_files() makes, and of OpenAI's gpt2 on the hub
+DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+              'config.json')
+# fingerprint() of the tokenizer.json that gpt2_files() makes
 GPT2_FINGERPRINT = '9e11a8b32668ffdedd05cdbba72ae5942ad90fee5e64568f85465be111b1f6f4'
 
 
@@ -59,7 +60,7 @@ def named_spec(source):
 def find_folder(source):
     """(folder, revision) of the tokenizer files of a folder, or of a hub name, which are downloaded once."""
     if Path(source).is_dir():
-        return Path(source), None
+        return Path(source).resolve(), None
     import huggingface_hub
     try:
         folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=list(DOWNLOADED)))
@@ -75,18 +76,26 @@ def has_vocabulary(folder):
 
 def spec_of_files(folder, name, revision):
     """The spec of a folder's tokenizer as transformers' AutoTokenizer reads it. What equals GPT-2's tokenizer,
-    or an exported character vocabulary, gets the spec that datasets of those have."""
+    or an exported character vocabulary, gets the spec that datasets of those have.
+
+    name, revision: of the hub. Without a revision the name is the folder's own."""
     from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
     try:
+        for file in DOWNLOADED:
+            if (folder / file).exists() and not (folder / file).is_file():
+                raise UserError(f'{file} is no regular file')
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with tempfile.TemporaryDirectory() as written:
             tokenizer.save_pretrained(written)
-            text, config = (Path(written, file).read_text(encoding='utf-8') for file in ('tokenizer.json', 'tokenizer_config.json'))
+            text, config = (Path(written, f'{file}.json').read_text(encoding='utf-8') for file in ('tokenizer', 'tokenizer_config'))
         config = {key: value for key, value in json.loads(config).items() if key not in ('auto_map', 'name_or_path')}
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+        name = name if revision else folder.name
         return known_spec(text) or hf_spec(text, json.dumps(config, indent=2), end, name, revision)
-    except Exception as error:                          # damaged files raise many kinds, as do missing libraries
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:                      # many kinds; panics of the tokenizers library are no Exception
         raise UserError(f'the tokenizer of {name} cannot be used: {" ".join(str(error).split())[:300]}') from None
 
 
@@ -176,7 +185,7 @@ def gpt2_files():
 
 
 def last_merge(token, ranks):
-    """The two tokens that `token`, of two bytes or more, is merged from: merge its bytes while more than two parts are left."""
+    """The two tokens that `token`, of two bytes or more, is merged from. Merges its bytes until two parts are left."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))

@@ -10,7 +10,7 @@ import export
 from engine import hf_folder
 from engine.errors import RunError, UserError
 from engine.tokenizer import GPT2, Tokenizer, char_spec, same_tokens
-from engine.tokenizer_files import pretrained_spec
+from engine.tokenizer_files import pretrained_spec, train_bpe
 
 transformers = pytest.importorskip('transformers')
 
@@ -83,8 +83,9 @@ def language_models(trained):
             Tokenizer(GPT2 if tokenizer == 'gpt2' else char_spec('a'))
         except RunError:
             continue
-        trained.run('data/text/prepare.py', '--input=walk.txt', f'--name={tokenizer}', f'--tokenizer={tokenizer}', '--vocab_size=300')
-        trained.run('train.py', *trained.flags(f'out-{tokenizer}', dataset=tokenizer, max_iters=10, eval_interval=10, dropout=0.0))
+        trained.run('data/text/prepare.py', '--input=walk.txt', f'--name={tokenizer}', f'--tokenizer={tokenizer}',
+                    '--vocab_size=300')
+        trained.run('train.py', *trained.flags(f'out-{tokenizer}', dataset=tokenizer, max_iters=10, eval_interval=10))
         runs.append(f'out-{tokenizer}')
     for run in runs:
         trained.run('export.py', run, f'{run}-hf')
@@ -125,7 +126,8 @@ def test_what_was_exported_comes_back_as_it_was(language_models):
         model = GPT.from_weights(GPTConfig(**arguments), weights).state_dict()
         assert all(torch.equal(value, model[name]) for name, value in saved['model'].items())
         assert same_tokens(pretrained_spec(str(workspace.folder / f'{run}-hf')), saved['tokenizer'])
-    text = workspace.run('sample.py', '--init_from=out-bpe-hf', '--device=cpu', '--num_samples=1', '--start=ab', '--max_new_tokens=5').stdout
+    text = workspace.run('sample.py', '--init_from=out-bpe-hf', '--device=cpu', '--num_samples=1', '--start=ab',
+                         '--max_new_tokens=5').stdout
     assert text.startswith('ab')
 
 
@@ -133,8 +135,37 @@ def test_a_resumed_run_needs_the_tokenizer_that_it_began_with(language_models):
     workspace, _ = language_models
     (workspace.folder / 'other.txt').write_text('another text, ' * 500, encoding='utf-8')
     workspace.run('data/text/prepare.py', '--input=other.txt', '--name=other', '--tokenizer=bpe', '--vocab_size=300')
-    refused = workspace.run('train.py', '--init_from=resume', '--out_dir=out-bpe', '--dataset=other', '--device=cpu', code=2).stderr
+    refused = workspace.run('train.py', '--init_from=resume', '--out_dir=out-bpe', '--dataset=other', '--device=cpu',
+                            code=2).stderr
     assert 'other has another vocabulary than the run' in refused and refused.count('\n') == 1
+
+
+@pytest.mark.parametrize('kind, options', [
+    ('NanoChat', dict(norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False, softcap=15.0)),
+    ('Llama', dict(norm='rmsnorm_gain', activation='swiglu', n_kv_head=1, tied=False)),
+    ('Qwen3', dict(norm='rmsnorm_gain', activation='swiglu', n_kv_head=1, qk_norm=True))])
+def test_other_shapes_continue_as_sample_does(workspace, kind, options):
+    from engine import checkpoint
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    try:
+        model = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=32, bias=False, position='rotary',
+                              **options))
+    except TypeError:
+        pytest.skip('the model has no such options')
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5 if weight.dim() > 1 else 1)           # so that the text varies
+    spec, run = train_bpe(['some words to make tokens of, and some more of them. ' * 9], 280), workspace.folder / f'out-{kind}'
+    run.mkdir()
+    checkpoint.save_model(run, model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={}, tokenizer=spec)
+    workspace.run('export.py', f'out-{kind}', f'{kind}-hf', '--trim_vocab=True')
+    ours = workspace.run('sample.py', f'--out_dir=out-{kind}', '--device=cpu', '--temperature=0', '--num_samples=1',
+                         '--start=some words', '--max_new_tokens=20').stdout.removesuffix('\n---------------\n')
+    generate = transformers.pipeline('text-generation', model=str(workspace.folder / f'{kind}-hf'))
+    assert type(generate.model).__name__ == f'{kind}ForCausalLM' and generate.model.config.vocab_size == spec['vocab_size']
+    theirs = generate('some words', max_new_tokens=20, do_sample=False)[0]['generated_text']
+    assert ours == theirs and len(set(ours[10:])) > 2 or ours.startswith(theirs + '<|endoftext|>')     # which ends it there
 
 
 def test_padding_is_never_generated_and_can_be_cut(language_models):
@@ -142,7 +173,8 @@ def test_padding_is_never_generated_and_can_be_cut(language_models):
     if 'out-gpt2' not in runs:
         pytest.skip("tiktoken has no copy of GPT-2's encoding")
     result = workspace.run('export.py', 'out-gpt2', 'trimmed', '--trim_vocab=True')
-    whole, trimmed = (transformers.AutoModelForCausalLM.from_pretrained(workspace.folder / name) for name in ('out-gpt2-hf', 'trimmed'))
+    whole, trimmed = (transformers.AutoModelForCausalLM.from_pretrained(workspace.folder / name)
+                      for name in ('out-gpt2-hf', 'trimmed'))
     assert 'padding' not in result.stderr and trimmed.config.vocab_size == 50257 and whole.config.vocab_size == 50304
     idx = torch.randint(50257, (2, 32))
     assert torch.equal(whole(idx).logits[..., :50257], trimmed(idx).logits)
@@ -178,7 +210,8 @@ def test_the_files_have_what_other_readers_look_for(language_models):
     workspace, runs = language_models
     for run in runs:
         folder = workspace.folder / f'{run}-hf'
-        config, generation = (json.loads((folder / name).read_text(encoding='utf-8')) for name in ('config.json', 'generation_config.json'))
+        config, generation = (json.loads((folder / name).read_text(encoding='utf-8'))
+                              for name in ('config.json', 'generation_config.json'))
         assert config.items() >= dict(
             model_type='gpt2', architectures=['GPT2LMHeadModel'], n_ctx=32, n_positions=32, n_embd=32, n_inner=128, n_head=2,
             n_layer=2, layer_norm_epsilon=1e-5, activation_function='gelu', dtype='float32', torch_dtype='float32',
@@ -220,7 +253,8 @@ def test_a_damaged_tokenizer_config_is_refused(text):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--dtype=int8'], "dtype='int8' is unknown; try 'float32', 'bfloat16', 'float16'"), (['--to=gguf'], "to='gguf' is unknown"),
+    (['--dtype=int8'], "dtype='int8' is unknown; try 'float32', 'bfloat16', 'float16'"),
+    (['--to=gguf'], "to='gguf' is unknown"),
     (['--to=nanogpt', '--dtype=float16'], 'are for --to=hf'), (['--to=nanogpt', '--trim_vocab=True'], 'are for --to=hf')])
 def test_settings_that_do_not_fit_are_refused(tmp_path, flags, words):
     with script_settings(export, *flags), pytest.raises(UserError, match=words):

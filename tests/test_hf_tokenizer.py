@@ -73,7 +73,8 @@ def write(folder, tokenizer, **config):
     """The files of a tokenizer as a hub has them."""
     folder.mkdir()
     (folder / 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(config, tokenizer_class='PreTrainedTokenizerFast')), encoding='utf-8')
+    (folder / 'tokenizer_config.json').write_text(
+        json.dumps(dict(config, tokenizer_class='PreTrainedTokenizerFast')), encoding='utf-8')
     return str(folder)
 
 
@@ -128,14 +129,16 @@ def test_documents_are_cut_only_where_the_tokens_stay_the_same(tmp_path, monkeyp
         text = random_text(seed, 50)
         pieces = [piece for piece, _ in tokenfiles.safe_pieces([text])]
         assert len(pieces) > 1
-        unchanged &= [i for piece in pieces for i in tokenizer.encode_to_numpy(piece)] == tokenizer.encode_to_numpy(text).tolist()
+        ids = [i for piece in pieces for i in tokenizer.encode_to_numpy(piece).tolist()]
+        unchanged &= ids == tokenizer.encode_to_numpy(text).tolist()
     assert unchanged == may_be_cut                  # the others show that the test can fail
 
 
 @pytest.mark.parametrize('change', [
     dict(pre_tokenizer=dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True, use_regex=True)),
     dict(normalizer=dict(type='NFC')), dict(pre_tokenizer=None),
-    dict(added_tokens=[dict(id=0, content='x y', single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)])])
+    dict(added_tokens=[dict(id=0, content='x y', special=False, single_word=False, lstrip=False, rstrip=False,
+                            normalized=False)])])
 def test_a_tokenizer_that_looks_across_a_cut_is_not_cut(change):
     parts = json.loads(byte_level_bpe().to_str())
     parts['model']['vocab']['x y'] = parts['model']['vocab'].pop('<|endoftext|>')
@@ -189,7 +192,6 @@ def slow_bpe(text, vocab_size):
 def test_training_merges_the_most_frequent_pairs():
     spec = train_bpe([TEXT[:3000], TEXT[3000:6000]], 300)
     model = json.loads(spec['tokenizer_json'])['model']
-    ids, merges = slow_bpe(TEXT[:3000], 300)[0], None
     ids, merges = slow_bpe(TEXT[:6000], 300)
     assert model['vocab'] == ids and model['merges'] == merges and spec['vocab_size'] == 300
     tokenizer = Tokenizer(spec)
@@ -222,7 +224,8 @@ def test_gpt2s_files_give_tiktokens_ids(gpt2_folder, tmp_path, without):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     reference, tokenizer = tiktoken.get_encoding('gpt2'), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert type(tokenizer).__name__ == 'GPT2Tokenizer' and len(tokenizer) == 50257 and tokenizer.eos_token_id == 50256
-    for text in [TEXT, 'x' * 300, ''.join(map(chr, range(32, 0x3000, 7))), '🙂🏳️‍🌈 👩‍👩‍👧‍👦', '<|endoftext|>a<|endoftext|>']:
+    for text in [TEXT, 'x' * 300, ''.join(map(chr, range(32, 0x3000, 7))), '🙂🏳️‍🌈 👩‍👩‍👧‍👦',
+                 '<|endoftext|>a<|endoftext|>']:
         ids = reference.encode(text, allowed_special='all')
         assert tokenizer(text).input_ids == ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert pretrained_spec(str(tmp_path)) == GPT2
@@ -282,8 +285,8 @@ def test_no_code_of_a_folder_is_run(tmp_path):
     ({}, 'holds no tokenizer'), ({'config.json': '{"model_type": "gpt2"}'}, 'holds no tokenizer'),
     ({'tokenizer.json': '{'}, 'cannot be used'), ({'tokenizer.json': '[]'}, 'cannot be used'),
     ({'tokenizer.json': ''}, 'cannot be used'), ({'vocab.json': '7', 'merges.txt': ''}, 'cannot be used'),
-    ({'tokenizer.json': '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}'},
-     'cannot be used: it has'),
+    ({'tokenizer.json': '{"version": "1.0", "added_tokens": [], "model": '
+                        '{"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}'}, 'cannot be used: it has'),
     ({'meta.json': '{"tokenizer": "hf"}'}, 'vocab_size is None')])
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, words):
     for name, text in files.items():
@@ -291,6 +294,15 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, words):
     with pytest.raises(UserError, match=words) as caught:
         named_spec(str(tmp_path))
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes here')
+def test_a_pipe_in_a_folder_is_refused(tmp_path):
+    source = write(tmp_path / 'a', byte_level_bpe())
+    (tmp_path / 'a' / 'tokenizer_config.json').unlink()
+    os.mkfifo(tmp_path / 'a' / 'tokenizer_config.json')
+    with pytest.raises(UserError, match='tokenizer_config.json is no regular file'):
+        named_spec(source)
 
 
 def test_names_that_are_no_tokenizers_are_refused(monkeypatch):
@@ -318,14 +330,15 @@ def test_a_hub_name_is_stored_with_its_revision(tmp_path, monkeypatch):
 def test_a_damaged_spec_is_refused_when_it_is_used():
     spec = train_bpe([TEXT], 300)
     other = train_bpe(['another text'], 270)
-    for change, words in [(dict(tokenizer_json='{'), 'cannot be used'), (dict(tokenizer_json=other['tokenizer_json']), 'is damaged'),
-                          (dict(vocab_size=299), 'is damaged'), (dict(vocab_size=301), 'is damaged')]:
+    for change, words in [(dict(tokenizer_json='{'), 'cannot be used'),
+                          (dict(tokenizer_json=other['tokenizer_json']), 'is damaged'), (dict(vocab_size=299), 'is damaged'), (dict(vocab_size=301), 'is damaged')]:
         with pytest.raises(UserError, match=words):
             Tokenizer(dict(spec, **change))
 
 
 def test_a_spec_goes_through_meta_json(tmp_path):
     spec = train_bpe([TEXT], 300)
-    (tmp_path / 'meta.json').write_text(json.dumps(dict(spec, tokens={'train': 1}, sha256={}, dtype='uint16')), encoding='utf-8')
+    meta = dict(spec, tokens={'train': 1}, sha256={}, dtype='uint16')
+    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     assert read_meta(tmp_path) == spec == named_spec(str(tmp_path))
     assert np.array_equal(Tokenizer(read_meta(tmp_path)).encode_to_numpy(TEXT), Tokenizer(spec).encode_to_numpy(TEXT))

@@ -15,8 +15,8 @@ from engine.tokenizer_files import train_bpe
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
 
-DOCUMENTS = ['The first document, which is the longest one of all. ' * 30, 'A second\n\n one: naïve, 漢字 🙂! <|endoftext|> ' * 20,
-             '', 'and the end, ' * 40]
+DOCUMENTS = ['The first document, which is the longest one of all. ' * 30,
+             'A second\n\n one: naïve, 漢字 🙂! <|endoftext|> ' * 20, '', 'and the end, ' * 40]
 TEXT = ''.join(DOCUMENTS)
 
 
@@ -120,8 +120,8 @@ def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder
 @pytest.mark.parametrize('flags, words', [
     (['--tokenizer=bpe', '--vocab_size=256'], 'vocab_size=256 should be at least 257'),
     (['--tokenizer=bpe', '--vocab_size=20000000'], 'vocab_size=20000000 should be'),
-    (['--tokenizer=data/toy'], 'data/toy has a vocabulary of characters'), (['--tokenizer=words'], "tokenizer='words' is unknown"),
-    (['--tokenizer=documents'], 'documents holds no tokenizer')])
+    (['--tokenizer=data/toy'], 'data/toy has a vocabulary of characters'),
+    (['--tokenizer=words'], "tokenizer='words' is unknown"), (['--tokenizer=documents'], 'documents holds no tokenizer')])
 def test_settings_that_name_no_tokenizer_are_refused(workspace, folder, flags, words):
     refused = prepare(workspace, *flags, code=2).stderr
     assert words in refused and refused.count('\n') == 1 and not (folder / 'data' / 'mine').exists()
