@@ -18,8 +18,8 @@ from engine.generate import KVCache, StaticKVCache, new_caches
 from engine.positions import alibi_bias, rotary_angles, rotate
 from model import NANOGPT_ARGS, GPT, GPTConfig
 
-OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'), ('activation', 'relu2'),
-           ('activation', 'swiglu'), ('qk_norm', True), ('embedding_norm', True), ('n_kv_head', 2), ('tied', False),
+OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'),
+           ('activation', 'relu2'), ('activation', 'swiglu'), ('qk_norm', True), ('embedding_norm', True), ('n_kv_head', 2), ('tied', False),
            ('softcap', 1.0), ('zero_init', True)]
 PAIRS = [dict(pair) for pair in itertools.combinations(OPTIONS, 2) if pair[0][0] != pair[1][0]]
 NANOCHAT = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False,
@@ -278,7 +278,8 @@ def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
     (dict(softcap=float('nan')), 'softcap=nan should be'), (dict(softcap=torch.ones(2)), 'softcap='),
     (dict(n_kv_head=3), 'n_head=4 does not divide over n_kv_head=3; try --n_kv_head=2'),
     (dict(n_kv_head=True), 'n_kv_head=True should be'), (dict(n_inner=2.5), 'n_inner=2.5 should be a whole number'),
-    (dict(rope_theta=0), 'rope_theta=0 should be'), (dict(norm=['rmsnorm']), 'norm='), (dict(position=torch.ones(2)), 'position='),
+    (dict(rope_theta=0), 'rope_theta=0 should be'), (dict(norm=['rmsnorm']), 'norm='),
+    (dict(position=torch.ones(2)), 'position='),
     (dict(position='rotary', n_embd=36), 'gives 9 in each head; try --n_embd=72')])
 def test_an_impossible_option_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
