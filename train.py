@@ -28,6 +28,8 @@ from engine.generate import TextSampler
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
 from engine.run import Progress, Run, TaskScorer
+from engine.tokenizer import GPT2, same_tokens
+from engine.tokenizer_files import pretrained_spec
 from model import GPT, GPTConfig
 
 # input and output
@@ -178,9 +180,11 @@ def build_model(saved, data, overrides):
         shape = {name: globals()[name] for name in SHAPE}
         return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
-    if not saved and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size:
-        raise UserError(f"the tokens of {dataset} are characters, and {init_from} knows GPT-2's; prepare the text with "
-                        f'data/text/prepare.py --tokenizer=gpt2, or train with --init_from=scratch')
+    spec = None if saved else pretrained_spec(init_from)
+    if (spec and not same_tokens(spec, data.tokenizer)
+            or not (saved or spec) and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size):
+        raise UserError(f'the tokens of {dataset} are not those of {init_from}; prepare its text with '
+                        f'data/text/prepare.py --tokenizer={"gpt2" if spec in (None, GPT2) else init_from}')
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
     for name in SHAPE:
