@@ -32,12 +32,16 @@ def export_hf(source, folder):
 def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
     from engine import checkpoint, run_folder
+    from model import NANOGPT_ARGS
     saved, _ = run_folder.load_state(source)
     if 'sharded' in saved:
         raise UserError(f'{source} has a sharded state; resume it once with --checkpoint=gathered, and stop it')
     if saved.get('activation', 'gelu') != 'gelu':
         raise UserError(f'{source} has the activation {saved["activation"]}, and nanoGPT only the exact GELU; '
                         f'its results would differ')
+    beyond = sorted(set(saved['model_args']) - set(NANOGPT_ARGS))
+    if beyond or any('momentum' in group for group in saved.get('optimizer', {}).get('param_groups', ())):
+        raise UserError(f'{source} has {", ".join(beyond) or "the optimizer Muon"}, which nanoGPT does not have')
     folder.mkdir()
     names = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
     checkpoint.write(folder / checkpoint.MODEL, {name: saved[name] for name in names if name in saved})

@@ -25,7 +25,7 @@ from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name,
                             # or a folder of Hugging Face weights, with their tokenizer
 out_dir = 'out'             # where ckpt.pt lies
 # text
@@ -35,6 +35,8 @@ max_new_tokens = 500        # per sample
 temperature = 0.8           # 1 samples as trained, less is safer, 0 takes the likeliest token
 top_k = 200                 # sample among the k likeliest tokens; 0 among all
 top_p = 1.0                 # sample among the likeliest tokens that make up this probability
+min_p = 0.0                 # sample among tokens at least this times as likely as the likeliest; 0 among all
+repetition_penalty = 1.0    # above 1 makes tokens that the text already has less likely
 stop = ''                   # text that ends a sample, such as <|endoftext|>; it is not shown
 max_batch = 64              # samples generated at once; lower it where memory is short
 exact_window = False        # True reads the whole context again per token once it is full: slower
@@ -94,6 +96,8 @@ def main(overrides):
     check(globals(), 'num_samples max_new_tokens max_batch', 1, 10 ** 7)
     check(globals(), 'temperature top_k', 0, below=float('inf'))
     check(globals(), 'top_p', above=0, high=1)
+    check(globals(), 'min_p', 0, high=1)
+    check(globals(), 'repetition_penalty', above=0, below=float('inf'))
     check(globals(), 'seed', 0, 2 ** 63 - 1)
     env = start_environment(device, dtype, compile)
     model, spec = load()
@@ -124,8 +128,9 @@ def main(overrides):
         if is_live:
             print(prompt, end='', flush=True)
         idx = torch.tensor([ids] * count, device=env.device)
-        tokens_of_all = model.stream(idx, max_new_tokens, temperature, top_k, top_p, noise=noise.to(env.device),
-                                     vocab_size=tokenizer.vocab_size, exact_window=exact_window, compile=env.compile)
+        tokens_of_all = model.stream(idx, max_new_tokens, temperature, top_k, top_p, noise=noise.to(env.device), min_p=min_p,
+                                     repetition_penalty=repetition_penalty, vocab_size=tokenizer.vocab_size,
+                                     exact_window=exact_window, compile=env.compile)
         for n, tokens in enumerate(tokens_of_all, 1):
             for text, token in zip(texts, tokens.tolist()):
                 text.add(token, last=n == max_new_tokens)

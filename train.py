@@ -41,8 +41,8 @@ eval_only = False                   # evaluate once, write nothing, and end
 checkpoint = 'gathered'             # gathered: ckpt.pt and state.pt, written by rank 0; sharded: a folder state/, to
                                     # which each rank writes its shards while training goes on
 always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
-init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), gpt2, gpt2-medium,
-                                    # gpt2-large, gpt2-xl, or a folder of Hugging Face weights
+init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), a model of the hub (gpt2, gpt2-medium,
+                                    # gpt2-large, gpt2-xl, OWNER/NAME), or a folder of Hugging Face weights
 overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
@@ -192,6 +192,8 @@ def build_model(saved, data, overrides):
         if overrides.get(name, value) != value:
             print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
     if overrides.get('block_size', model.config.block_size) != model.config.block_size:
+        if block_size > model.config.block_size:
+            print0(f'note: the weights have seen contexts of {model.config.block_size} tokens, and now read {block_size}')
         model.crop_block_size(block_size)
     return model
 

@@ -184,12 +184,3 @@ def read_meta(folder):
         reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
         raise UserError(f'{path} cannot be read: {reason}; prepare the dataset again') from None
     return GPT2
-
-
-def read_digests(folder):
-    """{'train.bin': sha256, 'val.bin': sha256} of meta.json, as far as it has them. See read_meta for its errors."""
-    try:
-        digests = json.loads((folder / 'meta.json').read_text(encoding='utf-8-sig')).get('sha256')
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-    return digests if isinstance(digests, dict) else {}
