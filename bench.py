@@ -19,11 +19,14 @@ import torch
 
 import configurator
 from engine import cpu, device as devices, optim, parallel
+from engine.batch_schedule import BatchSchedule
 from engine.dataloader import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
+from engine.limits import CHOICES
+from engine.run import Progress, Run
 from model import GPT, GPTConfig
-from train import Run, train_step       # the one script that another imports: a copy would drift
+from train import train_step            # the one script that another imports: a copy would drift
 
 # work
 bench = 'train'                         # train, sample or data
@@ -54,7 +57,8 @@ device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                          # auto, float32, bfloat16 or float16
 compile = 'auto'                        # auto (on CUDA), True or False
 recompute = False                       # True recomputes activations in backward
-backend = 'auto'                        # between ranks, under torchrun: auto, nccl or gloo
+strategy = 'ddp'                        # of several ranks, under torchrun: ddp, fsdp or hsdp
+backend = 'auto'                        # between ranks: auto, nccl or gloo
 seed = 1337
 
 
@@ -88,7 +92,9 @@ def print_times(seconds, amount, unit):
 def build(env, vocab_size):
     """The model, and transformers' reference model with its precision, or None and None."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
+    on_meta = not env.is_main and bench == 'train' and parallel.check_strategy(strategy, 'float32', env)    # rank 0 shares its weights
+    with torch.device('meta' if on_meta else env.device):
+        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
     reference = reference_dtype = None
     if compare:
         from engine import hf
@@ -96,7 +102,7 @@ def build(env, vocab_size):
         reference.loss_type = 'ForCausalLM'
         reference_dtype = env.dtype if compare_dtype == 'auto' else devices.choose_dtype(compare_dtype, env.device)[0]
         print0(f'transformers in {reference_dtype}' + (', not compiled' if env.compile else ''))
-    return model.to(env.device), reference, reference_dtype
+    return model, reference, reference_dtype
 
 
 def bench_train(env):
@@ -106,11 +112,11 @@ def bench_train(env):
         data.set_block_size(block_size)
         size = 50304 if data.vocab_size == 50257 else data.vocab_size
     model, reference, reference_dtype = build(env, size)
-    if recompute:
-        model.checkpoint_activations()
     micro_steps = gradient_accumulation_steps
-    run = Run(model, parallel.wrap(model, env).train(), optim.adamw(model, 1e-4, 0.1, (0.9, 0.95)),
-              devices.grad_scaler(env.device, env.dtype), micro_steps, batch_size, 1.0, seed)
+    wrapped_model = parallel.wrap(model, env, strategy, recompute).train()
+    run = Run(model, wrapped_model, optim.adamw(model, 1e-4, 0.1, (0.9, 0.95)),
+              devices.grad_scaler(env.device, env.dtype),
+              BatchSchedule(micro_steps * env.world_size, batch_size, block_size, env.world_size), 1.0, seed, Progress())
     generator = torch.Generator().manual_seed(seed)
 
     def random_batch(seed, stream, first, count):
@@ -124,7 +130,7 @@ def bench_train(env):
 
     def step():
         losses.append(devices.read_async(train_step(run, batches, env)['loss'][None])()[0])
-        run.iter_num += 1
+        run.count_iteration()
 
     functions = {'this project': step}
     if reference:
@@ -151,7 +157,10 @@ def bench_train(env):
     print0('mfu          ' + (f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, the peak' if mfu else 'n/a, as the peak is not known')
            + ' measured here' * (env.device.type == 'cpu'))
     if not reference:
-        print0(f'memory       {devices.peak_memory(env.device) / 2 ** 30:.2f} GiB at the most')
+        weights, moments = (sum(parallel.local_part(tensor).nbytes for tensor in tensors) / 2 ** 30 for tensors in (
+            model.parameters(), (value for moment in run.optimizer.state.values() for value in moment.values())))
+        print0(f'memory       {devices.peak_memory(env.device) / 2 ** 30:.2f} GiB at the most; of this rank: weights {weights:.2f}, '
+               f'gradients {weights:.2f}, moments {moments:.2f}')
     if profile:
         with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
             for _ in range(5):
@@ -209,28 +218,11 @@ def bench_data():
     return dict(mb_per_second=size / seconds)
 
 
-def report_rows(env, out_dir):
-    """[(what, command)] of the table that --report writes."""
-    on_cpu, common = env.device.type == 'cpu', [__file__, f'--device={device}', '--figures=True', '--compile=auto']
-    step = '--batch_size=4 --block_size=256 --warmup_steps=1 --steps=5'.split() if on_cpu else []
-    smaller = ('--eval_iters=20 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 '
-               '--lr_decay_iters=2000 --dropout=0.0').split() if on_cpu else []
-    rows = [(f'training step of GPT-2 124M, {name}', common + step + [f'--dtype={name}'])
-            for name in devices.DTYPES if not (on_cpu and name == 'float16')]         # which takes minutes a step
-    rows += [('the same, eager', common + step + ['--compile=False']),
-             ('the same, eager, activations recomputed', common + step + ['--compile=False', '--recompute=True'])]
-    rows += [(f'generation, 124M, one sequence, {name}', common + ['--bench=sample', '--steps=8', f'--dtype={name}'])
-             for name in devices.DTYPES]
-    return rows + [("encoding with GPT-2's tokens", common + ['--bench=data']),
-                   ('config/train_shakespeare_char.py to its end', [str(configurator.ROOT / 'train.py'), 'train_shakespeare_char',
-                    f'--device={device}', f'--out_dir={out_dir}', '--sample_tokens=0', *smaller])]
-
-
 def main(overrides):
     configurator.check_range(globals(), 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens',
                              1, 2 ** 20)
     for name, known in (('bench', ('train', 'sample', 'data')), ('compare', ('', 'transformers')),
-                        ('compare_dtype', ('auto', *devices.DTYPES))):
+                        ('compare_dtype', ('auto', *devices.DTYPES)), ('strategy', CHOICES['strategy'])):
         if globals()[name] not in known:
             raise UserError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
     env = start(device, dtype, compile, backend)
@@ -245,7 +237,8 @@ def main(overrides):
     if report:
         from engine import report as reports
         with tempfile.TemporaryDirectory() as folder:
-            reports.write(report, f'Benchmarks on {env.summary}', report_rows(env, f'{folder}/run'), print0)
+            rows = reports.rows(configurator.ROOT, device, env.device.type == 'cpu', f'{folder}/run')
+            reports.write(report, f'Benchmarks on {env.summary}', rows, print0)
         print0(f'wrote {report}')
         return
     results = (bench_train(env) if bench == 'train' else

@@ -6,7 +6,6 @@ trailing comment are read from the source, so `--help` always agrees with the sc
 
 import ast
 import difflib
-import math
 import os
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from console import describe, print0
 from engine.errors import UserError
+from engine.limits import check_range, shorten      # scripts call configurator.check_range
 
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
@@ -66,20 +66,6 @@ def convert(name, setting, value):
     if type(value) is not expected and not (is_constant and str(value) in setting.comment):
         raise UserError(f'{name}={shorten(value)} should be {TYPE_NAMES[expected]}, such as the default {setting.default!r}')
     return value
-
-
-def check_range(namespace, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """UserError unless low <= value <= high and above < value < below, for each of the settings `names`."""
-    for name in names.split():
-        if not (low <= namespace[name] <= high and above < namespace[name] < below):
-            limits = [(low, 'at least'), (high, 'at most'), (above, 'above'), (below, 'below')]
-            words = ' and '.join(f'{word} {limit:,}' for limit, word in limits if math.isfinite(limit))
-            raise UserError(f'{name}={shorten(namespace[name])} should be {words}')
-
-
-def shorten(value):
-    text = repr(value)
-    return text if len(text) < 100 else text[:97] + '...'
 
 
 def parse(setting, text):
@@ -192,9 +178,9 @@ def restore_settings(namespace, saved, overrides, keep):
     """Put the settings of a saved run into a script's globals, but for those in `overrides` and `keep`.
 
     saved: {name: value}, perhaps of nanoGPT: unknown names and unusable values are skipped. Returns
-    'name old -> new' for each override that differs from the saved value.
+    {name: (saved value, override)} of the overrides that differ.
     """
-    settings, differences = read_settings(namespace['__file__']), []
+    settings, differences = read_settings(namespace['__file__']), {}
     for name, value in saved.items():
         if name in settings and name not in keep:
             with suppress(UserError):
@@ -202,7 +188,7 @@ def restore_settings(namespace, saved, overrides, keep):
                 if name not in overrides:
                     namespace[name] = value
                 elif overrides[name] != value:
-                    differences.append(f'{name} {value!r} -> {overrides[name]!r}')
+                    differences[name] = value, overrides[name]
     return differences
 
 

@@ -24,8 +24,8 @@ def print0(line='', end='\n', file=None):
 
 @contextmanager
 def status(text):
-    """Show `text` on a terminal while the block runs, and remove it afterwards."""
-    show = IS_MAIN and sys.stderr.isatty()
+    """Show `text` on a terminal while the block runs, and remove it afterwards. '' shows nothing."""
+    show = text and IS_MAIN and sys.stderr.isatty()
     try:
         if show:
             print0(text, end='\r', file=sys.stderr)
@@ -35,10 +35,11 @@ def status(text):
             print0(' ' * len(text), end='\r', file=sys.stderr)
 
 
-def progress_bar(text, items, total):
-    """The `total` items, with a bar on a terminal once they take two seconds, which disappears at the end."""
+def progress_bar(text, items, total, at_once=False):
+    """The `total` items, with a bar on a terminal once they take two seconds, which disappears at the end.
+    at_once: show it before the first item is done, which may take long."""
     from tqdm import tqdm
-    return tqdm(items, text, total, delay=2, leave=False, disable=None if IS_MAIN else True)
+    return tqdm(items, text, total, delay=0 if at_once else 2, leave=False, disable=None if IS_MAIN else True)
 
 
 def open_standard_streams():

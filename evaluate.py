@@ -17,17 +17,16 @@ from pathlib import Path
 from console import print0, progress_bar, report_errors         # before torch: see console.py
 
 import configurator
-from engine import checkpoint, evals
-from engine.dataloader import dataset_tokenizer
+from engine import evals, run_folder
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import RunError, UserError
 from engine.files import atomic_write
-from engine.tokenizer import GPT2, Tokenizer, check_spec
+from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-                            # or a folder of Hugging Face weights
+init_from = 'resume'        # resume (out_dir's ckpt.pt), or Hugging Face weights: gpt2, another name, or a folder
 out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written
 # tasks
 tasks = 'hellaswag,lambada,wikitext2'       # names of files in data, without .jsonl or .txt; core for the CORE bundle
@@ -42,17 +41,11 @@ rank_timeout = 600          # seconds that ranks wait for a lost one before they
 
 
 def load_model():
-    """(model, tokenizer's spec, iteration): of out_dir's checkpoint, or GPT-2's weights with no iteration."""
+    """(model, its tokenizer's spec, iteration): of out_dir's checkpoint, or of pretrained weights, with no iteration."""
     if init_from != 'resume':
-        return GPT.from_pretrained(init_from), GPT2, None
-    saved = checkpoint.load_newest_model(out_dir)
-    # nanoGPT's files have no tokenizer, but they name the dataset.
-    spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
-    try:
-        check_spec(spec)
-    except UserError as error:
-        raise UserError(f'{saved["path"]}: {error}') from None
-    return GPT.from_checkpoint(saved), spec, saved['iter_num']
+        return GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2, None
+    saved = run_folder.load_newest_model(out_dir)
+    return GPT.from_checkpoint(saved), checkpoint_spec(saved), saved['iter_num']
 
 
 def format_table(results):

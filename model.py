@@ -1,9 +1,9 @@
-"""GPT-2: configuration, layers, forward pass, loading and saving of weights.
+"""GPT-2 and its successors: configuration, layers, forward pass, loading and saving of weights.
 
 Parameter names and shapes are nanoGPT's (`transformer.wte.weight`,
 `transformer.h.0.attn.c_attn.weight`, ...), so checkpoints load in both projects.
 
-Shapes: B sequences, T positions, C channels, H heads, D = C / H, V vocabulary.
+Shapes: B sequences, T positions, C channels, H heads, D = C / H, G heads of keys and values, V vocabulary.
 Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017 (tied embedding, arXiv:1608.05859).
 """
 
@@ -16,7 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from engine.checks import check_config, check_weights
 from engine.errors import UserError
+from engine.positions import alibi_bias, rotary_angles, rotate
 
 
 NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
@@ -32,59 +34,81 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True           # in Linears and LayerNorms
-    activation: str = 'gelu'    # 'gelu' is exact, as in nanoGPT; 'gelu_tanh' is the approximation in OpenAI's weights
+    activation: str = 'gelu'    # 'gelu' is exact, as in nanoGPT; 'gelu_tanh' is the approximation in OpenAI's weights;
+                                # 'relu2' (arXiv:2109.08668); 'swiglu' (arXiv:2002.05202)
+    # GPT-2 has none of the following
+    position: str = 'learned'   # 'learned' embeddings; 'rotary' (arXiv:2104.09864); 'alibi' (arXiv:2108.12409)
+    rope_theta: float = 1e4     # rotary: the slowest channels turn once in about 2 pi rope_theta positions
+    norm: str = 'layernorm'     # 'rmsnorm' has no parameters (arXiv:1910.07467), 'rmsnorm_gain' scales each channel
+    norm_eps: float = 1e-5      # keeps a norm of zeros finite
+    qk_norm: bool = False       # normalizes queries and keys in each head (arXiv:2010.04245)
+    embedding_norm: bool = False    # normalizes what the first block reads
+    n_kv_head: int = 0          # heads of keys and values, each for n_head / n_kv_head queries (arXiv:2305.13245); 0: n_head
+    n_inner: int = 0            # width of the MLP; 0: 4 n_embd, with 'swiglu' 8/3 n_embd, which has as many parameters
+    tied: bool = True           # the embedding is also the head
+    softcap: float = 0.0        # squeezes logits into (-softcap, softcap) by a tanh (arXiv:2408.00118); 0: never
+    zero_init: bool = False     # each block starts as the identity, an untied head with equal probabilities
 
     def __post_init__(self):
-        limits = dict(block_size=2 ** 24, vocab_size=2 ** 24, n_layer=1000, n_head=2 ** 17, n_embd=2 ** 17)
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise UserError(f'{name}={value!r} should be a whole number from 1 to {limit:,}')
-        if self.n_embd % self.n_head:
-            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise UserError(f'n_embd={self.n_embd} does not divide over n_head={self.n_head}; try --n_embd={nearest}')
-        if not 0 <= self.dropout < 1:
-            raise UserError(f'dropout={self.dropout} should be at least 0 and below 1')
-        if self.activation not in ('gelu', 'gelu_tanh'):
-            raise UserError(f"activation={self.activation!r} should be 'gelu' or 'gelu_tanh'")
+        check_config(self)
+
+    head_size = property(lambda self: self.n_embd // self.n_head)
+    kv_heads = property(lambda self: self.n_kv_head or self.n_head)
+    gated = property(lambda self: self.activation == 'swiglu')
+    mlp_width = property(lambda self: self.n_inner or (-(-8 * self.n_embd // 192) * 64 if self.gated else 4 * self.n_embd))
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads."""
+    """Causal self-attention with H heads of queries, and G of keys and values."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.heads, self.dropout = [config.n_head, config.kv_heads, config.kv_heads], config.dropout
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
+        self.q_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
         self.c_proj = residual_projection(config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, kv_cache=None):                        # (B, T, C)
+    def forward(self, x, kv_cache=None, rotation=None, bias=None):      # (B, T, C)
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, H, T, D)
+        q, k, v = self.c_attn(x).view(B, T, sum(self.heads), -1).split(self.heads, dim=2)   # each (B, T, H or G, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if kv_cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                               dropout_p=self.dropout if self.training else 0.0)
+            y = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), is_causal=bias is None,
+                                               dropout_p=self.dropout if self.training else 0.0,
+                                               enable_gqa=self.heads[0] > self.heads[1])
         else:
-            y = kv_cache.attend(q, k, v)                        # over the cached positions too
+            y = kv_cache.attend(q, k, v, bias)                  # over the cached positions too
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two Linears, four times as wide between them. engine.cpu may replace forward, for the same result."""
+    """Two Linears, wider between them. engine.cpu may replace forward, for the same result."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate='tanh' if config.activation == 'gelu_tanh' else 'none')
-        self.c_proj = residual_projection(4 * config.n_embd, config)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (2 if config.gated else 1), bias=config.bias)
+        self.activation = dict(gelu=nn.GELU(), gelu_tanh=nn.GELU('tanh'), relu2=relu2, swiglu=swiglu)[config.activation]
+        self.c_proj = residual_projection(config.mlp_width, config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):                                       # (B, T, C)
-        h = self.gelu(self.c_fc(x))                             # (B, T, 4C)
+        h = self.activation(self.c_fc(x))                       # (B, T, 4C)
         return self.dropout(self.c_proj(h))
+
+
+def relu2(x):
+    return F.relu(x).square()
+
+
+def swiglu(x):                                                  # (..., 2 F)
+    gate, value = x.chunk(2, dim=-1)                            # each (..., F)
+    return F.silu(gate) * value
 
 
 class Block(nn.Module):
@@ -92,21 +116,27 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = build_norm(config.n_embd, config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = build_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv_cache=None):                        # (B, T, C)
-        x = x + self.attn(self.ln_1(x), kv_cache)
+    def forward(self, x, kv_cache=None, rotation=None, bias=None):      # (B, T, C)
+        x = x + self.attn(self.ln_1(x), kv_cache, rotation, bias)
         return x + self.mlp(self.ln_2(x))
+
+
+def build_norm(size, config):
+    if config.norm == 'layernorm':
+        return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(size, config.norm_eps, elementwise_affine=config.norm == 'rmsnorm_gain')
 
 
 def residual_projection(n_in, config):
     """A Linear whose output is added to the residual stream. Its initial weights are scaled by
     1/sqrt(2 n_layer), so that the variance of the stream does not grow with depth (GPT-2, 2.3)."""
     layer = nn.Linear(n_in, config.n_embd, bias=config.bias)
-    layer.init_std = 0.02 / math.sqrt(2 * config.n_layer)
+    layer.init_std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
     return layer
 
 
@@ -117,13 +147,17 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == 'learned' else None,
+            ln_e=build_norm(config.n_embd, config) if config.embedding_norm else None,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=build_norm(config.n_embd, config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight       # tied: one matrix with two names
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight   # one matrix with two names
+        elif config.zero_init:
+            self.lm_head.init_std = 0.0
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(layer.weight, std=getattr(layer, 'init_std', 0.02))
@@ -154,14 +188,25 @@ class GPT(nn.Module):
             if end > self.config.block_size:
                 raise UserError(f'{end} tokens do not fit block_size={self.config.block_size}')
             positions = torch.arange(start, end, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        x, rotation, bias = self.transformer.wte(idx), None, None       # (B, T, C)
+        if self.config.position == 'learned':
+            x = x + self.transformer.wpe(positions)
+        elif self.config.position == 'rotary':
+            rotation = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        else:
+            n_keys = kv_caches[0].n_keys(idx.size(1)) if kv_caches else idx.size(1)
+            bias = alibi_bias(positions, n_keys, self.config.n_head)
+        if self.config.embedding_norm:
+            x = self.transformer.ln_e(x)
+        x = self.transformer.drop(x)
         for block, kv_cache in zip(self.transformer.h, kv_caches or [None] * self.config.n_layer):
-            x = block(x, kv_cache)
+            x = block(x, kv_cache, rotation, bias)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
         """(..., V) from the output of hidden, (..., C)."""
-        return self.lm_head(x)
+        logits, softcap = self.lm_head(x), self.config.softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def loss_fn(self, x, targets):
         """(logits, mean cross-entropy in nats) of hidden's x (B, T, C). engine.chunked_loss replaces
@@ -191,8 +236,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):
-        """GPT-2 from Hugging Face: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
-        saved by transformers. override_args: {'dropout': p} only, as the weights set the rest."""
+        """Weights from Hugging Face: the name of a model on the hub, or a folder saved by transformers, of a
+        kind that engine.hf knows. override_args: {'dropout': p} only, as the weights set the rest."""
         from engine import hf                                   # transformers takes seconds to import
         refused = set(override_args or {}) - {'dropout'}
         if refused:
@@ -205,10 +250,12 @@ class GPT(nn.Module):
         """The model of a checkpoint: a run's folder, or what engine.checkpoint.load_model returned.
         float32, in memory of its own. UserError where the weights do not fit the configuration."""
         if not isinstance(saved, dict):
-            from engine.checkpoint import load_model
-            saved = load_model(saved)
+            from engine.run_folder import load_newest_model
+            saved = load_newest_model(saved)
         try:
             config = GPTConfig(**{'activation': saved.get('activation') or 'gelu', **saved['model_args'], 'dropout': dropout})
+            if 'model' not in saved:                            # engine.sharded_checkpoint reads the weights later
+                return cls(config)
             # A copy, as the file that the tensors are mapped from may be replaced.
             weights = {name: value.to(torch.float32, copy=True).contiguous() for name, value in saved['model'].items()}
             return cls.from_weights(config, weights)
@@ -220,38 +267,32 @@ class GPT(nn.Module):
         GPTConfig. So a field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
-        model_args.pop('activation', None)
+        if self.config.activation.startswith('gelu'):           # either is near enough to nanoGPT's
+            model_args.pop('activation', None)
         return dict(activation=self.config.activation, model_args=model_args, model=self.state_dict())
 
     @classmethod
     def from_weights(cls, config, weights):
         """A GPT that takes over `weights`, {name: tensor}, without initializing others first.
         UserError where a name or shape is missing, unknown or different."""
-        layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
-        if len(layers) != config.n_layer:
-            raise UserError(f'the weights have {len(layers)} layers, the settings {config.n_layer}')
         with torch.device('meta'):
             model = cls(config)
-        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in weights.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise UserError(f'weight {name}: {found.get(name, "missing")} in the file, '
-                                f'{expected.get(name, "no such name")} in the model')
-        if not torch.equal(weights['lm_head.weight'], weights['transformer.wte.weight']):
-            raise UserError('lm_head.weight differs from transformer.wte.weight, and here they are tied')
+        check_weights(model, weights)
         model.load_state_dict(weights, assign=True)
-        model.lm_head.weight = model.transformer.wte.weight
+        if config.tied:
+            model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True)
 
     def crop_block_size(self, block_size):
-        """Shorten the context by dropping position embeddings."""
-        if block_size > self.config.block_size:
-            raise UserError(f'block_size={block_size} is over the {self.config.block_size} that the weights were '
-                            f'trained with; try --block_size={self.config.block_size}')
+        """Shorten the context by dropping position embeddings. Rotary positions and ALiBi have none, and may
+        also read more than they were trained with: ALiBi is made for it, rotary positions get worse."""
+        if self.config.position == 'learned':
+            if block_size > self.config.block_size:
+                raise UserError(f'block_size={block_size} is over the {self.config.block_size} that the weights were '
+                                f'trained with; try --block_size={self.config.block_size}')
+            self.transformer.wpe = nn.Embedding.from_pretrained(
+                self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False)
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False)
 
     # Training
 
@@ -261,22 +302,20 @@ class GPT(nn.Module):
         return optim.adamw(self, learning_rate, weight_decay, betas)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters, the tied matrix once; without the position embeddings by default."""
-        count = sum(p.numel() for p in self.parameters())
-        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+        """Number of parameters, the tied matrix once; without learned position embeddings by default."""
+        position_embeddings = self.config.block_size * self.config.n_embd * (self.config.position == 'learned')
+        return sum(p.numel() for p in self.parameters()) - position_embeddings * non_embedding
 
     def flops_per_token(self):
         """Floating point operations of the forward and backward pass, per token of a full block.
         Source: Chowdhery et al. 2022, appendix B (arXiv:2204.02311)."""
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        lookups = 0 if c.tied else c.vocab_size * c.n_embd      # an embedding that is not also the head multiplies nothing
+        return 6 * (self.get_num_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, n_sequences, seconds, peak_flops):
-        """Share of the device's peak that the model's own arithmetic uses (model FLOPs utilization).
-
-        n_sequences, seconds: of one iteration. peak_flops: operations per second of this device
-        and precision, or None, which gives None.
-        """
+        """Share of the device's peak that the model's own arithmetic uses (model FLOPs utilization). n_sequences,
+        seconds: of one iteration. peak_flops: operations per second of this device and precision; None gives None."""
         if peak_flops is None:
             return None
         return self.flops_per_token() * self.config.block_size * n_sequences / seconds / peak_flops

@@ -1,4 +1,4 @@
-"""Draw the losses of one or several runs against iterations, tokens and time.
+"""Draw the losses of one or several runs against iterations, tokens and time, and their scores of tasks below.
 
     python plot.py out-shakespeare-char
     python plot.py out-a out-b --picture=compare.png --smooth=0.9
@@ -16,6 +16,16 @@ picture = ''        # file to write; '' is loss.png in the first run's folder
 smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws it as it is
 
 
+# What GPT-2 124M reaches, as docs/evaluation.md has it
+GPT2_SCORES = dict(hellaswag_acc=0.2892, hellaswag_acc_norm=0.3114, hellaswag_raw_acc=0.2859, hellaswag_raw_acc_tok=0.2955,
+                   lambada_acc=0.3256, lambada_perplexity=40.06, wikitext2_word_perplexity=37.37, core_centered=0.1139)
+
+
+def find_scores(runs):
+    """The names of the published scores that any run has."""
+    return [name for name in GPT2_SCORES if any(is_number(r.get(name)) for records in runs.values() for r in records)]
+
+
 def smoothed(values, share):
     """Exponential moving average of `values`, corrected for its start as Adam's is (arXiv:1412.6980)."""
     average, result = 0.0, []
@@ -30,22 +40,34 @@ def draw(runs, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout='constrained')
+    scores = find_scores(runs)
+    rows = 1 + len(scores)
+    figure, panels = plt.subplots(rows, 3, figsize=(14, 4.5 * rows), sharey='row', layout='constrained', squeeze=False)
     for color, (name, records) in enumerate(runs.items()):
         tokens = {r['iter']: r['tokens'] for r in records if is_number(r.get('tokens'))}
         per_iter = min((count / (i + 1) for i, count in tokens.items()), default=None)
         records = [{**r, 'tokens': per_iter and r['iter'] * per_iter} for r in records]
-        for axes, x, unit in zip(panels, ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
-            for y, split, style in (('loss', 'train', dict(lw=0.8, alpha=0.5)), ('val_loss', 'val', dict(marker='o', ms=3))):
+        for column, x, unit in zip(panels.T, ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
+            dots = dict(marker='o', ms=3)
+            curves = [(column[0], 'loss', 'train', dict(lw=0.8, alpha=0.5)), (column[0], 'val_loss', 'val', dots)]
+            curves += [(axes, score, '', dots) for axes, score in zip(column[1:], scores)]
+            for axes, y, split, style in curves:
                 points = [(r[x] / unit, r[y]) for r in records if is_number(r.get(x)) and is_number(r.get(y))]
                 if points:
                     xs, ys = zip(*points)
-                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}', label=f'{name} {split}', **style)
-    for axes, label in zip(panels, ('iterations', 'million tokens', 'minutes')):
+                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}',
+                              label=f'{name} {split}'.strip(), **style)
+    for axes, label in zip(panels[-1], ('iterations', 'million tokens', 'minutes')):
         axes.set(xlabel=label)
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel='loss, nats per token')
-    panels[0].legend()
+    for row, score in zip(panels[1:], scores):
+        row[0].set(ylabel=score)
+        for axes in row:
+            axes.axhline(GPT2_SCORES[score], color='gray', ls='--', label='GPT-2 124M, published')
+    panels[0, 0].set(ylabel='loss, nats per token')
+    for row in panels:
+        row[0].legend()
     figure.savefig(path, dpi=100)
 
 

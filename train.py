@@ -11,19 +11,25 @@ import math
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict
+from itertools import islice
 
 from console import print0, progress_bar, report_errors, status     # before torch: see console.py
 import torch
 
 import configurator
-from engine import checkpoint, optim, parallel
+from engine import optim, parallel, run_folder, sharded_checkpoint
+from engine.batch_schedule import BatchSchedule
 from engine.dataloader import eval_batches, open_dataset, train_batches
 from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
-from engine.errors import RunError, UserError
+from engine.errors import UserError
 from engine.generate import TextSampler
+from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
+from engine.run import Progress, Run, TaskScorer
+from engine.tokenizer import GPT2, same_tokens
+from engine.tokenizer_files import pretrained_spec
 from model import GPT, GPTConfig
 
 # input and output
@@ -32,12 +38,18 @@ eval_interval = 2000                # iterations between evaluations; each one s
 log_interval = 1                    # iterations between log lines
 eval_iters = 200                    # batches of batch_size per split and evaluation
 eval_only = False                   # evaluate once, write nothing, and end
+checkpoint = 'gathered'             # gathered: ckpt.pt and state.pt, written by rank 0; sharded: a folder state/, to
+                                    # which each rank writes its shards while training goes on
 always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
-init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), gpt2, gpt2-medium,
-                                    # gpt2-large, gpt2-xl, or a folder of Hugging Face weights
+init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), a model of the hub (gpt2, gpt2-medium,
+                                    # gpt2-large, gpt2-xl, OWNER/NAME), or a folder of Hugging Face weights
 overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
+eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
+eval_tasks_interval = 0             # iterations between such scores; 0 has them at every evaluation
+eval_tasks_limit = 0                # first examples of each task, 0 for all; 1000 tell 0.29 from 0.33
+eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
 # wandb
 wandb_log = False                   # True sends the metrics to wandb as well
 wandb_project = 'owt'
@@ -45,17 +57,34 @@ wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'             # a folder of data/ that its prepare.py has filled
 accept_dataset_change = False       # True resumes on a dataset that is not the one the run began with
+sampling = 'windows'                # windows, spread evenly over the text; epoch: each window once, then again cut elsewhere
+documents = 'any'                   # any: a sequence starts anywhere; whole: at the start of a document
 gradient_accumulation_steps = 40    # micro-batches per iteration, over all ranks together
 batch_size = 12                     # sequences per micro-batch, at most; lower it where memory is short
 block_size = 1024                   # tokens of context
-# model
+batch_ramp_start = 0                # tokens of the first batch, which then grows to the full one; 0 is no ramp
+batch_ramp_tokens = 0               # tokens of training over which it grows; lr_decay_iters then counts full batches
+# model; what loaded weights have is kept
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0                       # 0 for pretraining; 0.1 or more for finetuning and small data
 bias = False                        # biases in Linears and LayerNorms; GPT-2 has them
-# optimizer: AdamW
+# model beyond GPT-2; model.py explains each
+activation = 'gelu'                 # gelu, gelu_tanh, relu2 or swiglu
+position = 'learned'                # learned, rotary or alibi
+norm = 'layernorm'                  # layernorm, rmsnorm (without parameters) or rmsnorm_gain
+qk_norm = False                     # normalize queries and keys
+embedding_norm = False              # normalize what the first block reads
+n_kv_head = 0                       # heads of keys and values; 0: n_head
+n_inner = 0                         # width of the MLP; 0: 4 n_embd, or 8/3 n_embd with swiglu
+tied = True                         # the embedding is also the head
+softcap = 0.0                       # logits stay within (-softcap, softcap); 0: no limit
+zero_init = False                   # start with residual projections, and an untied head, of zeros
+# optimizer
+optimizer = 'adamw'                 # adamw; or muon for the matrices of the blocks, and AdamW for the rest
 learning_rate = 6e-4                # the highest, after warm-up
+muon_lr = 0.02                      # the highest of the matrices, with muon
 max_iters = 600000                  # optimizer steps in all
 weight_decay = 0.1                  # on matrices and embeddings only
 beta1 = 0.9
@@ -69,6 +98,9 @@ lr_decay_iters = 600000             # where the rate reaches min_lr; about max_i
 cooldown_iters = 100000             # iterations of the fall, with wsd; about a sixth of lr_decay_iters
 min_lr = 6e-5                       # about a tenth of learning_rate
 # machine
+strategy = 'ddp'                    # of several ranks: ddp (each has the whole model), fsdp (each has a shard of
+                                    # it), hsdp (shards within a machine, copies across machines)
+reduce_dtype = 'float32'            # of gradients between ranks; bfloat16 halves the traffic
 backend = 'auto'                    # between ranks: auto, nccl (GPUs) or gloo (CPUs)
 device = 'auto'                     # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                      # auto, float32, bfloat16 or float16 (with loss scaling)
@@ -77,36 +109,16 @@ recompute = False                   # True recomputes activations in backward: l
 seed = 1337                         # of the initial weights, the batches and dropout
 rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
 
-# settings of the machine and of this command, which a resumed run does not take from its saved ones
-THIS_COMMAND = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
+# settings of the machine and of this command: a resumed run takes all others from its saved ones
+NOT_RESTORED = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
                 'rank_timeout', 'wandb_log', 'accept_dataset_change')
-
-
-def check_settings(combinations=True):
-    """UserError for an impossible value. combinations: also for values that do not fit each other."""
-    settings, check = globals(), configurator.check_range
-    check(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
-    check(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
-    check(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens', 0, 10 ** 9)
-    check(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
-    check(settings, 'learning_rate', above=0, below=math.inf)
-    check(settings, 'beta1 beta2 dropout', 0, below=1)
-    check(settings, 'seed', 0, 2 ** 63 - 1)
-    check(settings, 'rank_timeout', 1, 10 ** 7)
-    if not out_dir.strip() or '\0' in out_dir:
-        raise UserError(f'out_dir={out_dir!r} should be the name of a folder')
-    if lr_schedule not in ('cosine', 'linear', 'wsd'):
-        raise UserError(f"lr_schedule={lr_schedule!r} is unknown; try 'cosine', 'linear' or 'wsd'")
-    if combinations and decay_lr and warmup_iters >= lr_decay_iters:
-        raise UserError(f'warmup_iters={warmup_iters} leaves nothing of lr_decay_iters={lr_decay_iters}; try '
-                        f'--decay_lr=False, or --warmup_iters={max_iters // 10} --lr_decay_iters={max_iters}')
-    if combinations and decay_lr and min_lr > learning_rate:
-        raise UserError(f'min_lr={min_lr} is above learning_rate={learning_rate}; try --min_lr={learning_rate / 10:g}')
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'activation', 'position', 'norm', 'qk_norm', 'embedding_norm', 'n_kv_head',
+         'n_inner', 'tied', 'softcap', 'zero_init')         # fields of GPTConfig, which loaded weights decide
 
 
 def get_lr(iteration):
-    """Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from
-    the rise on, or a line over the last cooldown_iters (arXiv:2404.06395)."""
+    """Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from the rise on, or
+    a line over the last cooldown_iters (arXiv:2404.06395). iteration: with a batch ramp, in full batches."""
     if not decay_lr:
         return learning_rate
     if iteration < warmup_iters:
@@ -115,50 +127,6 @@ def get_lr(iteration):
     progress = min(1.0, max(0.0, (iteration - start) / (lr_decay_iters - start)))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if lr_schedule == 'cosine' else 1 - progress
     return min_lr + (learning_rate - min_lr) * share
-
-
-@dataclass
-class Run:
-    """What is trained, and how far it is."""
-    model: GPT                          # the plain module, for saving and sampling
-    wrapped_model: torch.nn.Module      # the same after torch.compile and DDP; train_step calls it
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    micro_steps: int                    # micro-batches of this rank per iteration
-    micro_batch_size: int               # sequences in each
-    grad_clip: float
-    seed: int
-    iter_num: int = 0
-    best_val_loss: float = math.inf
-    best_iter: int = 0                  # iteration of that evaluation
-    last_eval: int | None = None        # iteration of the last evaluation
-    description: dict | None = None     # what checkpoints say of the run: settings, tokenizer, dataset
-    writer: MetricsWriter | None = None
-
-    def evaluation_is_due(self):
-        return self.last_eval != self.iter_num and (self.iter_num % eval_interval == 0 or self.iter_num >= max_iters)
-
-    def record_losses(self, losses):
-        """Record an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
-        if not math.isfinite(losses['val']):
-            raise RunError(f'step {self.iter_num}: val loss {losses["val"]}; {out_dir} keeps what was saved before')
-        improved, self.last_eval = losses['val'] < self.best_val_loss, self.iter_num
-        if improved:
-            self.best_val_loss, self.best_iter = losses['val'], self.iter_num
-        if self.writer:
-            self.writer.write(self.iter_num, train_loss=losses['train'], val_loss=losses['val'])
-        return improved
-
-    def save(self, env, model_too=False):
-        """Write state.pt, and with model_too ckpt.pt. Every rank calls it, rank 0 writes."""
-        if env.is_main:
-            progress = dict(iter_num=self.iter_num, best_val_loss=self.best_val_loss, best_iter=self.best_iter,
-                            last_eval=self.last_eval, wandb_id=self.writer.wandb_id, **self.description)
-            with status('saving'):
-                if model_too:
-                    checkpoint.save_model(out_dir, self.model.to_checkpoint(), **progress)
-                checkpoint.save_state(out_dir, self.model.to_checkpoint(), **progress,
-                                      **optim.state_dict(self.optimizer, self.scaler))
 
 
 def train_step(run, batches, env):
@@ -171,7 +139,7 @@ def train_step(run, batches, env):
     for micro_step in range(run.micro_steps):
         x, y = next(batches)                            # each (B, T)
         if run.model.config.dropout:
-            torch.manual_seed(derive_seed(run.seed, 'dropout', run.iter_num, env.rank * run.micro_steps + micro_step))
+            torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, env.rank * run.micro_steps + micro_step))
         with parallel.sync_gradients(run.wrapped_model, enabled=micro_step == run.micro_steps - 1):
             with env.autocast():
                 loss = run.wrapped_model(x, y)[1]
@@ -187,14 +155,16 @@ def estimate_loss(run, data, env):
     """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared over the
     ranks. None if a signal reached any rank. The model is left in evaluation mode."""
     run.wrapped_model.eval()
-    losses = {}
+    losses, mine = {}, len(range(env.rank, eval_iters, env.world_size))
     for split in ('train', 'val'):
         total = torch.zeros((), device=env.device)
         batches = eval_batches(data, split, eval_iters, batch_size, env)
-        for batch in progress_bar(f'evaluating on {split}', batches, -(-eval_iters // env.world_size)):
-            if batch:
-                with env.autocast():
-                    total += run.wrapped_model(*batch)[1]
+        show = progress_bar(f'evaluating on {split}', batches, -(-eval_iters // env.world_size), at_once=env.compile)
+        for i, batch in enumerate(show):
+            with env.autocast():
+                loss = run.wrapped_model(*batch)[1]
+            if i < mine:                                # each rank has as many batches, and the last may count on one only
+                total += loss
             if env.stop_signal():
                 return None
         losses[split] = env.all_reduce(total).item() / eval_iters
@@ -207,15 +177,23 @@ def build_model(saved, data, overrides):
         # GPT-2's 50257 tokens are padded to 50304, which multiplies faster; 65 characters are 65.
         vocab_size = 50304 if data.vocab_size == 50257 else data.vocab_size
         torch.manual_seed(seed)
-        return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+        shape = {name: globals()[name] for name in SHAPE}
+        return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
+    spec = None if saved else pretrained_spec(init_from)
+    if (spec and not same_tokens(spec, data.tokenizer)
+            or not (saved or spec) and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size):
+        raise UserError(f'the tokens of {dataset} are not those of {init_from}; prepare its text with '
+                        f'data/text/prepare.py --tokenizer={"gpt2" if spec in (None, GPT2) else init_from}')
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
-    for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
+    for name in SHAPE:
         value = getattr(model.config, name)
         if overrides.get(name, value) != value:
             print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
     if overrides.get('block_size', model.config.block_size) != model.config.block_size:
+        if block_size > model.config.block_size:
+            print0(f'note: the weights have seen contexts of {model.config.block_size} tokens, and now read {block_size}')
         model.crop_block_size(block_size)
     return model
 
@@ -223,106 +201,136 @@ def build_model(saved, data, overrides):
 def start_run(saved, data, overrides, env):
     """The Run: its model on the device and over the ranks, its optimizer, and where it goes on."""
     with env.raise_on_all_ranks():
-        micro_steps, micro_batch_size = parallel.split_batch(gradient_accumulation_steps, batch_size, env.world_size)
+        sharded = parallel.check_strategy(strategy, reduce_dtype, env, optimizer)
+        # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
+        model = None if sharded and not env.is_main else build_model(saved, data, overrides)
+    shape = model.config if model else None
+    if sharded:
+        shape = env.all_gather(shape)[0]
+        with torch.device('meta'):
+            model = model or GPT(shape)
+    with env.raise_on_all_ranks():
+        batch_schedule = BatchSchedule(gradient_accumulation_steps, batch_size, shape.block_size, env.world_size,
+                                       batch_ramp_start, batch_ramp_tokens)
         scaler = grad_scaler(env.device, env.dtype)
-        model = build_model(saved, data, overrides)
-        data.set_block_size(model.config.block_size)
+        data.set_block_size(shape.block_size)
         if saved:
             data.check_same(saved, accept_dataset_change)
-    config, progress = configurator.snapshot(globals()), saved or dict(iter_num=0, best_val_loss=math.inf)
-    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress['iter_num']})
-    wrapped_model = parallel.wrap(model, env, recompute).train()
-    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
-    optim.load_state_dict(optimizer, scaler, progress)
-    run = Run(model, wrapped_model, optimizer, scaler, micro_steps, micro_batch_size, grad_clip, seed,
-              progress['iter_num'], progress['best_val_loss'], progress.get('best_iter') or 0, progress.get('last_eval'),
+    config, progress = configurator.snapshot(globals()), Progress.of(saved, batch_schedule.full, shape.block_size)
+    config.update({name: value for name, value in asdict(shape).items() if name in config})     # as the weights have it
+    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
+    wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
+    built = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+    if saved and 'sharded' in saved:
+        saved = sharded_checkpoint.load(saved, model, built)
+    optim.load_state_dict(built, scaler, saved or {})
+    run = Run(model, wrapped_model, built, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
               dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint))
+    if checkpoint == 'sharded' and not eval_only:
+        run.saver = sharded_checkpoint.ShardedSaver(out_dir, env, rank_timeout)
     if env.is_main and not eval_only:
-        checkpoint.clean_out_dir(out_dir, saved)
+        run_folder.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, config, env)
-        run.writer = MetricsWriter(out_dir, run.iter_num, run.last_eval == run.iter_num, print0, wandb_log and dict(
-            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow'), progress.get('wandb_id'))
+        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0, wandb_log and dict(
+            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow'), (saved or {}).get('wandb_id'))
     return run
 
 
-def finish(run, log, env):
+def finish(run, stop_signal, overrides, env):
     """Save if a signal stopped the run, say what the run made, and end together with the other ranks."""
-    log.flush()
-    if log.stop_signal and not eval_only:
-        run.save(env)
-        print0(f'{signal.Signals(log.stop_signal).name}: saved at iteration {run.iter_num}; go on with: '
-               f'python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}')
+    progress = run.progress
+    if stop_signal and not eval_only:
+        with status('saving'):
+            run.save(env)
+        again = {name: overrides[name] for name in NOT_RESTORED[:4] if name in overrides}
+        print0(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} train.py '
+               f'--init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(f' --{name}={again[name]}' for name in again))
     elif run.writer:
-        print0(f'{run.iter_num:,} iterations, {short_number(run.iter_num * log.tokens)} tokens, {run.writer.elapsed()}; '
-               f'best val loss {run.best_val_loss:.4f} at iteration {run.best_iter}\n'
+        print0(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {run.writer.elapsed()}; '
+               f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
                f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
     if run.writer:
         run.writer.close()
+    run.wait_for_save()
     env.barrier()                                       # if the last save fails, every rank fails
-    if log.stop_signal:
-        raise SystemExit(128 + log.stop_signal)
+    if stop_signal:
+        raise SystemExit(128 + stop_signal)
 
 
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
-    check_settings(combinations=init_from not in ('resume', 'auto'))
+    check_training(globals(), combinations=init_from not in ('resume', 'auto'))
     env = start(device, dtype, compile, backend, rank_timeout)
     env.catch_signals(signal.SIGTERM)                   # takes effect in the loop; Ctrl-C still ends the start-up
     print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
 
     # the run, the dataset, the model
-    saved, notes, run_lock = checkpoint.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
+    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
     if saved:
-        notes += configurator.restore_settings(globals(), saved.get('config') or {}, overrides, THIS_COMMAND)
-    check_settings()
-    if decay_lr and max_iters < lr_decay_iters:
+        changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
+        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
+    check_training(globals())
+    if decay_lr and max_iters < lr_decay_iters and not batch_ramp_start:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
     for note in notes:
         print0(f'note: {note}')
-    data = open_dataset(dataset, env)
+    data = open_dataset(dataset, env, sampling, documents)
     sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
-    tokens = run.micro_steps * run.micro_batch_size * run.model.config.block_size * env.world_size   # per iteration
+    with env.raise_on_all_ranks():
+        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, run.model, progress_bar)
+    for note in scorer.notes if scorer else ():
+        print0(f'note: {note}')
+    saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
+    tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
-           f'{run.micro_batch_size} x {run.model.config.block_size} tokens per iteration, from iteration {run.iter_num}\n'
+           f'{batch_schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
            f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
-           f'{short_number(max_iters * tokens)}, {max_iters * tokens / len(data.tokens["train"]):.3g} epochs')
-    saved = None                                        # unmaps the checkpoint file
-    batches = train_batches(data, seed, range(run.iter_num, max_iters), run.micro_steps, run.micro_batch_size, env)
-    log = StepLog(env, run.writer, print0, tokens=tokens, flops=tokens / env.world_size * run.model.flops_per_token(),
+           f'{short_number(tokens)}, {tokens / len(data.tokens["train"]):.3g} epochs')
+    iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
+    batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
+    log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
     env.catch_signals()
 
+    first_iteration = progress.iter_num
     while True:
         # evaluate, sample, save
-        if eval_only or run.evaluation_is_due():
+        if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
-            losses = estimate_loss(run, data, env)
+            losses, scores = estimate_loss(run, data, env), {}
+            if losses and scorer and (progress.iter_num >= max_iters or progress.iter_num % (eval_tasks_interval or eval_interval) == 0):
+                scores = scorer(run.model, env)
             run.wrapped_model.train()
-            if losses is None:
+            if losses is None or scores is None:
                 log.stop_signal = env.stop_signal()
                 break
-            print0(f'step {run.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            improved = run.record_losses(losses)
-            if sampler and env.is_main:
-                print0(sampler(run.model))
+            print0(f'step {progress.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+            if scores:
+                print0(f'step {progress.iter_num}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()))
+            improved = run.record_losses(losses, scores)
+            if sampler:
+                run.sample(sampler, print0, env)
             if not eval_only:
-                run.save(env, model_too=run.iter_num > 0 and (improved or always_save_checkpoint))
+                with status('saving'):
+                    run.save(env, model_too=progress.iter_num > 0 and (improved or always_save_checkpoint))
             log.restart_clock()
-        if eval_only or run.iter_num >= max_iters:
+        if eval_only or progress.iter_num >= max_iters:
             break
 
         # one iteration
-        lr = get_lr(run.iter_num)
-        optim.set_lr(run.optimizer, lr)
-        step = train_step(run, batches, env)
-        run.iter_num += 1
-        if log.push(run.iter_num - 1, step, lr=lr):     # reads the step before; true when asked to stop
+        lr = get_lr(progress.tokens / batch_schedule.full_tokens if batch_ramp_start else progress.iter_num)
+        optim.set_lr(run.optimizer, lr, progress.iter_num)
+        with status('compiling the training step' if env.compile and progress.iter_num == first_iteration else ''):
+            step = train_step(run, batches, env)
+        run.count_iteration()
+        if log.push(progress.iter_num - 1, step, progress.tokens, lr=lr):   # reads the step before; true when asked to stop
             break
 
     batches.close()
-    finish(run, log, env)
+    log.flush()
+    finish(run, log.stop_signal, overrides, env)
 
 
 if __name__ == '__main__':

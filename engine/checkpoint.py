@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, verified when read, never executed.
+"""Checkpoint files: written whole or not at all, verified when read, never executed.
 
 `ckpt.pt` is the model, in nanoGPT's format. `state.pt` is the run, with everything that the next
 step depends on. The state before it stays as `state.prev.pt`.
@@ -9,13 +9,12 @@ import re
 import zipfile
 from pathlib import Path
 
-import filelock
 import torch
 
 from engine.errors import RunError, UserError
 from engine.files import atomic_write
 
-MODEL, STATE, PREVIOUS, DAMAGED = 'ckpt.pt', 'state.pt', 'state.prev.pt', 'state.damaged.pt'
+MODEL, STATE, PREVIOUS = 'ckpt.pt', 'state.pt', 'state.prev.pt'
 
 
 # Files
@@ -122,55 +121,12 @@ def save_state(out_dir, model, **rest):
     write(Path(out_dir) / STATE, {**model, **rest}, keep_as=PREVIOUS)
 
 
-def holds_run(out_dir):
-    """True where out_dir has a file to resume from."""
-    try:
-        return any((Path(out_dir) / name).exists() for name in (STATE, PREVIOUS, MODEL))
-    except OSError as error:
-        raise UserError(f'{out_dir!r} cannot be used ({error.strerror}); choose another --out_dir') from None
-
-
-def load_state(out_dir):
-    """The newest state in out_dir that can be read, and a list of notes on what was wrong before it.
-
-    A ckpt.pt alone is enough: nanoGPT's has its optimizer inside, and without one the optimizer
-    starts afresh. Raises UserError that names each file and its fault.
-    """
-    out_dir, notes = Path(out_dir), []
-    for name in (STATE, PREVIOUS):
-        try:
-            if (out_dir / name).exists():
-                state = validate(read(out_dir / name), out_dir / name, ('optimizer', 'scaler'))
-                return dict(state, fell_back=bool(notes)), notes
-            if name == STATE and (out_dir / PREVIOUS).exists():
-                notes.append(f'{out_dir / STATE} is missing')
-        except UserError as error:
-            notes.append(str(error))
-    if notes:
-        raise UserError(f'no state to resume: {"; ".join(notes)}; restore one, move them away to go on '
-                        f'from a {MODEL}, or start over with --init_from=scratch --overwrite=True')
-    if not (out_dir / MODEL).exists():
-        raise UserError(f'{out_dir} holds no run to resume (no {STATE}, no {MODEL}); '
-                        f'check --out_dir, or start one with --init_from=scratch')
-    state = load_model(out_dir)
-    notes.append(f'{out_dir / MODEL} alone, ' + ('with the optimizer inside it' if 'optimizer' in state
-                 else 'without optimizer state, which starts afresh'))
-    return state, notes
-
-
 def load_model(out_dir):
     """The contents of out_dir's ckpt.pt."""
     path = Path(out_dir) / MODEL
     if not path.exists():
         raise UserError(f'{path} does not exist; train first, or check --out_dir')
     return validate(read(path), path)
-
-
-def load_newest_model(out_dir):
-    """The contents of ckpt.pt; of the state, where a run was stopped before its first ckpt.pt."""
-    if not (Path(out_dir) / MODEL).exists() and holds_run(out_dir):
-        return load_state(out_dir)[0]
-    return load_model(out_dir)
 
 
 def validate(payload, path, also_needed=()):
@@ -198,55 +154,3 @@ def validate(payload, path, also_needed=()):
     weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value
                for name, value in weights.items() if not name.endswith('.attn.bias')}
     return {**payload, 'model': weights, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'path': str(path)}
-
-
-# The folder of a run
-
-def open_run(out_dir, init_from, overwrite, read_only, env):
-    """(state to resume from or None, notes on it, lock). Every rank calls it; rank 0 locks out_dir
-    before any rank looks at what it holds. read_only: take no lock, and accept any out_dir.
-
-    Raises UserError where out_dir is in use, where it holds a run that the command does not
-    mean to continue or to replace, or where no state can be loaded.
-    """
-    run_lock = None
-    with env.raise_on_all_ranks():
-        # Resuming what does not exist should not create a folder.
-        if env.is_main and not read_only and (init_from != 'resume' or holds_run(out_dir)):
-            run_lock = lock(out_dir)
-    with env.raise_on_all_ranks():
-        if init_from == 'resume' or init_from == 'auto' and holds_run(out_dir):
-            return *load_state(out_dir), run_lock
-        if holds_run(out_dir) and not (overwrite or read_only):
-            raise UserError(f'{out_dir} already holds a run; go on with --init_from=resume, choose '
-                            f'another --out_dir, or replace it with --overwrite=True')
-    return None, [], run_lock
-
-
-def lock(out_dir):
-    """Create out_dir and lock it until this process ends. UserError if another process has it."""
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        run_lock = filelock.FileLock(Path(out_dir) / '.lock')
-        run_lock.acquire(blocking=False)
-        return run_lock
-    except filelock.Timeout:
-        raise UserError(f'{out_dir} is in use by another training process; '
-                        f'wait for it, or choose another --out_dir') from None
-    except (OSError, ValueError) as error:                  # ValueError: NUL or half a surrogate pair in the name
-        reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'{out_dir!r} cannot be written ({reason}); choose another --out_dir') from None
-
-
-def clean_out_dir(out_dir, state):
-    """Make out_dir ready for saves, once the run is sure to start.
-
-    state: what the run goes on from. None removes the files of an earlier run, which a new one
-    replaces. If it is the previous state, because the newest was damaged, the damaged file moves
-    aside, so that the next save keeps the good one.
-    """
-    leftovers = [f'{MODEL}.tmp', f'{STATE}.tmp']            # of a process that was killed during a save
-    for name in leftovers if state else [*leftovers, MODEL, PREVIOUS, STATE]:
-        (Path(out_dir) / name).unlink(missing_ok=True)
-    if state and state.get('fell_back') and (Path(out_dir) / STATE).exists():
-        os.replace(Path(out_dir) / STATE, Path(out_dir) / DAMAGED)

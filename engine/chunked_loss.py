@@ -16,9 +16,10 @@ MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 def replace_loss(model):
     """Make `model.loss_fn` return (None, loss) in chunks wherever there are at least MIN_LOGITS logits.
 
-    A model keeps its own loss_fn where that is not the cross-entropy of a product with lm_head.weight.
+    A model keeps its own loss_fn where that is not the cross-entropy of a product with lm_head.weight,
+    squeezed by config.softcap.
     """
-    head, embedding, whole_loss = model.lm_head, model.transformer.wte, model.loss_fn
+    head, embedding, whole_loss, softcap = model.lm_head, model.transformer.wte, model.loss_fn, model.config.softcap
     if type(head) is not torch.nn.Linear or head.bias is not None or not is_plain_loss(model):
         return
     tied_weight = []                                            # of the last forward pass, for its loss
@@ -35,17 +36,17 @@ def replace_loss(model):
         weight = tied_weight.pop() if tied_weight else head.weight
         if targets.numel() * len(weight) < MIN_LOGITS:
             return whole_loss(x, targets)
-        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), torch.is_grad_enabled())
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), softcap, torch.is_grad_enabled())
     embedding.forward, model.loss_fn = embed, loss_fn
 
 
 @torch.no_grad()
 def is_plain_loss(model):
-    """True where loss_fn is LinearCrossEntropy of its inputs. The inputs are large, so that a soft cap shows."""
+    """True where loss_fn is LinearCrossEntropy of its inputs. The inputs are large, so that another soft cap shows."""
     weight = model.lm_head.weight
     x = torch.linspace(-1e3, 1e3, weight.size(1), device=weight.device, dtype=weight.dtype).expand(1, 2, -1)
     targets = torch.tensor([[0, len(weight) - 1]], device=weight.device)
-    loss = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), False)
+    loss = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), model.config.softcap, False)
     return torch.allclose(model.loss_fn(x, targets)[1].float(), loss, rtol=1e-4)
 
 
@@ -76,14 +77,15 @@ class TiedEmbedding(torch.autograd.Function):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of logits x @ weight.T, for x (N, C), weight (V, C) and targets (N,), where
-    targets of -1 do not count. Returns a float32 scalar in nats.
+    targets of -1 do not count. softcap: the logits are softcap * tanh(logits / softcap), if not 0.
+    Returns a float32 scalar in nats.
 
     The logits of one chunk of positions exist at a time. The forward pass also takes their
     gradients, so nothing is computed twice. Precision follows autocast.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
+    def forward(ctx, x, weight, targets, softcap, with_gradients):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x_low, w_low = x.to(dtype), weight.to(dtype)
@@ -97,6 +99,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(x), size):
             rows = slice(first, first + size)
             logits = (x_low[rows] @ w_low.t()).float()          # (n, V)
+            if softcap:
+                squeezed = logits.div_(softcap).tanh_()
+                logits = squeezed * softcap
             target = targets[rows].clamp(min=0)[:, None]        # (n, 1)
             largest = logits.amax(dim=-1, keepdim=True)
             target_logit = logits.gather(1, target) - largest   # (n, 1)
@@ -105,6 +110,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             if with_gradients:
                 # Now d loss / d logits, but for 1 / n_counted, which would become zero in float16.
                 logits.mul_(counts[rows] / total).scatter_add_(1, target, -counts[rows])
+                if softcap:
+                    logits.addcmul_(logits * squeezed, squeezed, value=-1)      # times 1 - tanh^2
                 grads = logits.to(dtype)
                 d_x[rows] = (grads @ w_low).to(x.dtype)
                 if dtype == weight.dtype:
@@ -120,4 +127,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         d_x, d_weight, n_counted = ctx.saved_tensors
         scale = d_loss / n_counted
-        return d_x.mul_(scale), d_weight.mul_(scale), None, None
+        return d_x.mul_(scale), d_weight.mul_(scale), None, None, None

@@ -7,69 +7,79 @@ between batches, so a resumed run and any number of ranks draw the same ones.
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.errors import RunError, UserError
-from engine.files import atomic_write
-from engine.tokenizer import GPT2, read_digests, read_meta
+from engine.order import epoch_starts, weyl_starts
+from engine.shards import DTYPES, REPLACING, SPLITS, TokenStream, check_split, find_token_files, token_dtype
+from engine.tokenizer import GPT2, end_of_text, read_meta, same_tokens
 
 DATA = Path(__file__).resolve().parent.parent / 'data'
-GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)    # 2**64 divided by the golden ratio, odd
+SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
 
 
 class TokenDataset:
-    """The token files of data/NAME, checked once: their sizes, and every id within the vocabulary.
+    """The token files of data/NAME, checked once: see engine.shards.
 
-    tokens: {'train': (N,) uint16 memory map, 'val': ...}. fingerprint: a short hash of both.
-    tokenizer: a spec of engine.tokenizer. Set block_size with `set_block_size` before `batch`.
-    Raises UserError for a dataset that is missing or damaged.
+    sampling: 'windows' draws training windows evenly over the text, 'epoch' reads every window once before
+    any comes again. documents: 'any' starts a window anywhere, 'whole' starts training windows at documents.
+    tokens: {'train': TokenStream, 'val': ...}. fingerprint: a short hash of both. tokenizer: a spec
+    of engine.tokenizer. Set block_size with `set_block_size` before `batch`.
+    Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or documents.
     """
 
-    def __init__(self, name):
-        self.folder = dataset_folder(name)
-        if not (self.folder / 'train.bin').is_file() or not (self.folder / 'val.bin').is_file():
-            script = self.folder / 'prepare.py'
-            prepared = sorted(path.parent.name for path in DATA.glob('*/train.bin'))
-            advice = ('prepare.py stopped before it finished; run the same command again'
-                      if (self.folder / 'unfinished.json').exists() else
-                      f'run: python data/{name}/prepare.py' if script.is_file() else
-                      f'prepared datasets: {", ".join(prepared) or "none"}; for text of your own run: '
-                      f'python data/text/prepare.py --input=PATH --name={name}')
-            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}; {advice}')
+    def __init__(self, name, sampling='windows', documents='any'):
+        self.folder, self.sampling, self.documents = dataset_folder(name), sampling, documents
+        check_order(sampling, documents)
+        files = find_token_files(self.folder)
+        if not files['train'] or not files['val']:
+            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor shards of both; '
+                            f'{advice(name)}')
+        if (self.folder / REPLACING).exists():
+            raise UserError(f'{self.folder} is being replaced; if no prepare.py runs, start it again to complete that')
         self.tokenizer = read_meta(self.folder)
         self.vocab_size = self.tokenizer['vocab_size']
-        self.tokens, digests, expected = {}, [], read_digests(self.folder)
-        for split in ('train', 'val'):
-            path = self.folder / f'{split}.bin'
-            size = path.stat().st_size
-            if size == 0 or size % 2:
-                raise UserError(f'{path} has {size:,} bytes, and a token takes 2; prepare the dataset again')
-            digest, largest, position = scan(path)
-            if expected.get(path.name, digest) != digest:
-                raise UserError(f'{path} is not the file that meta.json describes; prepare the dataset again')
-            if largest >= self.vocab_size:
-                raise UserError(f'{path}: token {position:,} has id {largest}, beyond the vocabulary of '
-                                f'{self.vocab_size}; prepare the dataset again')
-            self.tokens[split] = np.memmap(path, dtype='<u2', mode='r')
-            digests.append(digest)
+        meta = read_fields(self.folder)
+        dtype = meta.get('dtype', token_dtype(self.vocab_size))
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or uint32; prepare the dataset '
+                            f'again')
+        expected = meta['sha256'] if isinstance(meta.get('sha256'), dict) else {}
+        self.tokens, digests = {}, []
+        for split in SPLITS:
+            self.tokens[split] = TokenStream(self.folder, files[split], dtype)
+            digests.append(check_split(self.tokens[split], split, self.vocab_size, expected))
         self.fingerprint = hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]
 
     def set_block_size(self, block_size):
-        """Batches have block_size tokens from now on. UserError where a split is shorter."""
+        """Batches have block_size tokens from now on. UserError where a split is shorter, and with documents='whole'
+        where train has no end-of-text token."""
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
-                raise UserError(f'{self.folder / split}.bin has {len(tokens):,} tokens, and a block takes '
+                file = f'{split}.bin' if len(tokens.names) == 1 else f'the shards of {split}'
+                raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
                                 f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
         self.block_size = block_size
+        if self.documents == 'whole':
+            self.first_document = self.next_document(0)
+            if self.first_document is None:
+                raise UserError(f'{self.folder} has no end-of-text token among its first {SEARCHED_TOKENS:,}, so '
+                                f"documents='whole' finds no document to start at; leave --documents=any")
+
+    def next_document(self, start):
+        """The position of the first end-of-text token of train at `start` or up to SEARCHED_TOKENS after, with a
+        block behind it; else None. The token separates documents, before or after each."""
+        last = len(self.tokens['train']) - self.block_size - 1
+        token = end_of_text(self.tokenizer)
+        return None if token is None else self.tokens['train'].find(token, start, min(start + SEARCHED_TOKENS, last + 1))
 
     def check_same(self, saved, accept_change):
         """UserError where a saved run used another vocabulary, or (unless accepted) another text."""
         tokenizer, fingerprint = saved.get('tokenizer'), saved.get('fingerprint')
-        if tokenizer and tokenizer != self.tokenizer:
+        if tokenizer and not same_tokens(tokenizer, self.tokenizer):
             raise UserError(f'{self.folder.name} has another vocabulary than the run, so its tokens mean other '
                             f'text; resume with the dataset of the run')
         if fingerprint and fingerprint != self.fingerprint and not accept_change:
@@ -80,52 +90,72 @@ class TokenDataset:
     def batch(self, seed, stream, first, count):
         """`count` sequences of a stream ('train', 'eval train' or 'eval val'), starting at number `first`.
 
-        Returns (x, y), each (count, block_size) int64; y is x one token later.
+        Returns (x, y), each (count, block_size) int64; y is x one token later. engine.order has the orders
+        of 'train'. Evaluation windows depend on no setting, so all runs are judged by the same text.
 
-        Window starts follow a golden-ratio (Weyl) sequence, so consecutive windows cover the text
-        evenly; independent draws would leave a third of an epoch unseen. The seed sets where the
-        sequence begins. Evaluation always begins at 0, so runs of all seeds are judged by the same text.
+        With documents='whole' a window moves forward to the next end-of-text token, and from the end of the
+        text, or where the document is longer than SEARCHED_TOKENS, to the first one. So text further than
+        block_size into its document is not read, and what follows a long document is read more often.
         """
         tokens = self.tokens['val' if stream == 'eval val' else 'train']
-        offset = np.random.Philox(key=seed).random_raw() if stream == 'train' else 0    # stable over NumPy versions
-        fractions = np.arange(first, first + count, dtype=np.uint64) * GOLDEN_RATIO + np.uint64(offset)
-        starts = ((fractions >> np.uint64(11)) * (2.0 ** -53 * (len(tokens) - self.block_size))).astype(np.int64)
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[starts]
-        windows = torch.from_numpy(windows.astype(np.int64))    # (count, block_size + 1)
-        # train.bin was checked at the start, but a program may have written over it since.
+        positions = len(tokens) - self.block_size
+        if stream != 'train':
+            starts = weyl_starts(first, count, positions)
+        elif self.sampling == 'windows':
+            starts = weyl_starts(first, count, positions, seed)
+        else:
+            starts = epoch_starts(first, count, len(tokens), self.block_size, seed)
+        if stream == 'train' and self.documents == 'whole':
+            found = (self.next_document(start) for start in starts.tolist())
+            starts = np.array([self.first_document if start is None else start for start in found])
+        windows = torch.from_numpy(tokens.windows(starts, self.block_size + 1))         # (count, block_size + 1)
+        # Files are checked at the start, shards only in part; and a program may have written over them since.
         if windows.max() >= self.vocab_size:
-            raise RunError(f'{self.folder} changed while it was read: id {windows.max()} is beyond the vocabulary of '
-                           f'{self.vocab_size}; restore it, and go on with --init_from=resume')
+            row, column = divmod(int(windows.argmax()), self.block_size + 1)
+            path, position = tokens.locate(starts[row] + column)
+            raise RunError(f'{path} is damaged, or changed while it was read: id {windows.max()} of token {position:,} is '
+                           f'beyond the vocabulary of {self.vocab_size}; restore it, and go on with --init_from=resume')
         return windows[:, :-1], windows[:, 1:]
 
 
-def open_dataset(name, env):
+def check_order(sampling, documents):
+    """UserError where `sampling` or `documents` is unknown, or the two do not fit each other."""
+    if sampling not in ('windows', 'epoch'):
+        raise UserError(f"sampling={sampling!r} is unknown; try 'windows' or 'epoch'")
+    if documents not in ('any', 'whole'):
+        raise UserError(f"documents={documents!r} is unknown; try 'any' or 'whole'")
+    if sampling == 'epoch' and documents == 'whole':
+        raise UserError('sampling=epoch reads each window once, and documents=whole moves windows, so that some coincide; '
+                        'try --sampling=windows or --documents=any')
+
+
+def open_dataset(name, env, sampling='windows', documents='any'):
     """The TokenDataset of data/NAME, on every rank. The first rank of each machine checks the files, and the
     others find its result in the cache."""
     with env.raise_on_all_ranks():
-        data = TokenDataset(name) if env.local_rank == 0 else None
+        data = TokenDataset(name, sampling, documents) if env.local_rank == 0 else None
     with env.raise_on_all_ranks():
-        return data or TokenDataset(name)
+        return data or TokenDataset(name, sampling, documents)
 
 
-def train_batches(data, seed, iterations, micro_steps, micro_batch_size, env):
-    """This rank's micro-batches of each of `iterations`, on its device: the ranks share the global batch."""
-    per_rank = micro_steps * micro_batch_size                   # sequences of an iteration
-    return prefetch(data.batch, ((seed, 'train', (i * env.world_size + env.rank) * per_rank + m * micro_batch_size,
-                                  micro_batch_size) for i in iterations for m in range(micro_steps)), env.device)
+def train_batches(data, seed, iterations, micro_batch_size, env):
+    """This rank's micro-batches on its device. The ranks share the global batch.
+    iterations: (number of the first sequence, micro-batches of each rank) of each one."""
+    return prefetch(data.batch, ((seed, 'train', first + (env.rank * micro_steps + m) * micro_batch_size, micro_batch_size)
+                                 for first, micro_steps in iterations for m in range(micro_steps)), env.device)
 
 
 def eval_batches(data, split, count, batch_size, env):
-    """This rank's share of the `count` evaluation batches, which are the same for every run. A rank with
-    one batch fewer gets None last."""
-    requests = [(0, f'eval {split}', i * batch_size, batch_size) for i in range(env.rank, count, env.world_size)]
-    missing = -(-count // env.world_size) - len(requests)
-    return chain(prefetch(data.batch, requests, env.device), [None] * missing)
+    """This rank's share of the `count` evaluation batches, which are the same for every run. Every rank gets
+    equally many, as a sharded model computes on all ranks at once: the last one may be a repetition."""
+    numbers = (min(first + env.rank, count - 1) for first in range(0, count, env.world_size))
+    return prefetch(data.batch, ((0, f'eval {split}', number * batch_size, batch_size) for number in numbers), env.device)
 
 
 def dataset_folder(name):
     """The folder data/NAME. UserError where `name` is not a plain folder name."""
-    if not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0') or len(name.encode('utf-8', 'replace')) > 200:
+    if (not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0')
+            or len(name.encode('utf-8', 'replace')) > 200):
         raise UserError(f'dataset={name!r} should be the name of a folder in {DATA}')
     return DATA / name
 
@@ -135,37 +165,22 @@ def dataset_tokenizer(name):
     return read_meta(dataset_folder(name)) if name else GPT2
 
 
-def scan(path):
-    """(sha256 of the file, its largest id, the position of that id).
+def advice(name):
+    """What to type where data/NAME is not a dataset."""
+    folder = DATA / name
+    if (folder / 'unfinished.json').exists() or (folder / 'unfinished').exists():
+        return 'prepare.py stopped before it finished; run the same command again'
+    if (folder / 'prepare.py').is_file():
+        return f'run: python data/{name}/prepare.py'
+    prepared = sorted({path.parent.name for pattern in ('*/train.bin', '*/*train_*.bin') for path in DATA.glob(pattern)})
+    return (f'prepared datasets: {", ".join(prepared) or "none"}; for text of your own run: '
+            f'python data/text/prepare.py --input=PATH --name={name}')
 
-    The result is cached in NAME.checked.json beside the file. The cache's key is the file's inode,
-    size and times of change: a file that was replaced or written to is read again.
-    """
-    stat = path.stat()
-    key = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    cache = path.with_suffix('.checked.json')
-    try:
-        cached = json.loads(cache.read_text(encoding='utf-8')) if cache.is_file() else {}
-        values = cached['sha256'], cached['largest'], cached['position']
-        if cached['key'] == key and [type(value) for value in values] == [str, int, int] and len(values[0]) == 64:
-            return values
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass                                                    # no cache, or a damaged one
-    digest, largest, position, done = hashlib.sha256(), -1, -1, 0
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-            ids = np.frombuffer(chunk, dtype='<u2')
-            if ids.max() > largest:
-                largest, position = int(ids.max()), done + int(ids.argmax())
-            done += len(ids)
-    values = digest.hexdigest(), largest, position
-    try:
-        with atomic_write(cache) as file:
-            json.dump(dict(zip(('key', 'sha256', 'largest', 'position'), (key, *values))), file)
-    except OSError:
-        pass                                                    # a folder that cannot be written is read each time
-    return values
+
+def read_fields(folder):
+    """What meta.json says of the token files, {} without one. read_meta() has refused a damaged one."""
+    path = folder / 'meta.json'
+    return json.loads(path.read_text(encoding='utf-8-sig')) if path.is_file() else {}
 
 
 def prefetch(make_batch, requests, device):

@@ -9,15 +9,16 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from contextlib import suppress
 
 from tqdm import tqdm
 
 from engine.errors import UserError
 from engine.files import atomic_write, sync_folder
+from engine.shards import DTYPES, REPLACING, SHARD, SPLITS, find_token_files, token_dtype
 from engine.tokenizer import check_spec
 
-SPLITS = ('train', 'val')
 FILES = ('meta.json', 'meta.pkl', 'val.bin', 'train.bin')   # in the order in which they are replaced
 JOURNAL = 'unfinished.json'
 
@@ -34,8 +35,8 @@ def read_journal(folder):
     return None
 
 
-def hash_start(path, size, sha256):
-    """The hash object of a file's first `size` bytes, or None if their digest is not `sha256`."""
+def hash_start(path, size, sha256=None):
+    """The hash object of a file's first `size` bytes, or None if the file is shorter or their digest is not `sha256`."""
     digest, done = hashlib.sha256(), 0
     with (suppress(FileNotFoundError), open(path, 'rb') as file,
           tqdm(desc=f'checking {path.name}', total=size, unit='B', unit_scale=True, delay=1, disable=None) as bar):
@@ -43,13 +44,14 @@ def hash_start(path, size, sha256):
             digest.update(block)
             done += len(block)
             bar.update(len(block))
-    return digest if done == size and digest.hexdigest() == sha256 else None
+    return digest if done == size and sha256 in (None, digest.hexdigest()) else None
 
 
 def describe_dataset(journal):
     """The content of meta.json for the dataset that a journal with a tokenizer describes."""
-    return dict(journal['tokenizer'], dtype='uint16',
-                tokens={split: journal['bytes'][split] // 2 for split in SPLITS},
+    dtype = token_dtype(journal['tokenizer']['vocab_size'])
+    return dict(journal['tokenizer'], dtype=dtype,
+                tokens={split: journal['bytes'][split] // DTYPES[dtype].itemsize for split in SPLITS},
                 sha256={f'{split}.bin': journal['sha256'][split] for split in SPLITS})
 
 
@@ -108,3 +110,59 @@ def remove_unfinished(folder):
     for name in (JOURNAL, *(f'{file}.part' for file in FILES)):
         for path in (folder / f'{name}.tmp', folder / name):
             path.unlink(missing_ok=True)
+
+
+def ready_folder(folder, key):
+    """Where the shards made for `key` lie before they replace the dataset in `folder`."""
+    return folder / 'unfinished' / key[:16]
+
+
+def replace_with_shards(folder, meta):
+    """Rename the shards that `meta` names over the dataset in `folder`, and write meta.json last.
+
+    replacing.json, which holds `meta` meanwhile, makes engine.dataloader refuse the folder. After a kill,
+    complete_shards() goes on from it.
+    """
+    with atomic_write(folder / REPLACING) as file:
+        json.dump(meta, file)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for files in find_token_files(folder).values():
+        for name in (file.name for file in files):
+            if not SHARD.fullmatch(name)[1] and name not in meta['sha256']:
+                (folder / name).unlink()                # of an earlier dataset that had more shards
+    for name in meta['sha256']:
+        if (ready_folder(folder, meta['source']) / name).exists():
+            os.replace(ready_folder(folder, meta['source']) / name, folder / name)
+    with atomic_write(folder / 'meta.json') as file:    # syncs the folder
+        json.dump(meta, file)
+    (folder / REPLACING).unlink()
+
+
+def complete_shards(folder, key):
+    """Complete the replacement that a killed run began. True where the folder then holds the shards made for `key`.
+    Without all of its shards, replacing.json stays, and so the folder is refused, until another dataset is whole."""
+    meta = read_shards_meta(folder / REPLACING)
+    if meta:
+        places = {name: ready_folder(folder, meta['source']) / name for name in meta['sha256']}
+        places = {name: path if path.exists() else folder / name for name, path in places.items()}
+        if all(path.is_file() and hash_start(path, path.stat().st_size, meta['sha256'][name])
+               for name, path in places.items()):
+            replace_with_shards(folder, meta)
+    meta = read_shards_meta(folder / 'meta.json')
+    if not meta or meta['source'] != key or (folder / REPLACING).exists():
+        return False
+    files = [file for files in find_token_files(folder).values() for file in files]
+    return ({file.name for file in files} == set(meta['sha256']) and sum(file.bytes for file in files)
+            == sum(meta['tokens'][split] for split in SPLITS) * DTYPES[meta['dtype']].itemsize)
+
+
+def read_shards_meta(path):
+    """The content of meta.json of our own shards, or None."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        counts_are_numbers = all(type(meta['tokens'][split]) is int for split in SPLITS)
+        if (re.fullmatch('[0-9a-f]{64}', meta['source']) and DTYPES[meta['dtype']] and counts_are_numbers
+                and all(SHARD.fullmatch(name) for name in meta['sha256'])):
+            return meta
+    return None

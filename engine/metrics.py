@@ -24,16 +24,16 @@ class StepLog:
     """Reads the numbers of finished steps, checks them, and logs them.
 
     On a GPU it reads a step while the next one runs, so the host never waits for the newest.
-    env: distributed.Environment. writer: MetricsWriter, or None. print_line: prints one
-    line. tokens, flops: of one iteration, tokens over all ranks and operations of one rank.
+    env: distributed.Environment. writer: MetricsWriter, or None. print_line: prints one line.
+    tokens: of training so far. flops_per_token: of one token's forward and backward pass.
     """
 
-    def __init__(self, env, writer, print_line, *, tokens, flops, log_interval, max_iters, advice=''):
+    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice=''):
         self.env, self.writer, self.print_line = env, writer, print_line
-        self.tokens, self.flops = tokens, flops
+        self.tokens, self.flops_per_token = tokens, flops_per_token
         self.log_interval, self.max_iters, self.advice = log_interval, max_iters, advice
         self.stop_signal = 0                            # number of a signal that reached any rank
-        self.pending = deque()                          # (iteration, names, function that waits for values, host numbers)
+        self.pending = deque()                          # (iteration, names, function that waits for values, tokens, host numbers)
         self.seconds_per_iter = None                    # smoothed, for the time that is left
         self.lines = self.skipped_steps = 0
         self.peak = None
@@ -43,23 +43,27 @@ class StepLog:
         """Leave out the time since the last line, and measure a CPU's peak again: a busy one shows less."""
         peak = peak_flops(self.env.device, self.env.dtype)
         self.peak = peak and max(peak, self.peak or 0)
-        self.began, self.steps = time.perf_counter(), 0
+        self.start_interval()
 
-    def push(self, iteration, numbers, **host_numbers):
+    def start_interval(self):
+        self.began, self.steps, self.tokens_before = time.perf_counter(), 0, self.tokens
+
+    def push(self, iteration, numbers, tokens, **host_numbers):
         """Take the numbers of a step, and read the step before it. True when a stop signal reached any rank.
 
         numbers: {name: scalar tensor on the device}, with at least loss and grad_norm; the log has their
-        mean over the ranks. host_numbers: numbers to log as they are. A collective: every rank calls it.
+        mean over the ranks. tokens: of training so far, this step's included. host_numbers: numbers to log
+        as they are. A collective: every rank calls it.
         """
         values = torch.cat([torch.stack(list(numbers.values())), self.env.stop_flags()])
         read = read_async(self.env.all_reduce(values))
-        self.pending.append((iteration, list(numbers), read, host_numbers))
+        self.pending.append((iteration, list(numbers), read, tokens, host_numbers))
         return self.flush(leave=1 if is_asynchronous(self.env.device) else 0)
 
     def flush(self, leave=0):
         """Read all steps but the newest `leave`. Raises RunError where a loss is not finite."""
         while len(self.pending) > leave:
-            iteration, names, read, host_numbers = self.pending.popleft()
+            iteration, names, read, self.tokens, host_numbers = self.pending.popleft()
             values = read()
             self.stop_signal = self.stop_signal or signal_number(values[len(names):])
             numbers = {name: value / self.env.world_size for name, value in zip(names, values)}
@@ -77,15 +81,15 @@ class StepLog:
                            f'update. {self.advice}')
 
     def log(self, iteration, numbers):
-        seconds = (time.perf_counter() - self.began) / self.steps
-        self.began, self.steps = time.perf_counter(), 0
+        elapsed = time.perf_counter() - self.began
+        seconds, tokens_per_second = elapsed / self.steps, (self.tokens - self.tokens_before) / elapsed
+        self.start_interval()
         self.lines += 1                                 # the first line may contain a minute of compilation
         self.seconds_per_iter = seconds if self.lines < 3 else 0.9 * self.seconds_per_iter + 0.1 * seconds
-        mfu = self.flops / seconds / self.peak if self.peak else None
-        tokens = (iteration + 1) * self.tokens
-        numbers.update(ms=seconds * 1000, tokens_per_second=self.tokens / seconds, mfu=mfu, tokens=tokens)
+        mfu = tokens_per_second / self.env.world_size * self.flops_per_token / self.peak if self.peak else None
+        numbers.update(ms=seconds * 1000, tokens_per_second=tokens_per_second, mfu=mfu, tokens=self.tokens)
         left = datetime.timedelta(seconds=round(self.seconds_per_iter * (self.max_iters - iteration - 1)))
-        self.print_line(f'iter {iteration}: loss {numbers["loss"]:.4f}, {short_number(tokens)} tokens, {numbers["ms"]:.1f} ms, '
+        self.print_line(f'iter {iteration}: loss {numbers["loss"]:.4f}, {short_number(self.tokens)} tokens, {numbers["ms"]:.1f} ms, '
                         f'{numbers["tokens_per_second"]:,.0f} tok/s, mfu {"n/a" if mfu is None else f"{mfu:.1%}"}, '
                         f'grad {numbers["grad_norm"]:.2f}, lr {numbers["lr"]:.1e}, eta {left}')
         if self.writer:

@@ -9,10 +9,12 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from engine.device import DTYPES
 from engine.files import atomic_write
 
 
@@ -43,6 +45,23 @@ def format_figures(figures):
     return ', '.join(text.format(figures[name]) for name, text in formats.items() if figures.get(name) is not None)
 
 
+def rows(folder, device, on_cpu, out_dir):
+    """[(what, command)] of everything that a report times. folder: of the scripts. out_dir: of a run for the while."""
+    common = [str(folder / 'bench.py'), f'--device={device}', '--figures=True', '--compile=auto']
+    step = '--batch_size=4 --block_size=256 --warmup_steps=1 --steps=5'.split() if on_cpu else []
+    smaller = ('--eval_iters=20 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 '
+               '--lr_decay_iters=2000 --dropout=0.0').split() if on_cpu else []
+    found = [(f'training step of GPT-2 124M, {name}', common + step + [f'--dtype={name}'])
+            for name in DTYPES if not (on_cpu and name == 'float16')]         # which takes minutes a step
+    found += [('the same, eager', common + step + ['--compile=False']),
+             ('the same, eager, activations recomputed', common + step + ['--compile=False', '--recompute=True'])]
+    found += [(f'generation, 124M, one sequence, {name}', common + ['--bench=sample', '--steps=8', f'--dtype={name}'])
+             for name in DTYPES]
+    return found + [("encoding with GPT-2's tokens", common + ['--bench=data']),
+                   ('config/train_shakespeare_char.py to its end', [str(folder / 'train.py'), 'train_shakespeare_char',
+                    f'--device={device}', f'--out_dir={out_dir}', '--sample_tokens=0', *smaller])]
+
+
 def write(path, title, rows, progress):
     """Write the table to `path`. rows: [(what, command)]; command: a script and its flags. progress: takes a
     line before each row."""
@@ -52,6 +71,8 @@ def write(path, title, rows, progress):
              '| what | figures | command |', '|---|---|---|']
     for what, command in rows:
         progress(f'{what} ...')
-        lines.append(f'| {what} | {format_figures(run(command))} | `python {shlex.join(command)}` |')
+        figures = format_figures(run(command))
+        typed = [Path(command[0]).name] + [flag for flag in command[1:] if not flag.startswith('--out_dir=')]
+        lines.append(f'| {what} | {figures} | `python {shlex.join(typed)}` |')
     with atomic_write(path) as file:
         file.write('\n'.join(lines) + '\n')

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from engine.errors import RunError
 from engine.generate import decoding_attention
-from engine.tokenizer import END_OF_TEXT
 
 LOGIT_ROWS = 512                # positions whose logits are held at once: 103 MB for GPT-2's vocabulary
 
@@ -42,7 +41,7 @@ class Encoder:
     def __init__(self, tokenizer, block_size):
         self.tokenizer, self.block_size = tokenizer, block_size
         self.known = set(tokenizer.chars) if tokenizer.chars else None
-        self.first = [END_OF_TEXT] if tokenizer.bpe else []     # what a document begins after
+        self.first = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]      # what a document begins after
 
     def encode(self, text):
         unknown = sorted(set(text) - self.known) if self.known is not None else ()

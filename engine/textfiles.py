@@ -103,41 +103,80 @@ def open_parquet(path):
     return file
 
 
-def read_parquet(path):
-    batches = open_parquet(path).iter_batches(batch_size=256, columns=['text'])
+def read_parquet(path, start=0):
+    """(row, text) of a parquet file's rows, from row number `start` on."""
+    file, first, groups = open_parquet(path), 0, []
+    for number in range(file.num_row_groups):
+        rows = file.metadata.row_group(number).num_rows
+        if groups or first + rows > start:
+            groups.append(number)
+        else:
+            first += rows                   # the row group ends before `start`
+    batches = file.iter_batches(batch_size=256, row_groups=groups, columns=['text'])
     records = (record for batch in batches for record in batch.to_pylist())
     try:
-        for row, record in enumerate(records, 1):
-            yield text_of_record(record, f'{path}, row {row:,}')
+        for row, record in enumerate(records, first):
+            if row >= start:
+                yield row, text_of_record(record, f'{path}, row {row + 1:,}')
     except OSError as error:                # pyarrow raises it for a damaged page
         raise UserError(f'{path} is damaged: {error}; download it again') from None
 
 
-def read_jsonl(path):
+def read_jsonl(path, start=0):
+    """(byte, text) of a file of JSON lines: where each line begins. `start` is such a byte."""
     with open(path, 'rb') as file:
+        file.seek(start)
+        end = start
         for number, line in enumerate(file, 1):
-            where = f'{path}, line {number:,}'
+            byte, end = end, end + len(line)
+            where = f'{path}, byte {byte:,}' if start else f'{path}, line {number:,}'
             if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode('utf-8'))
             except UnicodeDecodeError as error:
-                byte = file.tell() - len(line) + error.start
-                raise UserError(f'{where} is not UTF-8 at byte {byte:,} of the file; convert the file '
+                raise UserError(f'{where} is not UTF-8 at byte {byte + error.start:,} of the file; convert the file '
                                 f'first') from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f'{where} is not JSON ({error}); it should be an object such '
                                 f'as {{"text": "..."}}') from None
-            yield text_of_record(record, where)
+            yield byte, text_of_record(record, where)
 
 
-def read_documents(path):
-    """Each document of a file, as an iterable of pieces of its text. A .txt file is one document."""
+def read_documents(path, start=0):
+    """(position, document) of each document of a file, from position `start` on. A document is an iterable of pieces
+    of its text. Positions are bytes of .jsonl, rows of .parquet, and 0 in .txt, which is one document."""
     if path.suffix.lower() == '.txt':
-        yield read_text(path)
+        yield from [(0, read_text(path))] if start == 0 else []
     else:
         reader = read_parquet if path.suffix.lower() == '.parquet' else read_jsonl
-        yield from ([text] for text in reader(path))
+        yield from ((position, [text]) for position, text in reader(path, start))
+
+
+def split_position(files, part, parts):
+    """(number of a file, position in it) where part number `part` of `parts` begins: a share of the files' bytes.
+
+    The same files give the same positions everywhere, and only metadata and one line are read.
+    """
+    sizes = [path.stat().st_size for path in files]
+    byte = sum(sizes) * part // parts
+    for number, (path, size) in enumerate(zip(files, sizes)):
+        if byte < size:
+            return number, document_position(path, byte, size) if byte else 0
+        byte -= size
+    return len(files), 0
+
+
+def document_position(path, byte, size):
+    """The position of the first document of a file that begins at `byte` of its `size` or later."""
+    if path.suffix.lower() == '.parquet':           # as if all rows had the same size
+        return -(-open_parquet(path).metadata.num_rows * byte // size)
+    if path.suffix.lower() == '.txt':
+        return 1                                    # behind its only document
+    with open(path, 'rb') as file:
+        file.seek(byte - 1)
+        file.readline()
+        return file.tell()
 
 
 def count_documents(path, bar):
@@ -146,7 +185,7 @@ def count_documents(path, bar):
     if path.suffix.lower() == '.parquet':
         return open_parquet(path).metadata.num_rows
     number, characters = 0, 0
-    for number, document in enumerate(read_documents(path), 1):
+    for number, (_, document) in enumerate(read_documents(path), 1):
         characters += sum(len(text) for text in document)
         bar.update()
     if not characters:

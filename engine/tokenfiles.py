@@ -1,9 +1,9 @@
 """Writing token files for the prepare scripts: text is encoded on every core, and the finished
 files replace an earlier dataset together.
 
-train.bin and val.bin hold token ids, little-endian uint16, documents joined. meta.json holds the
-tokenizer, the token counts and a SHA-256 of both files. meta.pkl is nanoGPT's form of a character
-vocabulary.
+train.bin and val.bin hold token ids, little-endian uint16, or uint32 for more than 65,536 ids, documents
+joined. meta.json holds the tokenizer, the token counts and a SHA-256 of both files. meta.pkl is nanoGPT's
+form of a character vocabulary. engine.shardwriter writes shards.
 """
 
 import errno
@@ -17,7 +17,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -27,6 +26,7 @@ from engine.errors import RunError, UserError
 from engine.files import atomic_write, sync
 from engine.journal import (JOURNAL, SPLITS, complete_replacement, describe_dataset, hash_start, read_journal,
                             remove_unfinished, replace_dataset, write_meta_parts)
+from engine.shards import DTYPES, token_dtype
 from engine.tokenizer import END_OF_TEXT
 
 PIECE = 1 << 18             # characters encoded at once: about 20 ms of work for a core
@@ -87,8 +87,9 @@ def batch_pieces(pieces):
 class DatasetWriter:
     """The files of a dataset while they are written; see dataset_writer()."""
 
-    def __init__(self, folder, key, log):
+    def __init__(self, folder, spec, key, log):
         self.folder, self.key, self.log = folder, key, log
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
         self.documents, self.saved_at = 0, time.monotonic()     # documents that are written
         self.files, self.digests = {}, {}                       # one of each per split
         completed = complete_replacement(folder)
@@ -124,13 +125,14 @@ class DatasetWriter:
         """Append the tokens of `pieces`, an iterable of (split, text, ends_document). `<|endoftext|>`
         follows a text that ends a document.
 
-        encode: text to a uint16 array. total: how many `unit` there are, 'characters' or 'documents'.
+        encode: text to an array of ids. total: how many `unit` there are, 'characters' or 'documents'.
         """
         def encode_batch(batch):
             arrays = {split: [] for split in SPLITS}
             for split, text, ends in batch:
-                arrays[split] += [encode(text), np.array([END_OF_TEXT], '<u2')] if ends else [encode(text)]
-            return batch, {split: np.concatenate(ids) for split, ids in arrays.items() if ids}
+                arrays[split] += [encode(text), [self.end_of_text]] if ends else [encode(text)]
+            return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe')
+                           for split, ids in arrays.items() if ids}
 
         with (tqdm(desc='encoding', total=total, initial=self.documents, unit=f' {unit}',
                    unit_scale=True, delay=1, mininterval=1, disable=None) as bar,
@@ -201,29 +203,44 @@ def dataset_writer(folder, spec, log, key=''):
     """
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / 'prepare.lock')
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f'another run is writing {folder}; wait for it, or stop it') from None
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    writer = None
-    try:
-        writer = DatasetWriter(folder, key, log)
-        yield writer
-        writer.finish(spec)
-    except BaseException as error:
-        if writer:
-            writer.clean_up(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RunError(f'{folder} cannot hold the dataset ({error.strerror}). It takes 2 bytes per token, '
-                           f'and an earlier one stays until it is whole; free some space and run again') from None
-        raise
+        with write_lock(folder / 'prepare.lock'):
+            writer = DatasetWriter(folder, spec, key, log)
+            try:
+                yield writer
+                writer.finish(spec)
+            except BaseException as error:
+                writer.clean_up(error)
+                raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()               # while it is held; on Windows filelock removes it
-        lock.release()
         if created:
             with suppress(OSError):
                 folder.rmdir()                          # succeeds only if a failure left it empty
+
+
+@contextmanager
+def write_lock(path, wait=False):
+    """Hold the lock file `path` while the block writes to its folder. SIGTERM ends the block with SystemExit.
+
+    Raises UserError where another process holds the lock, unless `wait`, and RunError for a full disk.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise UserError(f'another run is writing {path.parent}; wait for it, or stop it') from None
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(f'{path.parent} cannot hold the dataset ({error.strerror}). It takes 2 bytes per token, or 4 for '
+                       f'more than 65,536 ids, and an earlier one stays until it is whole; free some space and run '
+                       f'again') from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if not wait:                                    # those who wait hold the file open, and need it to stay
+            with suppress(OSError):
+                path.unlink()                           # while it is held; on Windows filelock removes it
+        lock.release()

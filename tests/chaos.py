@@ -26,17 +26,20 @@ from pathlib import Path
 from harness import ACCUMULATION, INTERVAL, ITERATIONS, TESTS, Workspace, read_records, torchrun_options
 from launcher import SAVE_STEPS, script_environment
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import configurator
 import console
-from engine import checkpoint
+from engine import checkpoint, run_folder
 from engine.errors import UserError
 
 # trials
 trials = 26             # in all; a mix takes the faults in turn
 fault = 'mix'           # kill, term, int, hup, usr1, full, flip, nan, weights, pipe, cache, freeze, lost, or mix
 ranks = 1               # processes of a run; freeze and lost always take 2, under torchrun
+strategy = 'ddp'        # of several ranks: ddp, fsdp or hsdp
+sharded = False         # True saves with --checkpoint=sharded, and leaves out the faults of single files
 seed = 0                # of where the faults strike
 workers = 2             # trials at a time
 
@@ -44,6 +47,7 @@ STOP = 12               # iteration in which the stopped run was killed
 FILES = (checkpoint.MODEL, checkpoint.STATE, checkpoint.PREVIOUS)
 FAULTS = ('kill', 'term', 'int', 'hup', 'usr1', 'full', 'flip', 'nan', 'weights', 'pipe', 'cache', 'freeze', 'lost')
 ON_TWO_RANKS = ('freeze', 'lost')
+OF_SINGLE_FILES = ('full', 'flip', 'weights')
 
 
 class Failure(Exception):
@@ -76,6 +80,9 @@ class Lab(Workspace):
             kind='signal', number=signal.SIGKILL, iteration=STOP, micro_steps=self.micro_steps))
         expect(result.codes[0] == -signal.SIGKILL, 'the run to be stopped was not', result)
 
+    def flags(self, out_dir, **changes):
+        return super().flags(out_dir, strategy=strategy, checkpoint='sharded' if sharded else 'gathered', **changes)
+
     def new_out_dir(self, start=None):
         """A folder for a trial: one that does not exist yet, or a copy of `start`."""
         out_dir = Path(tempfile.mkdtemp(prefix='out-', dir=self.folder))
@@ -107,7 +114,9 @@ def differences(out_dir, reference):
     """Where two finished runs differ, as a list of lines: in tensors and numbers of state.pt and
     ckpt.pt, and in lines of metrics.jsonl but for their clock fields."""
     found = []
-    for name in (checkpoint.STATE, checkpoint.MODEL):
+    for path in sorted((Path(reference) / 'state').glob('*.safetensors')):      # with --checkpoint=sharded
+        found += compare_values(*(load_file(folder / path.name) for folder in (Path(out_dir) / 'state', path.parent)), path.name)
+    for name in ('state/run.pt',) if sharded else (checkpoint.STATE, checkpoint.MODEL):
         found += compare_values(*(checkpoint.read(Path(folder) / name) for folder in (out_dir, reference)), name)
     records, expected = read_records(out_dir), read_records(reference)
     if records != expected:
@@ -133,7 +142,8 @@ def compare_values(a, b, where):
 
 
 def read_files(folder, names=FILES):
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    paths = [folder / name for name in names] + sorted((folder / 'state').glob('*'))
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
 
 
 def expect_one_line(result, *words):
@@ -161,7 +171,7 @@ def run_into_signal(lab, launcher, out_dir, rng, number, in_save, **options):
     rank = 0 if in_save else rng.randrange(lab.ranks)
     fault = dict(kind='signal', number=number, rank=rank, **options)
     if in_save:
-        size = (lab.reference / checkpoint.STATE).stat().st_size
+        size = (lab.reference / ('state/run.pt' if sharded else checkpoint.STATE)).stat().st_size
         return lab.resume(launcher, out_dir, fault=dict(fault, **random_save_step(rng, size)))
     if rng.random() < 0.5 or number != signal.SIGKILL:      # in a step, perhaps between its micro-batches
         return lab.resume(launcher, out_dir, fault=dict(fault, iteration=rng.randrange(ITERATIONS),
@@ -195,7 +205,7 @@ def stop(number):
         if set(result.codes) == {0}:
             raise FaultMissed
         expect(set(result.codes) == {128 + number} and not result.stderr, f'it should exit {128 + number}', result)
-        iter_num = checkpoint.read(out_dir / checkpoint.STATE)['iter_num']
+        iter_num = run_folder.load_state(out_dir)[0]['iter_num']
         expect(f'saved at iteration {iter_num};' in result.stdout, 'it should print where it saved', result)
         lab.finish(launcher, out_dir)
         return ['in save'] if in_save else []
@@ -212,7 +222,7 @@ def full(lab, launcher, rng):
     if save == 0:
         expect(read_files(out_dir) == before, 'files changed')
     checkpoint.load_model(out_dir)
-    expect(checkpoint.load_state(out_dir)[1] == [], 'the state before should load')
+    expect(run_folder.load_state(out_dir)[1] == [], 'the state before should load')
     lab.finish(launcher, out_dir)
     return ['in save']
 
@@ -291,7 +301,7 @@ def pipe(lab, launcher, rng):
                                                       micro_steps=lab.micro_steps))
     expect(set(result.codes) == {128 + number if number else 0} and not result.stderr, 'it should run on, or save', result)
     if number:
-        expect(checkpoint.load_state(out_dir)[1] == [], 'the state should load')
+        expect(run_folder.load_state(out_dir)[1] == [], 'the state should load')
         lab.finish(launcher, out_dir)
     else:
         lab.compare(out_dir)
@@ -401,7 +411,8 @@ def main():
         raise UserError(f'fault={fault!r} is unknown; try {", ".join(FAULTS)} or mix')
     configurator.check_range(globals(), 'trials workers', 1)
     configurator.check_range(globals(), 'ranks', 1, 2)
-    plan = [(name, i) for i in range(trials) for name in (FAULTS if fault == 'mix' else [fault])][:trials]
+    mix = [name for name in FAULTS if not (sharded and name in OF_SINGLE_FILES)]
+    plan = [(name, i) for i in range(trials) for name in (mix if fault == 'mix' else [fault])][:trials]
 
     def ranks_of(name):
         return 2 if name in ON_TWO_RANKS else ranks

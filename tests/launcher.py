@@ -74,7 +74,8 @@ def inject_into_weights(fault):
         nonlocal calls
         norm = step(optimizer, *arguments)
         if calls == fault['iteration']:
-            optimizer.param_groups[0]['params'][0].data[0] = float('nan')
+            weight = optimizer.param_groups[0]['params'][0].data
+            getattr(weight, '_local_tensor', weight)[0] = float('nan')      # of this rank's shard, if it is one
             os.kill(os.getpid(), signal.SIGTERM)
         calls += 1
         return norm

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint, optim
+from engine import checkpoint, optim, run_folder
 from engine.errors import RunError, UserError
 from model import GPT, GPTConfig
 
@@ -56,7 +56,7 @@ def test_a_restored_run_goes_on_as_an_uninterrupted_one(tmp_path):
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
     train(model, optimizer, 4)
-    saved, notes = checkpoint.load_state(tmp_path)
+    saved, notes = run_folder.load_state(tmp_path)
     assert (saved['iter_num'], saved['best_val_loss'], saved['fingerprint'], notes) == (3, 2.5, 'f', [])
     restored = GPT.from_checkpoint(saved)
     optimizer = new_optimizer(restored)
@@ -68,7 +68,7 @@ def test_a_restored_run_goes_on_as_an_uninterrupted_one(tmp_path):
 def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
-    restored = GPT.from_checkpoint(checkpoint.load_state(tmp_path)[0])
+    restored = GPT.from_checkpoint(run_folder.load_state(tmp_path)[0])
     with open(tmp_path / 'state.pt', 'r+b') as file:            # in place, which a save never does
         file.write(bytes(file.seek(0, 2) and 100000))
     assert same_weights(model, restored)
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
     torch.save(dict(model=weights, optimizer=optimizer.state_dict(), iter_num=3, best_val_loss=torch.tensor(2.5),
                     model_args=dict(SHAPE, dropout=0.0, bias=False),
                     config=dict(dataset='shakespeare_char', batch_size=12)), tmp_path / 'ckpt.pt')
-    saved, notes = checkpoint.load_state(tmp_path)
+    saved, notes = run_folder.load_state(tmp_path)
     assert 'with the optimizer inside' in notes[0] and saved['best_val_loss'] == 2.5
     restored = GPT.from_checkpoint(saved)
     assert restored.config.activation == 'gelu'
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
 def test_a_model_alone_resumes_without_an_optimizer(tmp_path):
     model, _ = trained_gpt()
     checkpoint.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5)
-    saved, notes = checkpoint.load_state(tmp_path)
+    saved, notes = run_folder.load_state(tmp_path)
     assert saved['iter_num'] == 7 and 'without optimizer state, which starts afresh' in notes[0]
 
 
@@ -125,9 +125,9 @@ def test_the_activation_of_gpt2_survives(tmp_path):
 def test_the_newest_model_of_a_run_that_was_stopped_early_is_its_state(tmp_path):
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
-    assert same_weights(model, GPT.from_checkpoint(checkpoint.load_newest_model(tmp_path)))
+    assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
     checkpoint.save_model(tmp_path, trained_gpt(5)[0].to_checkpoint(), iter_num=5, best_val_loss=1.5)
-    assert checkpoint.load_newest_model(tmp_path)['iter_num'] == 5
+    assert run_folder.load_newest_model(tmp_path)['iter_num'] == 5
 
 
 def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(tmp_path):
@@ -136,11 +136,11 @@ def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(
         save_state(tmp_path, model, optimizer, iter_num)
     cut = (tmp_path / 'state.pt').read_bytes()[:5000]
     (tmp_path / 'state.pt').write_bytes(cut)
-    saved, notes = checkpoint.load_state(tmp_path)
+    saved, notes = run_folder.load_state(tmp_path)
     assert saved['iter_num'] == 5 and len(notes) == 1 and str(tmp_path / 'state.pt') in notes[0]
-    checkpoint.clean_out_dir(tmp_path, saved)
+    run_folder.clean_out_dir(tmp_path, saved)
     save_state(tmp_path, model, optimizer, 15)
-    assert checkpoint.load_state(tmp_path)[0]['iter_num'] == 15
+    assert run_folder.load_state(tmp_path)[0]['iter_num'] == 15
     assert checkpoint.read(tmp_path / 'state.prev.pt')['iter_num'] == 5
     assert (tmp_path / 'state.damaged.pt').read_bytes() == cut
 
@@ -148,7 +148,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(
 def test_a_new_run_removes_the_files_of_the_one_that_it_replaces(tmp_path):
     for name in (*FILES, 'state.pt.tmp', 'ckpt.pt.tmp', 'notes.txt'):
         (tmp_path / name).write_text('')
-    checkpoint.clean_out_dir(tmp_path, None)
+    run_folder.clean_out_dir(tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
 
 
@@ -174,7 +174,7 @@ def test_power_loss_at_any_point_of_a_save(tmp_path, monkeypatch):
             path.unlink()
         for name, data in disk.items():
             (tmp_path / name).write_bytes(data)
-        assert checkpoint.load_state(tmp_path)[0]['iter_num'] == (15 if done == 2 else 10)
+        assert run_folder.load_state(tmp_path)[0]['iter_num'] == (15 if done == 2 else 10)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -334,7 +334,7 @@ def test_a_damaged_file_is_refused_and_never_executed(out_dir, load, damage):
     spoil, words = DAMAGED[damage]
     spoil(out_dir)
     with pytest.raises(UserError, match=words) as refused:
-        GPT.from_checkpoint(checkpoint.load_state(out_dir)[0] if load == 'train' else checkpoint.load_newest_model(out_dir))
+        GPT.from_checkpoint(run_folder.load_state(out_dir)[0] if load == 'train' else run_folder.load_newest_model(out_dir))
     assert str(out_dir / ('state.pt' if load == 'train' else 'ckpt.pt')) in str(refused.value)
     assert not (out_dir / 'ran').exists()
 
@@ -342,7 +342,7 @@ def test_a_damaged_file_is_refused_and_never_executed(out_dir, load, damage):
 def test_a_payload_that_contains_itself_is_read(out_dir):
     """And ends nowhere in a loop."""
     changed(contains_itself)(out_dir)
-    assert GPT.from_checkpoint(checkpoint.load_state(out_dir)[0]).config.n_layer == 2
+    assert GPT.from_checkpoint(run_folder.load_state(out_dir)[0]).config.n_layer == 2
 
 
 def test_tokenizer_of_another_type_is_refused(out_dir):
@@ -353,12 +353,12 @@ def test_tokenizer_of_another_type_is_refused(out_dir):
 
 def test_no_run_is_told_from_a_damaged_one(tmp_path):
     with pytest.raises(UserError, match='holds no run to resume'):
-        checkpoint.load_state(tmp_path)
+        run_folder.load_state(tmp_path)
     with pytest.raises(UserError, match='ckpt.pt does not exist; train first'):
-        checkpoint.load_newest_model(tmp_path)
+        run_folder.load_newest_model(tmp_path)
     (tmp_path / 'state.prev.pt').write_bytes(b'')
     with pytest.raises(UserError, match=r'no state to resume: .*state.pt is missing; .*state.prev.pt cannot be read'):
-        checkpoint.load_state(tmp_path)
+        run_folder.load_state(tmp_path)
 
 
 # The lock
@@ -368,18 +368,18 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path('file').write_text('a file')
     with pytest.raises(UserError, match='cannot be written'):
-        checkpoint.lock(out)
+        run_folder.lock(out)
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
-    with checkpoint.lock(tmp_path / 'new' / 'out'):
+    with run_folder.lock(tmp_path / 'new' / 'out'):
         with pytest.raises(UserError, match='is in use by another training process'):
-            checkpoint.lock(tmp_path / 'new' / 'out')
-    checkpoint.lock(tmp_path / 'new' / 'out').release()
+            run_folder.lock(tmp_path / 'new' / 'out')
+    run_folder.lock(tmp_path / 'new' / 'out').release()
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
 def test_a_fifo_in_the_place_of_a_state_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'state.pt')
     with pytest.raises(UserError, match='state.pt cannot be read: it is no regular file'):
-        checkpoint.load_state(tmp_path)
+        run_folder.load_state(tmp_path)

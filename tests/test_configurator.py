@@ -121,7 +121,7 @@ def test_saved_settings_come_back_but_for_overrides_and_those_of_this_command(sc
     saved = dict(width=9, rate=0.5, name='saved', quiet=True, unknown=1, fast=7)
     overrides = configurator.configure(script, ['--width=6', '--rate=0.5'])
     differences = configurator.restore_settings(script, saved, overrides, keep=('name',))
-    assert differences == ['width 9 -> 6']
+    assert differences == {'width': (9, 6)}
     assert configurator.snapshot(script) == dict(width=6, rate=0.5, name='a=b', fast='auto', quiet=True)
     assert 'unknown' not in script
 

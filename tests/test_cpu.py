@@ -215,10 +215,10 @@ class SquaredMLP(torch.nn.Module):
 
     def __init__(self, mlp):
         super().__init__()
-        self.c_fc, self.gelu, self.c_proj, self.dropout = mlp.c_fc, mlp.gelu, mlp.c_proj, mlp.dropout
+        self.c_fc, self.activation, self.c_proj, self.dropout = mlp.c_fc, mlp.activation, mlp.c_proj, mlp.dropout
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x)) ** 2))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x)) ** 2))
 
 
 @pytest.mark.parametrize('change', ['logits', 'mlp'])

@@ -13,7 +13,7 @@ if sys.platform != 'linux':
 import chaos
 from harness import is_walk, read_records, script_settings
 
-from engine import checkpoint
+from engine import checkpoint, run_folder
 from engine.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_a_kill_at_each_step_of_a_save_loses_nothing(lab, step):
     result = lab.resume(lab.launcher, out_dir, fault=dict(
         kind='signal', number=signal.SIGKILL, save=4, step=step, offset=100_000))
     assert result.codes == [-signal.SIGKILL]
-    iterations = [checkpoint.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
+    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
     assert iterations == [10 if step in ('sync folder', 'done') else 5, 10]
     lab.finish(lab.launcher, out_dir)
 

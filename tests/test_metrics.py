@@ -133,7 +133,7 @@ def new_log(world_size=1, dtype='float32', is_gpu=False, **options):
     """A StepLog whose environment has world_size equal ranks, and the lines and records that it writes."""
     env, writer, lines = distributed.start(device='cpu'), Writer(), []
     env.dtype, env.world_size, env.all_reduce = dtype, world_size, lambda tensor: tensor * world_size
-    defaults = dict(tokens=100, flops=1e6, log_interval=1, max_iters=10, advice='Help.')
+    defaults = dict(tokens=0, flops_per_token=1e4, log_interval=1, max_iters=10, advice='Help.')
     log = StepLog(env, writer, lines.append, **{**defaults, **options})
     return log, writer.records, lines
 
@@ -146,7 +146,7 @@ def step(loss, grad_norm=1.0):
 def test_a_log_has_the_mean_over_the_ranks_at_its_interval(world_size):
     log, records, lines = new_log(world_size, log_interval=2)
     for i in range(5):
-        assert log.push(i, step(2.0 + i, 0.5), lr=1e-3) is False
+        assert log.push(i, step(2.0 + i, 0.5), 100 * (i + 1), lr=1e-3) is False
     assert [i for i, _ in records] == [0, 2, 4] and len(lines) == 3
     assert [record['tokens'] for _, record in records] == [100, 300, 500]
     assert all(record['loss'] == 2.0 + i and record['grad_norm'] == 0.5 and record['lr'] == 1e-3 for i, record in records)
@@ -159,7 +159,7 @@ def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
     monkeypatch.setattr(metrics, 'is_asynchronous', lambda device: True)
     log, records, _ = new_log()
     for i in range(3):
-        log.push(i, step(2.0), lr=1e-3)
+        log.push(i, step(2.0), 100 * (i + 1), lr=1e-3)
     assert [i for i, _ in records] == [0, 1]
     log.flush()
     assert [i for i, _ in records] == [0, 1, 2]
@@ -168,30 +168,30 @@ def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
 @pytest.mark.parametrize('numbers', [step(math.nan), step(math.inf), step(2.0, math.inf)])
 def test_a_step_that_is_not_finite_ends_the_run(numbers):
     log, records, _ = new_log()
-    log.push(0, step(2.0), lr=1e-3)
+    log.push(0, step(2.0), 100, lr=1e-3)
     with pytest.raises(RunError, match='iteration 1: loss .*; the run ends before that update. Help.'):
-        log.push(1, numbers, lr=1e-3)
+        log.push(1, numbers, 200, lr=1e-3)
     assert [i for i, _ in records] == [0]
 
 
 def test_float16_may_overflow_while_its_loss_scale_settles():
     log, records, _ = new_log(dtype='float16')
     for i in range(20):
-        log.push(i, step(2.0, math.inf), lr=1e-3)
-    log.push(20, step(2.0), lr=1e-3)
+        log.push(i, step(2.0, math.inf), 100 * (i + 1), lr=1e-3)
+    log.push(20, step(2.0), 2100, lr=1e-3)
     for i in range(21, 41):
-        log.push(i, step(2.0, math.nan), lr=1e-3)
+        log.push(i, step(2.0, math.nan), 100 * (i + 1), lr=1e-3)
     with pytest.raises(RunError, match='iteration 41'):
-        log.push(41, step(2.0, math.nan), lr=1e-3)
+        log.push(41, step(2.0, math.nan), 4200, lr=1e-3)
     with pytest.raises(RunError, match='loss nan'):
-        new_log(dtype='float16')[0].push(0, step(math.nan), lr=1e-3)
+        new_log(dtype='float16')[0].push(0, step(math.nan), 100, lr=1e-3)
 
 
 def test_a_signal_of_any_rank_is_told_with_the_step():
     log, _, _ = new_log(world_size=2)
-    assert log.push(0, step(2.0), lr=1e-3) is False
+    assert log.push(0, step(2.0), 100, lr=1e-3) is False
     log.env.received_signal = signal.SIGTERM
-    assert log.push(1, step(2.0), lr=1e-3) is True and log.stop_signal == signal.SIGTERM
+    assert log.push(1, step(2.0), 200, lr=1e-3) is True and log.stop_signal == signal.SIGTERM
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')

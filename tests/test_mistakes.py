@@ -16,7 +16,7 @@ import pytest
 from harness import CAN_FORK, torchrun_options
 from launcher import script_environment
 
-from engine import checkpoint
+from engine import checkpoint, run_folder
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_mistake_is_one_line_from_a_new_python(workspace, script, flag, words)
 
 
 def test_a_run_in_use_is_left_alone(place):
-    with checkpoint.lock(place.folder / 'out-run'):
+    with run_folder.lock(place.folder / 'out-run'):
         for flags in (RESUME, ['--out_dir=out-run', '--overwrite=True']):
             expect_refusal(place, 'out-run is in use by another training process', 'train.py', *TRAIN, *flags)
 
@@ -165,7 +165,7 @@ def test_a_run_in_use_is_left_alone(place):
 @pytest.mark.skipif(not CAN_FORK, reason='two ranks are started by fork')
 @pytest.mark.parametrize('flags, words', [
     ([NEW, '--gradient_accumulation_steps=1', '--batch_size=3'],
-     'over 2 ranks in equal micro-batches; try --gradient_accumulation_steps=2'),
+     'over 2 ranks; try --gradient_accumulation_steps=2'),
     ([NEW, '--backend=nccl'], 'backend=nccl moves data between NVIDIA GPUs'),
     (['--out_dir=out-run'], 'already holds a run'),
     ([NEW, '--learning_rte=1'], 'did you mean learning_rate?')])

@@ -8,20 +8,6 @@ from engine.errors import UserError
 from model import GPT, GPTConfig
 
 
-@pytest.mark.parametrize('accumulation, batch, ranks, expected', [
-    (40, 12, 1, (40, 12)), (40, 12, 8, (5, 12)), (1, 64, 2, (1, 32)), (5, 12, 2, (3, 10)), (1, 64, 64, (1, 1))])
-def test_each_rank_takes_an_equal_share(accumulation, batch, ranks, expected):
-    micro_steps, size = parallel.split_batch(accumulation, batch, ranks)
-    assert (micro_steps, size) == expected and micro_steps * size * ranks == accumulation * batch and size <= batch
-
-
-@pytest.mark.parametrize('accumulation, batch, ranks', [(1, 12, 5), (3, 1, 2), (7, 3, 4)])
-def test_what_does_not_divide_is_refused_with_settings_that_do(accumulation, batch, ranks):
-    with pytest.raises(UserError, match=f'over {ranks} ranks') as error:
-        parallel.split_batch(accumulation, batch, ranks)
-    parallel.split_batch(int(str(error.value).split('=')[-1]), batch, ranks)
-
-
 @pytest.mark.parametrize('compile', [False, True])
 def test_a_wrapped_model_computes_the_same_with_the_same_weights(compile, monkeypatch):
     """Compiled by a backend that traces the model and runs it as it is, which takes no C compiler."""

@@ -27,7 +27,7 @@ from engine import textfiles, tokenfiles
 from engine.errors import RunError, UserError
 from engine.tokenizer import GPT2, Tokenizer, char_spec, code_points, read_meta
 
-SCRIPTS = sorted(path.parent.name for path in (ROOT / 'data').glob('*/prepare.py'))
+SCRIPTS = sorted({path.parent.name for path in (ROOT / 'data').glob('*/prepare.py')} - {'evals'})    # which is no dataset
 # what GPT-2's pattern treats specially: contractions, runs of whitespace, kinds of space, scripts
 WORDS = ["it's", "we'll", "'", "''re", 'word', ' ', '  ', '\n', '\n\n  ', ' \n', '\t', '\r\n', '\u00a0',
          '\u3000', '\x1c', '12', '3.5', '...', '<|endoftext|>', 'naïve', '日本語。', '🙂', 'e\u0301',
@@ -501,6 +501,14 @@ MISTAKES = [        # script, the input's name and bytes (None: no such file), a
     ('openwebtext', 'a.jsonl', b'{"text": "a"}\n', [], 'data/text/prepare.py'),
     ('openwebtext', 'a.parquet', b'PAR1 and no more', [], 'not a parquet file'),
     ('openwebtext', 'a.jsonl', b'{"text": "a"}\n', ['--max_docs=-1'], 'max_docs=-1'),
+    ('fineweb_edu', 'a.jsonl', None, [], 'no file or folder'),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', [], '4 tokens are not more than one shard'),
+    ('fineweb_edu', 'a.jsonl', b'', [], '0 tokens are not more than one shard'),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--shard_tokens=0'], 'shard_tokens=0 should be at least 1'),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'], 'line 2 has no string'),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=1/1'], "part='1/1' should be i/n"),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=half'], "part='half' should be i/n"),
+    ('fineweb_edu', None, None, ['--sample=10BT'], "sample='10BT' is unknown; try sample-10BT"),
     ('shakespeare', 'a.txt', b'', [], 'is empty'),
     ('shakespeare', 'data', None, [], 'is a folder'),
     ('shakespeare_char', 'a.txt', b'a\0b', [], 'is binary'),
@@ -573,6 +581,8 @@ def test_the_last_line_is_a_next_command_whose_settings_exist(data, tmp_path, mo
     script = load(data, name, monkeypatch)
     if hasattr(script, 'input'):
         script.input = str(text)
+    if hasattr(script, 'shard_tokens'):
+        script.shard_tokens = 4
     script.main()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith('next: python train.py config/')

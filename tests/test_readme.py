@@ -11,6 +11,7 @@ from harness import CAN_FORK, ROOT, SETTINGS, script_settings
 
 import configurator
 import train
+from engine.limits import check_training
 
 BLOCKS = [block.replace('\\\n', ' ').strip()
           for block in re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.DOTALL)]
@@ -71,7 +72,7 @@ def test_the_script_and_settings_of_a_command_exist(command):
     if script == 'train.py':
         with script_settings(train):
             vars(train).update(settings)
-            train.check_settings()
+            check_training(vars(train))
 
 
 def test_commands_do_not_write_to_the_same_folder():

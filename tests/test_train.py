@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, script_settings
+from harness import CAN_FORK, SETTINGS, script_settings
 
 import train
 from engine.dataloader import TokenDataset
 from engine.errors import UserError
+from engine.limits import check_training
 from model import GPT, GPTConfig
 
 
@@ -38,7 +39,7 @@ def test_the_other_schedules_fall_in_a_line():
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--lr_schedule=wave', "lr_schedule='wave' is unknown; try 'cosine', 'linear' or 'wsd'"),
+    ('--lr_schedule=wave', "lr_schedule='wave' is unknown; try 'cosine' or 'linear' or 'wsd'"),
     ('--cooldown_iters=0', 'cooldown_iters=0 should be at least 1'), ('--sample_tokens=-1', 'sample_tokens=-1 should be'),
     ('--max_iters=100000000000000000', 'should be .*at most 1,000,000,000'), ('--rank_timeout=99999999999999', 'at most 10,000,000'),
     ('--batch_size=4611686018427387904', 'at most 1,048,576'),
@@ -58,10 +59,10 @@ def test_the_other_schedules_fall_in_a_line():
 def test_an_impossible_value_is_refused(flag, words):
     flags = [f'--{name}={value}' for name, value in SETTINGS.items()]
     with script_settings(train, *flags):
-        train.check_settings()
+        check_training(vars(train))
     with pytest.raises(UserError, match=words):
         with script_settings(train, *flags, flag):
-            train.check_settings()
+            check_training(vars(train))
 
 
 @pytest.mark.parametrize('flag, words', [
@@ -240,8 +241,9 @@ def test_a_smaller_context_takes_effect_and_a_larger_one_is_refused(trained):
 def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=300)
-                                 ).save_pretrained(workspace.folder / 'weights')
+    for name, vocab_size in (('weights', 17), ('weights-of-other-tokens', 300)):
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=vocab_size)
+                                     ).save_pretrained(workspace.folder / name)
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size')
     flags = ['--init_from=weights', '--out_dir=out-hf', *(f'--{k}={v}' for k, v in SETTINGS.items() if k not in shape)]
     shown = workspace.run('train.py', *flags, '--eval_only=True', '--dropout=0').stdout
@@ -249,7 +251,10 @@ def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     workspace.run('train.py', *flags)
     losses = [r['val_loss'] for r in workspace.records('out-hf') if 'val_loss' in r]
     assert losses[-1] < losses[0] and f'val loss {losses[0]:.4f}' in shown
-    assert torch.load(workspace.folder / 'out-hf' / 'ckpt.pt', weights_only=True)['activation'] == 'gelu_tanh'
+    saved = torch.load(workspace.folder / 'out-hf' / 'ckpt.pt', weights_only=True)
+    assert saved['activation'] == 'gelu_tanh' and saved['config']['n_layer'] == 1     # the shape of the weights
+    flags[:2] = ['--init_from=weights-of-other-tokens', '--out_dir=out-other']
+    assert "the tokens of toy are not those of weights-of-other-tokens" in workspace.run('train.py', *flags, code=2).stderr
 
 
 def test_a_new_run_replaces_another_only_when_told_to(trained):
@@ -271,3 +276,26 @@ def test_a_log_line_has_its_numbers(trained):
     assert lines[1] == (f'iter 1: loss {record["loss"]:.4f}, 256 tokens, {record["ms"]:.1f} ms, '
                         f'{record["tokens_per_second"]:,.0f} tok/s, mfu {record["mfu"]:.1%}, '
                         f'grad {record["grad_norm"]:.2f}, lr {record["lr"]:.1e}, eta 0:00:00')
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_tasks_are_scored_at_evaluations_and_move_nothing(trained, ranks):
+    if ranks > 1 and not CAN_FORK:
+        pytest.skip('two ranks are started by fork')
+    tasks = trained.folder / 'tasks-of-train'
+    tasks.mkdir(exist_ok=True)
+    (tasks / 'exact.jsonl').write_text('{"prompt": "abc", "answer": "d"}\n{"prompt": "a", "answer": "p"}\n', encoding='utf-8')
+    run = trained.train('out-tasks', '--overwrite=True', '--eval_tasks=exact', f'--eval_tasks_data={tasks}',
+                        '--eval_tasks_interval=10', ranks=ranks)
+    records = trained.records('out-tasks')
+    assert [r['iter'] for r in records if r.pop('exact_acc', None) is not None] == [0, 10, 20]
+    assert 'step 20: exact_acc ' in run.stdout
+    if ranks == 1:
+        assert records == trained.records('out-toy')
+
+
+def test_tasks_of_a_sharded_run_are_refused(trained):
+    if not CAN_FORK:
+        pytest.skip('two ranks are started by fork')
+    result = trained.launcher.run('train.py', *trained.flags('out-refused'), '--eval_tasks=exact', '--strategy=fsdp', ranks=2)
+    assert result.codes[0] == 2 and 'eval_tasks reads the whole model on each rank' in result.stderr

@@ -52,7 +52,7 @@ def read_pieces(files, counts, start, stop, val_documents):
         if start < first + count and first < stop:
             skip = max(start - first, 0)
             documents = islice(textfiles.read_documents(path), skip, stop - first)
-            for number, document in enumerate(documents, first + skip):
+            for number, (_, document) in enumerate(documents, first + skip):
                 split = 'val' if number in val_documents else 'train'
                 yield from ((split, text, is_last) for text, is_last in tokenfiles.safe_pieces(document))
         first += count

@@ -1,0 +1,7 @@
+# The shape of Llama, which transformers loads as LlamaForCausalLM; with qk_norm=True as Qwen3ForCausalLM.
+# Put it before the config of a run:
+#   python train.py config/model_llama.py config/train_shakespeare_char.py
+position = 'rotary'
+norm = 'rmsnorm_gain'
+activation = 'swiglu'
+bias = False

@@ -1,0 +1,10 @@
+# The shape of nanochat, which transformers loads as NanoChatForCausalLM. Put it before the config of a run:
+#   python train.py config/model_nanochat.py config/train_shakespeare_char.py
+position = 'rotary'
+norm = 'rmsnorm'                    # without parameters
+qk_norm = True
+embedding_norm = True
+activation = 'relu2'
+bias = False
+tied = False
+softcap = 15.0

@@ -1,0 +1,28 @@
+# GPT-2 large, 774M parameters, on FineWeb-Edu. Not run here.
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774m.py
+# The shape is GPT-2's (Radford et al. 2019, table 2). Its paper gives no learning rate: this one, the warm-up over 375M
+# tokens and the batch are those of GPT-3 760M (Brown et al. 2020, table 2.1 and appendix B).
+out_dir = 'out-gpt2-774m'
+dataset = 'fineweb_edu'
+sampling = 'epoch'
+wandb_run_name = 'gpt2-774M'
+
+n_layer = 36
+n_head = 20
+n_embd = 1280
+
+# 4 x 1024 x 128 = 524,288 tokens per iteration over all GPUs; 15.5 billion in the run, 20 per parameter
+# (Hoffmann et al. 2022), from data/fineweb_edu/prepare.py --sample=sample-100BT
+batch_size = 4
+block_size = 1024
+gradient_accumulation_steps = 128
+max_iters = 29600
+lr_decay_iters = 29600
+
+learning_rate = 2.5e-4
+min_lr = 2.5e-5
+warmup_iters = 715
+
+eval_interval = 500
+eval_iters = 100
+log_interval = 10

@@ -1,0 +1,53 @@
+"""What values a setting may have."""
+
+import math
+
+from engine.errors import UserError
+
+CHOICES = dict(lr_schedule=('cosine', 'linear', 'wsd'), optimizer=('adamw', 'muon'), strategy=('ddp', 'fsdp', 'hsdp'),
+               reduce_dtype=('float32', 'bfloat16'), checkpoint=('gathered', 'sharded'))
+
+
+def check_range(settings, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """UserError unless low <= value <= high and above < value < below, for each of the settings `names`."""
+    for name in names.split():
+        if not (low <= settings[name] <= high and above < settings[name] < below):
+            limits = [(low, 'at least'), (high, 'at most'), (above, 'above'), (below, 'below')]
+            words = ' and '.join(f'{word} {limit:,}' for limit, word in limits if math.isfinite(limit))
+            raise UserError(f'{name}={shorten(settings[name])} should be {words}')
+
+
+def shorten(value):
+    text = repr(value)
+    return text if len(text) < 100 else text[:97] + '...'
+
+
+def check_choice(settings, name, values):
+    """UserError unless the setting `name` has one of `values`."""
+    if settings[name] not in values:
+        raise UserError(f'{name}={shorten(settings[name])} is unknown; try {" or ".join(map(repr, values))}')
+
+
+def check_training(settings, combinations=True):
+    """UserError for an impossible setting of train.py. combinations: also for values that do not fit each other."""
+    check_range(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
+    check_range(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
+    check_range(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens eval_tasks_interval eval_tasks_limit', 0, 10 ** 9)
+    check_range(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
+    check_range(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
+    check_range(settings, 'learning_rate muon_lr', above=0, below=math.inf)
+    check_range(settings, 'beta1 beta2 dropout', 0, below=1)
+    check_range(settings, 'seed', 0, 2 ** 63 - 1)
+    check_range(settings, 'rank_timeout', 1, 10 ** 7)
+    for name, values in CHOICES.items():
+        check_choice(settings, name, values)
+    if not settings['out_dir'].strip() or '\0' in settings['out_dir']:
+        raise UserError(f'out_dir={settings["out_dir"]!r} should be the name of a folder')
+    if bool(settings['batch_ramp_start']) != bool(settings['batch_ramp_tokens']):
+        raise UserError('a batch ramp takes both batch_ramp_start and batch_ramp_tokens')
+    if combinations and settings['decay_lr'] and settings['warmup_iters'] >= settings['lr_decay_iters']:
+        raise UserError(f'warmup_iters={settings["warmup_iters"]} leaves nothing of lr_decay_iters={settings["lr_decay_iters"]}; try '
+                        f'--decay_lr=False, or --warmup_iters={settings["max_iters"] // 10} --lr_decay_iters={settings["max_iters"]}')
+    if combinations and settings['decay_lr'] and settings['min_lr'] > settings['learning_rate']:
+        raise UserError(f'min_lr={settings["min_lr"]} is above learning_rate={settings["learning_rate"]}; '
+                        f'try --min_lr={settings["learning_rate"] / 10:g}')

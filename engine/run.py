@@ -1,0 +1,132 @@
+"""A run: what is trained, how far it is, and what its checkpoints hold."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint, evals, optim, parallel
+from engine.batch_schedule import BatchSchedule
+from engine.errors import RunError, UserError
+from engine.metrics import MetricsWriter
+from engine.sharded_checkpoint import ShardedSaver
+from engine.tokenizer import Tokenizer
+
+
+@dataclass
+class Progress:
+    """How far a run is. Checkpoints hold these fields by name."""
+    iter_num: int = 0                   # optimizer steps
+    sequences: int = 0                  # drawn from the training split
+    tokens: int = 0                     # in those sequences
+    best_val_loss: float = math.inf
+    best_iter: int = 0                  # iteration of that evaluation
+    last_eval: int | None = None        # iteration of the last evaluation
+
+    @classmethod
+    def of(cls, saved, sequences_per_iter, block_size):
+        """The progress in a checkpoint; none without one. A checkpoint of nanoGPT does not count sequences,
+        so its iterations are counted with this run's batch."""
+        if not saved:
+            return cls()
+        fields = {name: saved[name] for name in cls.__dataclass_fields__ if saved.get(name) is not None}
+        fields.setdefault('sequences', saved['iter_num'] * sequences_per_iter)
+        fields.setdefault('tokens', fields['sequences'] * block_size)
+        return cls(**fields)
+
+
+@dataclass
+class Run:
+    """A model in training. save and sample are collective: every rank calls them."""
+    model: torch.nn.Module              # the plain module, for saving and sampling
+    wrapped_model: torch.nn.Module      # what the training step calls: compiled, and over the ranks
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    batch_schedule: BatchSchedule
+    grad_clip: float
+    seed: int
+    progress: Progress
+    out_dir: str = ''
+    description: dict | None = None     # {'config', 'tokenizer', 'fingerprint'} for checkpoints
+    saver: ShardedSaver | None = None   # where each rank writes its own shards
+    writer: MetricsWriter | None = None
+
+    @property
+    def micro_steps(self):
+        """Micro-batches of this rank in the iteration that comes next."""
+        return self.batch_schedule.micro_steps(self.progress.tokens)
+
+    def count_iteration(self):
+        """Note that one more iteration is done."""
+        n_sequences = self.batch_schedule.n_sequences(self.progress.tokens)
+        self.progress.iter_num += 1
+        self.progress.sequences += n_sequences
+        self.progress.tokens += n_sequences * self.batch_schedule.block_size
+
+    def evaluation_is_due(self, eval_interval, max_iters):
+        iter_num = self.progress.iter_num
+        return self.progress.last_eval != iter_num and (iter_num % eval_interval == 0 or iter_num >= max_iters)
+
+    def record_losses(self, losses, scores):
+        """Record an evaluation at this iteration. scores: of tasks, {name: value}. True where the loss is the best.
+        RunError where it is not finite."""
+        progress = self.progress
+        if not math.isfinite(losses['val']):
+            raise RunError(f'step {progress.iter_num}: val loss {losses["val"]}; {self.out_dir} keeps what was saved before')
+        improved, progress.last_eval = losses['val'] < progress.best_val_loss, progress.iter_num
+        if improved:
+            progress.best_val_loss, progress.best_iter = losses['val'], progress.iter_num
+        if self.writer:
+            self.writer.write(progress.iter_num, train_loss=losses['train'], val_loss=losses['val'], **scores)
+        return improved
+
+    def sample(self, sampler, print_line, env):
+        """Print what sampler(model) returns. A sharded model is sampled whole, in CPU memory."""
+        model = self.model
+        if any(map(parallel.is_shard, model.parameters())):
+            contents = parallel.gather_model(model)
+            model = type(model).from_checkpoint(contents) if env.is_main else None
+        if env.is_main:
+            print_line(sampler(model))
+
+    def save(self, env, model_too=False):
+        """Write state.pt, and with model_too ckpt.pt; or begin to write state/. RunError where that fails."""
+        moments = optim.state_dict(self.optimizer, self.scaler)
+        rest = dict(asdict(self.progress), wandb_id=self.writer and self.writer.wandb_id, **self.description)
+        if self.saver:
+            contents = self.model.to_checkpoint()
+            del contents['model']
+            self.saver.save(self.model, moments, {**contents, **rest})
+            return
+        model, moments = parallel.gather_model(self.model), parallel.gather(moments)
+        if env.is_main:
+            if model_too:
+                checkpoint.save_model(self.out_dir, model, **rest)
+            checkpoint.save_state(self.out_dir, model, **rest, **moments)
+
+    def wait_for_save(self):
+        """Wait until the last save is on disk. RunError where it failed."""
+        if self.saver:
+            self.saver.wait()
+
+
+class TaskScorer:
+    """The tasks of evaluate.py, scored between steps. It moves no random numbers and leaves the model in evaluation mode.
+
+    names, folder, limit: of evals.load_tasks. tokenizer: a spec. progress: wraps (text, items, total), as tqdm does.
+    notes: lines for the person. Raises UserError for what cannot be scored.
+    """
+
+    def __init__(self, names, folder, limit, tokenizer, model, progress):
+        if any(map(parallel.is_shard, model.parameters())):
+            raise UserError('eval_tasks reads the whole model on each rank; try --strategy=ddp, or evaluate.py after the run')
+        self.progress = progress
+        self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size, limit, progress)
+        self.notes = [f'{task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}'
+                      for task in self.tasks if task.skipped]
+
+    def __call__(self, model, env):
+        """{'hellaswag_acc': 0.29, ...} over all ranks, or None if a signal reached any rank."""
+        results = evals.evaluate_tasks(model, self.tasks, env, 32, self.missing, self.progress, env.stop_signal)
+        return results and {f'{r["task"]}_{r["metric"]}': r['value'] for r in results}

@@ -1,0 +1,52 @@
+import pytest
+
+from engine.batch_schedule import BatchSchedule, split_batch
+from engine.errors import UserError
+
+
+@pytest.mark.parametrize('n_sequences, batch_size, ranks, expected', [
+    (480, 12, 1, (40, 12)), (480, 12, 8, (5, 12)), (64, 64, 2, (1, 32)), (60, 12, 2, (3, 10)), (64, 64, 64, (1, 1)), (40, 8, 2, (4, 5))])
+def test_each_rank_takes_an_equal_share(n_sequences, batch_size, ranks, expected):
+    micro_steps, size = split_batch(n_sequences, batch_size, ranks)
+    assert (micro_steps, size) == expected and micro_steps * size * ranks == n_sequences and size <= batch_size
+
+
+@pytest.mark.parametrize('accumulation, batch, ranks', [(1, 12, 5), (3, 1, 2), (7, 3, 4)])
+def test_what_does_not_divide_is_refused_with_settings_that_do(accumulation, batch, ranks):
+    with pytest.raises(UserError, match=f'over {ranks} ranks') as error:
+        BatchSchedule(accumulation, batch, 32, ranks)
+    assert '--gradient_accumulation_steps=' in str(error.value)
+    BatchSchedule(int(str(error.value).split('=')[-1]), batch, 32, ranks)
+
+
+def test_a_ramp_grows_linearly_and_takes_the_same_sequences_on_any_number_of_ranks():
+    plans = []
+    for ranks in (1, 2, 4):
+        schedule = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000)
+        tokens = sequences = 0
+        sizes = []
+        for number, (first, micro_steps) in zip(range(60), schedule.iterations(0, 0)):
+            assert first == sequences and schedule.tokens_after(number) == tokens
+            n_sequences = micro_steps * schedule.micro_batch_size * ranks
+            # the published rule: linear from the first batch to the full one; here in steps of the first batch
+            linear = 4 + (128 - 4) * min(1, tokens / 20_000)
+            assert n_sequences % 4 == 0 and linear - 4 < n_sequences <= linear
+            sequences, tokens = sequences + n_sequences, tokens + n_sequences * 64
+            sizes.append(n_sequences)
+        assert sizes[0] == 4 and sizes[-1] == 128 and sizes == sorted(sizes)
+        plans.append(sizes)
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_a_ramp_goes_on_where_it_was():
+    schedule = BatchSchedule(16, 8, 64, 2, ramp_start=4 * 64, ramp_tokens=20_000)
+    plan = [step for _, step in zip(range(40), schedule.iterations(0, 0))]
+    resumed = schedule.iterations(plan[15][0], schedule.tokens_after(15))
+    assert [step for _, step in zip(range(25), resumed)] == plan[15:]
+
+
+@pytest.mark.parametrize('start', [100, 64 * 200, 64 * 5])
+def test_a_ramp_that_does_not_fit_the_batch_is_refused_with_one_that_does(start):
+    with pytest.raises(UserError, match='batch_ramp_start') as error:
+        BatchSchedule(4, 8, 64, 1, ramp_start=start, ramp_tokens=1000)
+    BatchSchedule(4, 8, 64, 1, ramp_start=int(str(error.value).split('=')[-1]), ramp_tokens=1000)

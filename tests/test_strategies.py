@@ -1,0 +1,189 @@
+"""Whole runs of train.py over several ranks: every strategy and both kinds of checkpoint against one process."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+
+from engine import run_folder
+from harness import Workspace
+
+# 12 micro-batches of one sequence divide over 1, 2, 3 and 4 ranks, and dropout is the same in each.
+SHARED = ('--gradient_accumulation_steps=12', '--batch_size=1', '--lr_decay_iters=30', '--eval_interval=10', '--eval_iters=3')
+HSDP = dict(strategy='hsdp', ranks=4, LOCAL_WORLD_SIZE='2')        # two machines with two ranks each
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    workspace = Workspace(tmp_path_factory.mktemp('strategies'))
+    if not workspace.launcher:
+        pytest.skip('starting several ranks in forks takes Linux')
+    workspace.train('straight', *SHARED, '--max_iters=30')
+    yield workspace
+    workspace.close()
+
+
+def train(place, out_dir, *flags, strategy='ddp', ranks=2, **environment):
+    return place.train(out_dir, *SHARED, f'--strategy={strategy}', *flags, ranks=ranks, **environment)
+
+
+def curve(place, out_dir):
+    return [record[name] for record in place.records(out_dir) for name in ('loss', 'val_loss') if name in record]
+
+
+def tensors(place, out_dir):
+    """Weights and moments of state.pt, by name."""
+    state = torch.load(place.folder / out_dir / 'state.pt', weights_only=True)
+    moments = {f'{index} {name}': value for index, moment in state['optimizer']['state'].items() for name, value in moment.items()}
+    return {**state['model'], **moments}
+
+
+def assert_same(found, expected, tolerance=0.0):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(strategy='fsdp'), dict(strategy='fsdp', ranks=4), HSDP])
+def test_every_strategy_gives_the_losses_of_one_process(place, options):
+    """With dropout, three evaluation batches that the ranks cannot share equally, and accumulation."""
+    train(place, 'out', '--max_iters=30', '--overwrite=True', **options)
+    assert len(curve(place, 'straight')) == 34
+    assert curve(place, 'out') == pytest.approx(curve(place, 'straight'), rel=1e-5)
+
+
+def test_a_run_may_change_strategy_and_ranks_at_every_resume(place):
+    stages = [dict(ranks=1), dict(), dict(strategy='fsdp'), HSDP, dict(strategy='fsdp', ranks=1)]
+    for i, options in enumerate(stages):
+        train(place, 'chain', '--init_from=auto', f'--max_iters={6 * (i + 1)}', **options)
+    assert_same(tensors(place, 'chain'), tensors(place, 'straight'), 1e-4)
+
+
+@pytest.mark.parametrize('flags', [('--checkpoint=gathered',), ('--checkpoint=sharded',), ('--recompute=True',), ('--dtype=bfloat16',),
+                                   ('--reduce_dtype=bfloat16',)])
+def test_a_sharded_run_resumes_bit_for_bit(place, flags):
+    flags = [*flags, '--strategy=fsdp']         # a resume restores it
+    place.train('whole', *SHARED, *flags, '--max_iters=14', '--overwrite=True', ranks=2)
+    place.train('parts', *SHARED, *flags, '--max_iters=8', '--overwrite=True', ranks=2)
+    machine = [flag for flag in ('--device=cpu', '--compile=False', *flags) if flag.split('=')[0] in ('--device', '--compile', '--dtype')]
+    place.run('train.py', '--init_from=resume', '--out_dir=parts', '--max_iters=14', *machine, ranks=2)
+    for out_dir in ('parts', 'whole'):          # one iteration more, which leaves a state.pt in both
+        place.run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=15', '--checkpoint=gathered', *machine, ranks=2)
+    found, expected = ([record['loss'] for record in place.records(name) if 'loss' in record] for name in ('parts', 'whole'))
+    assert found == expected and len(found) == 15
+    assert_same(tensors(place, 'parts'), tensors(place, 'whole'))
+
+
+@pytest.fixture(scope='module')
+def sharded(place):
+    """A run on two ranks with a sharded state of iteration 10 and one of iteration 5 before it."""
+    train(place, 'sharded', '--max_iters=10', '--eval_interval=5', '--checkpoint=sharded', strategy='fsdp')
+    return place.folder / 'sharded'
+
+
+@pytest.mark.parametrize('options', [dict(ranks=1), dict(), dict(ranks=4), dict(strategy='fsdp', ranks=3), HSDP])
+def test_a_sharded_checkpoint_loads_into_any_number_of_ranks(place, sharded, options):
+    shutil.rmtree(place.folder / 'resharded', ignore_errors=True)
+    shutil.copytree(sharded, place.folder / 'resharded')
+    train(place, 'resharded', '--init_from=resume', '--max_iters=11', '--checkpoint=gathered', **options)
+    train(place, 'expected', '--max_iters=11', '--overwrite=True', ranks=1)
+    assert_same(tensors(place, 'resharded'), tensors(place, 'expected'), 1e-5)
+
+
+def test_sample_and_export_read_a_sharded_run(place, sharded):
+    flags = ('--max_new_tokens=40', '--num_samples=1', '--start=a')
+    text = place.run('sample.py', f'--out_dir={sharded}', *flags).stdout
+    train(place, 'gathered', '--max_iters=10', ranks=1)
+    assert text == place.run('sample.py', '--out_dir=gathered', *flags).stdout and len(text) > 40
+    place.run('export.py', str(sharded), 'exported')
+    assert (place.folder / 'exported' / 'model.safetensors').stat().st_size > 50_000
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('harm, words', [
+    (lambda folder: flip_a_bit(sorted(folder.glob('*.safetensors'))[1]), 'fails its checksum'),
+    (lambda folder: sorted(folder.glob('*.safetensors'))[0].unlink(), 'are not those that checksums.json names'),
+    (lambda folder: (folder / 'run.pt').write_bytes((folder / 'run.pt').read_bytes()[:-9]), 'run.pt cannot be read'),
+    (lambda folder: (folder / 'checksums.json').write_text('[' * 10 ** 5), 'cannot be read'),
+    (lambda folder: (folder / 'checksums.json').unlink(), 'has no checksums.json')])
+def test_a_damaged_sharded_state_falls_back_to_the_one_before(place, sharded, tmp_path, harm, words):
+    out_dir = tmp_path / 'out'
+    shutil.copytree(sharded, out_dir)
+    harm(out_dir / 'state')
+    state, notes = run_folder.load_state(out_dir)
+    assert state['iter_num'] == 5 and len(notes) == 1 and words in notes[0]
+    result = train(place, str(out_dir), '--init_from=resume', '--max_iters=10', '--checkpoint=sharded', strategy='fsdp')
+    assert 'from iteration 5' in result.stdout and (out_dir / 'state.damaged').is_dir()
+    for name in ('state', 'state.prev'):            # the damaged one was not kept as the one before
+        assert run_folder.load_state(out_dir)[1] == []
+        shutil.rmtree(out_dir / 'state')
+        (out_dir / 'state.prev').rename(out_dir / 'state') if name == 'state' else None
+
+
+def test_weights_that_are_not_finite_are_not_saved_by_any_rank(place, sharded, tmp_path):
+    out_dir = tmp_path / 'out'
+    shutil.copytree(sharded, out_dir)
+    before = {path: path.read_bytes() for path in sorted((out_dir / 'state').iterdir())}
+    result = place.launcher.run('train.py', *place.flags(out_dir), *SHARED, '--strategy=fsdp', '--checkpoint=sharded',
+                                '--init_from=resume', '--max_iters=20', ranks=2,
+                                fault=dict(kind='not finite', what='weights', iteration=2))
+    assert result.codes == [1, 1] and 'is not finite' in result.stderr and result.stderr.count('\n') == 1
+    assert {path: path.read_bytes() for path in sorted((out_dir / 'state').iterdir())} == before
+
+
+@pytest.mark.parametrize('flags, words', [
+    (('--strategy=zero',), "strategy='zero' is unknown; try 'ddp' or 'fsdp' or 'hsdp'"),
+    (('--strategy=fsdp', '--dtype=float16'), 'strategy=fsdp does not scale the loss, which float16 needs'),
+    (('--strategy=fsdp', '--optimizer=muon'), 'Muon multiplies whole matrices, and strategy=fsdp gives a rank a part of each'),
+    (('--reduce_dtype=bfloat16',), 'reduce_dtype=bfloat16 takes NCCL under ddp'),
+    (('--checkpoint=none',), "checkpoint='none' is unknown; try 'gathered' or 'sharded'"),
+    (('--batch_ramp_start=64',), 'a batch ramp takes both batch_ramp_start and batch_ramp_tokens')])
+def test_what_cannot_be_had_is_refused_in_one_line(place, flags, words):
+    result = place.launcher.run('train.py', *place.flags('refused'), *flags, ranks=2)
+    assert result.codes[0] == 2 and words in result.stderr and result.stderr.count('\n') == 1
+
+
+def test_machines_with_unequal_ranks_are_refused_for_hsdp(place):
+    result = place.launcher.run('train.py', *place.flags('refused'), '--strategy=hsdp', '--gradient_accumulation_steps=3',
+                                ranks=3, LOCAL_WORLD_SIZE='2')
+    assert result.codes[0] == 2 and 'strategy=hsdp needs machines with equally many ranks' in result.stderr and result.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('options', [dict(ranks=1), dict(), dict(strategy='fsdp')])
+def test_a_batch_ramp_resumes_exactly(place, options):
+    ramp = ('--gradient_accumulation_steps=8', '--batch_size=2', '--batch_ramp_start=128', '--batch_ramp_tokens=3000', '--lr_decay_iters=20')
+    train(place, 'ramp', *ramp, '--max_iters=16', '--overwrite=True', **options)
+    train(place, 'ramped', *ramp, '--max_iters=7', '--overwrite=True', **options)
+    train(place, 'ramped', *ramp, '--max_iters=16', '--init_from=resume', **options)
+    assert_same(tensors(place, 'ramped'), tensors(place, 'ramp'))
+    records = [record for record in place.records('ramp') if 'loss' in record]
+    steps = [b['tokens'] - a['tokens'] for a, b in zip(records, records[1:])]
+    assert records[0]['tokens'] == 128 and steps[-1] == 16 * 32 and set(steps) == {128, 256, 384, 512}
+    # the learning rate counts full batches: it warms up over two of them
+    warm = [record['lr'] for record in records if record['tokens'] <= 2 * 512]
+    assert warm == sorted(warm) and len(warm) > 4
+
+
+def test_a_stopped_run_prints_the_command_that_goes_on_as_it_was(place):
+    """With torchrun and as many ranks, and with the settings that a resume does not restore."""
+    result = place.launcher.run('train.py', *place.flags('stopped'), *SHARED, '--strategy=fsdp', ranks=2,
+                                fault=dict(kind='signal', number=signal.SIGTERM, iteration=3, micro_steps=6))
+    assert result.codes == [143, 143]
+    command = result.stdout.split('go on with: ')[1].splitlines()[0]
+    assert command == ('torchrun --nproc_per_node=2 --standalone train.py --init_from=resume --out_dir=stopped '
+                       '--device=cpu --compile=False')
+    assert run_folder.load_state(place.folder / 'stopped')[0]['config']['strategy'] == 'fsdp'
+
+
+def test_weights_of_others_are_shared_out_by_rank_0(place):
+    """A folder of Hugging Face weights, finetuned on shards and on one process."""
+    place.run('export.py', 'straight', 'weights')
+    for out_dir, options in (('tuned', dict(ranks=1)), ('tuned-fsdp', dict(strategy='fsdp'))):
+        train(place, out_dir, '--init_from=weights', '--max_iters=4', **options)
+    assert curve(place, 'tuned-fsdp') == pytest.approx(curve(place, 'tuned'), rel=1e-5) and len(curve(place, 'tuned')) == 6
