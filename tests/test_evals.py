@@ -246,7 +246,7 @@ def test_wikitext_perplexity_divides_by_the_words_of_the_raw_pages(tmp_path):
 def test_a_gpt2_text_begins_after_end_of_text_and_the_raw_one_does_not(tmp_path):
     class Words:
         """A tokenizer like GPT-2's, of which only the ids matter."""
-        bpe, chars = True, None
+        chars, end_of_text = None, 50256
 
         def encode_to_numpy(self, text):
             return np.arange(len(text.split()), dtype=np.uint16)
