@@ -25,6 +25,7 @@ from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.generate import TextSampler
+from engine.health import HealthMonitor
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
 from engine.run import Progress, Run
@@ -44,6 +45,8 @@ init_from = 'scratch'               # scratch, resume, auto (resume if there is 
 overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
+patience = 0                        # evaluations without a better val loss after which the run ends; 0 never ends it
+health_interval = 0                 # iterations between measurements of each layer, printed and logged; 0 measures none
 # wandb
 wandb_log = False                   # True sends the metrics to wandb as well
 wandb_project = 'owt'
@@ -236,6 +239,8 @@ def finish(run, stop_signal, overrides, env):
         print0(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} train.py '
                f'--init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(f' --{name}={again[name]}' for name in again))
     elif run.writer:
+        if progress.iter_num < max_iters:
+            print0(f'stopped early: {patience} evaluations did not improve the val loss; go on with more --patience, or 0')
         print0(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {run.writer.elapsed()}; '
                f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
                f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
@@ -277,7 +282,8 @@ def main(overrides):
     batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
-                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
+                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
+                  health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
     env.catch_signals()
 
     first_iteration = progress.iter_num
@@ -298,7 +304,7 @@ def main(overrides):
                 with status('saving'):
                     run.save(env, model_too=progress.iter_num > 0 and (improved or always_save_checkpoint))
             log.restart_clock()
-        if eval_only or progress.iter_num >= max_iters:
+        if eval_only or progress.iter_num >= max_iters or run.is_out_of_patience(eval_interval, patience):
             break
 
         # one iteration
