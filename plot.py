@@ -1,7 +1,9 @@
-"""Draw the losses of one or several runs against iterations, tokens and time.
+"""Draw the losses of one or several runs against iterations, tokens and time, and below them their scores in tasks.
+Or draw the magnitudes of one run's layers as heat maps.
 
     python plot.py out-shakespeare-char
     python plot.py out-a out-b --picture=compare.png --smooth=0.9
+    python plot.py out-a --health=True
 """
 
 import sys
@@ -10,10 +12,17 @@ from pathlib import Path
 import configurator
 from console import print0, report_errors
 from engine.errors import UserError
+from engine.health import PREFIX, TITLES
 from engine.metrics import FILE, is_number, read_metrics
 
-picture = ''        # file to write; '' is loss.png in the first run's folder
+picture = ''        # file to write; '' is loss.png, or health.png, in the first run's folder
 smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws it as it is
+health = False      # True draws what a run with --health_interval measured in each layer
+
+# Published for GPT-2 124M; docs/evaluation.md names the sources.
+GPT2_SCORES = {'task/hellaswag_acc': 0.2892, 'task/hellaswag_acc_norm': 0.3114, 'task/lambada_acc': 0.3256,
+               'task/lambada_perplexity': 40.06, 'task/wikitext2_word_perplexity': 37.37, 'task/core_centered': 0.1139}
+LINEAR = ('attention_entropy', 'dead_units')        # quantities whose colors are not logarithmic
 
 
 def smoothed(values, share):
@@ -25,27 +34,66 @@ def smoothed(values, share):
     return result
 
 
-def draw(runs, path):
-    """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
+def import_pyplot():
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout='constrained')
+    return plt
+
+
+def draw(runs, path):
+    """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
+    plt = import_pyplot()
+    tasks = sorted({name for records in runs.values() for r in records for name in r if name.startswith('task/') and is_number(r[name])})
+    rows = 1 + len(tasks)
+    figure, panels = plt.subplots(rows, 3, figsize=(14, 4.5 * rows), sharey='row', layout='constrained', squeeze=False)
+    dots = dict(marker='o', ms=3)
     for color, (name, records) in enumerate(runs.items()):
         tokens = {r['iter']: r['tokens'] for r in records if is_number(r.get('tokens'))}
         per_iter = min((count / (i + 1) for i, count in tokens.items()), default=None)
         records = [{**r, 'tokens': per_iter and r['iter'] * per_iter} for r in records]
-        for axes, x, unit in zip(panels, ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
-            for y, split, style in (('loss', 'train', dict(lw=0.8, alpha=0.5)), ('val_loss', 'val', dict(marker='o', ms=3))):
+        curves = [(0, 'loss', ' train', dict(lw=0.8, alpha=0.5)), (0, 'val_loss', ' val', dots)]
+        for row, y, split, style in curves + [(row, task, '', dots) for row, task in enumerate(tasks, 1)]:
+            for axes, x, unit in zip(panels[row], ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
                 points = [(r[x] / unit, r[y]) for r in records if is_number(r.get(x)) and is_number(r.get(y))]
                 if points:
                     xs, ys = zip(*points)
-                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}', label=f'{name} {split}', **style)
-    for axes, label in zip(panels, ('iterations', 'million tokens', 'minutes')):
-        axes.set(xlabel=label)
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel='loss, nats per token')
-    panels[0].legend()
+                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}', label=name + split, **style)
+    for row, title in zip(panels, ('loss, nats per token', *tasks)):
+        for axes, label in zip(row, ('iterations', 'million tokens', 'minutes')):
+            if title in GPT2_SCORES:
+                axes.axhline(GPT2_SCORES[title], color='gray', ls='--', label='GPT-2 124M, published')
+            axes.set(xlabel=label)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(title, parse_math=False)
+        row[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def draw_health(records, path):
+    """Write heat maps to `path`: a map for each quantity of engine.health, a row for each layer."""
+    plt = import_pyplot()
+    from matplotlib.colors import LogNorm
+    found = {}                                                  # quantity: {layer: {iteration: value}}
+    for record in records:
+        for name, value in record.items():
+            prefix, _, rest = name.partition('/')
+            layer, _, quantity = rest.partition('/')
+            if prefix == PREFIX and quantity in TITLES and is_number(value) and abs(record['iter']) < 1e15:
+                found.setdefault(quantity, {}).setdefault(layer, {})[record['iter']] = value
+    if not found:
+        raise UserError('this run has no measurements of its layers; train with --health_interval=100')
+    figure, panels = plt.subplots(2, 4, figsize=(20, 9), layout='constrained')
+    for axes, (quantity, title) in zip(panels.flat, TITLES.items()):
+        layers = found.get(quantity, {})
+        iterations = sorted({i for values in layers.values() for i in values})
+        values = [[layers[layer].get(i, float('nan')) for i in iterations] for layer in layers]
+        axes.set(title=title, xlabel='iterations')
+        if layers:
+            is_log = quantity not in LINEAR and min(v for values in layers.values() for v in values.values()) > 0
+            image = axes.pcolormesh(iterations, range(len(layers)), values, norm=LogNorm() if is_log else None, shading='nearest')
+            axes.set_yticks(range(len(layers)), layers, parse_math=False)
+            figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=100)
 
 
@@ -53,16 +101,18 @@ def main(folders):
     configurator.check_range(globals(), 'smooth', 0, below=1)
     if not folders:
         raise UserError('name the folders of the runs, as in: python plot.py out-shakespeare-char')
+    if health and len(folders) > 1:
+        raise UserError('--health=True draws one run; name one folder')
     runs = {}
     for folder in folders:
         records = read_metrics(Path(folder) / FILE)
         if not records:
             raise UserError(f'{folder} holds no {FILE} with records; name the out_dir of a run')
-        if not any(is_number(record.get('seconds')) for record in records):
+        if not health and not any(is_number(record.get('seconds')) for record in records):
             print0(f'note: {folder} has no times, so only its iterations are drawn')
         runs[Path(folder).name if Path(folder).name not in runs else folder] = records
-    path = Path(picture or Path(folders[0]) / 'loss.png')
-    draw(runs, path)
+    path = Path(picture or Path(folders[0]) / ('health.png' if health else 'loss.png'))
+    draw_health(records, path) if health else draw(runs, path)
     print0(f'wrote {path}')
 
 
