@@ -1,6 +1,7 @@
 """Write the model of a run for other tools.
 
     python export.py out-shakespeare my-gpt2                        # a folder that transformers loads
+    python export.py out-shakespeare my-gpt2 --dtype=bfloat16 --trim_vocab=True
     python export.py out-shakespeare out-nanogpt --to=nanogpt       # a folder that nanoGPT resumes
 """
 
@@ -12,34 +13,46 @@ import configurator
 from console import describe, print0, report_errors
 from engine.errors import RunError, UserError
 
-to = 'hf'       # hf: config.json and model.safetensors; nanogpt: a ckpt.pt with the optimizer's state in it
+to = 'hf'               # hf: weights, config.json, tokenizer and model card;
+                        # nanogpt: a ckpt.pt with the optimizer's state in it
+dtype = 'float32'       # of the weights, for hf: float32, bfloat16 or float16
+trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens to GPT-2's 50,257
 
 
 def export_hf(source, folder):
-    """Write the model of the run `source` as transformers saves it."""
-    from engine import hf, run_folder
+    """Write the model and the tokenizer of the run `source` as transformers saves them."""
+    from engine import hf_folder, run_folder, tokenizer_files
     from model import GPT
-    model = GPT.from_checkpoint(run_folder.load_newest_model(source))
-    hf.to_transformers(model.config, model.state_dict()).save_pretrained(folder)
+    saved = run_folder.load_newest_model(source)
+    model, spec = GPT.from_checkpoint(saved), tokenizer_files.checkpoint_spec(saved)
+    for note in hf_folder.write(folder, model.config, model.state_dict(), saved, spec, dtype, trim_vocab):
+        print0(f'note: {note}', file=sys.stderr)
 
 
 def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
     from engine import checkpoint, run_folder
+    from model import NANOGPT_ARGS
     saved, _ = run_folder.load_state(source)
     if 'sharded' in saved:
         raise UserError(f'{source} has a sharded state; resume it once with --checkpoint=gathered, and stop it')
     if saved.get('activation', 'gelu') != 'gelu':
         raise UserError(f'{source} has the activation {saved["activation"]}, and nanoGPT only the exact GELU; '
                         f'its results would differ')
+    beyond = sorted(set(saved['model_args']) - set(NANOGPT_ARGS))
+    if beyond or any('momentum' in group for group in saved.get('optimizer', {}).get('param_groups', ())):
+        raise UserError(f'{source} has {", ".join(beyond) or "the optimizer Muon"}, which nanoGPT does not have')
     folder.mkdir()
     names = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
     checkpoint.write(folder / checkpoint.MODEL, {name: saved[name] for name in names if name in saved})
 
 
 def main(folders):
-    if to not in ('hf', 'nanogpt'):
-        raise UserError(f"to={to!r} is unknown; try 'hf' or 'nanogpt'")
+    for name, value, choices in (('to', to, ('hf', 'nanogpt')), ('dtype', dtype, ('float32', 'bfloat16', 'float16'))):
+        if value not in choices:
+            raise UserError(f'{name}={value!r} is unknown; try {", ".join(map(repr, choices))}')
+    if to == 'nanogpt' and (dtype != 'float32' or trim_vocab):
+        raise UserError('--dtype and --trim_vocab are for --to=hf; nanoGPT reads the run as it was trained')
     if len(folders) != 2:
         raise UserError('name a run and the folder to write, as in: python export.py out-shakespeare my-gpt2')
     source, target = folders[0], Path(folders[1])

@@ -59,7 +59,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads."""
+    """Causal self-attention with H heads of queries, and G of keys and values."""
 
     def __init__(self, config):
         super().__init__()
@@ -267,7 +267,8 @@ class GPT(nn.Module):
         GPTConfig. So a field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
-        model_args.pop('activation', None)
+        if self.config.activation.startswith('gelu'):           # either is near enough to nanoGPT's
+            model_args.pop('activation', None)
         return dict(activation=self.config.activation, model_args=model_args, model=self.state_dict())
 
     @classmethod

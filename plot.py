@@ -1,5 +1,5 @@
-"""Draw the losses of one or several runs against iterations, tokens and time, and below them their scores in tasks.
-Or draw the magnitudes of one run's layers as heat maps.
+"""Draw the losses of one or several runs against iterations, tokens and time, and their scores of tasks below.
+Or draw what one run measured in its layers as heat maps.
 
     python plot.py out-shakespeare-char
     python plot.py out-a out-b --picture=compare.png --smooth=0.9
@@ -12,17 +12,22 @@ from pathlib import Path
 import configurator
 from console import print0, report_errors
 from engine.errors import UserError
-from engine.health import PREFIX, TITLES
+from engine.health import TITLES, health_by_layer
 from engine.metrics import FILE, is_number, read_metrics
 
 picture = ''        # file to write; '' is loss.png, or health.png, in the first run's folder
 smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws it as it is
-health = False      # True draws what a run with --health_interval measured in each layer
+health = False      # True draws the measurements of a run that was trained with --health_interval
 
-# Published for GPT-2 124M; docs/evaluation.md names the sources.
-GPT2_SCORES = {'task/hellaswag_acc': 0.2892, 'task/hellaswag_acc_norm': 0.3114, 'task/lambada_acc': 0.3256,
-               'task/lambada_perplexity': 40.06, 'task/wikitext2_word_perplexity': 37.37, 'task/core_centered': 0.1139}
-LINEAR = ('attention_entropy', 'dead_units')        # quantities whose colors are not logarithmic
+
+# What GPT-2 124M reaches, as docs/evaluation.md has it
+GPT2_SCORES = dict(hellaswag_acc=0.2892, hellaswag_acc_norm=0.3114, hellaswag_raw_acc=0.2859, hellaswag_raw_acc_tok=0.2955,
+                   lambada_acc=0.3256, lambada_perplexity=40.06, wikitext2_word_perplexity=37.37, core_centered=0.1139)
+
+
+def find_scores(runs):
+    """The names of the published scores that any run has."""
+    return [name for name in GPT2_SCORES if any(is_number(r.get(name)) for records in runs.values() for r in records)]
 
 
 def smoothed(values, share):
@@ -44,28 +49,33 @@ def import_pyplot():
 def draw(runs, path):
     """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
     plt = import_pyplot()
-    tasks = sorted({name for records in runs.values() for r in records for name in r if name.startswith('task/') and is_number(r[name])})
-    rows = 1 + len(tasks)
+    scores = find_scores(runs)
+    rows = 1 + len(scores)
     figure, panels = plt.subplots(rows, 3, figsize=(14, 4.5 * rows), sharey='row', layout='constrained', squeeze=False)
-    dots = dict(marker='o', ms=3)
     for color, (name, records) in enumerate(runs.items()):
         tokens = {r['iter']: r['tokens'] for r in records if is_number(r.get('tokens'))}
         per_iter = min((count / (i + 1) for i, count in tokens.items()), default=None)
         records = [{**r, 'tokens': per_iter and r['iter'] * per_iter} for r in records]
-        curves = [(0, 'loss', ' train', dict(lw=0.8, alpha=0.5)), (0, 'val_loss', ' val', dots)]
-        for row, y, split, style in curves + [(row, task, '', dots) for row, task in enumerate(tasks, 1)]:
-            for axes, x, unit in zip(panels[row], ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
+        for column, x, unit in zip(panels.T, ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
+            dots = dict(marker='o', ms=3)
+            curves = [(column[0], 'loss', 'train', dict(lw=0.8, alpha=0.5)), (column[0], 'val_loss', 'val', dots)]
+            curves += [(axes, score, '', dots) for axes, score in zip(column[1:], scores)]
+            for axes, y, split, style in curves:
                 points = [(r[x] / unit, r[y]) for r in records if is_number(r.get(x)) and is_number(r.get(y))]
                 if points:
                     xs, ys = zip(*points)
-                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}', label=name + split, **style)
-    for row, title in zip(panels, ('loss, nats per token', *tasks)):
-        for axes, label in zip(row, ('iterations', 'million tokens', 'minutes')):
-            if title in GPT2_SCORES:
-                axes.axhline(GPT2_SCORES[title], color='gray', ls='--', label='GPT-2 124M, published')
-            axes.set(xlabel=label)
-            axes.grid(alpha=0.3)
-        row[0].set_ylabel(title, parse_math=False)
+                    axes.plot(xs, smoothed(ys, smooth) if y == 'loss' else ys, color=f'C{color}',
+                              label=f'{name} {split}'.strip(), **style)
+    for axes, label in zip(panels[-1], ('iterations', 'million tokens', 'minutes')):
+        axes.set(xlabel=label)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    for row, score in zip(panels[1:], scores):
+        row[0].set(ylabel=score)
+        for axes in row:
+            axes.axhline(GPT2_SCORES[score], color='gray', ls='--', label='GPT-2 124M, published')
+    panels[0, 0].set(ylabel='loss, nats per token')
+    for row in panels:
         row[0].legend()
     figure.savefig(path, dpi=100)
 
@@ -74,13 +84,7 @@ def draw_health(records, path):
     """Write heat maps to `path`: a map for each quantity of engine.health, a row for each layer."""
     plt = import_pyplot()
     from matplotlib.colors import LogNorm
-    found = {}                                                  # quantity: {layer: {iteration: value}}
-    for record in records:
-        for name, value in record.items():
-            prefix, _, rest = name.partition('/')
-            layer, _, quantity = rest.partition('/')
-            if prefix == PREFIX and quantity in TITLES and is_number(value) and abs(record['iter']) < 1e15:
-                found.setdefault(quantity, {}).setdefault(layer, {})[record['iter']] = value
+    found = health_by_layer(records)                            # quantity: {layer: {iteration: value}}
     if not found:
         raise UserError('this run has no measurements of its layers; train with --health_interval=100')
     figure, panels = plt.subplots(2, 4, figsize=(20, 9), layout='constrained')
@@ -90,8 +94,9 @@ def draw_health(records, path):
         values = [[layers[layer].get(i, float('nan')) for i in iterations] for layer in layers]
         axes.set(title=title, xlabel='iterations')
         if layers:
-            is_log = quantity not in LINEAR and min(v for values in layers.values() for v in values.values()) > 0
-            image = axes.pcolormesh(iterations, range(len(layers)), values, norm=LogNorm() if is_log else None, shading='nearest')
+            # a logarithmic scale, but where a value is 0 and for the entropy, itself a logarithm
+            is_linear = quantity == 'attention_entropy' or min(v for row in layers.values() for v in row.values()) <= 0
+            image = axes.pcolormesh(iterations, range(len(layers)), values, norm=None if is_linear else LogNorm(), shading='nearest')
             axes.set_yticks(range(len(layers)), layers, parse_math=False)
             figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=100)

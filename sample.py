@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 import configurator
 from engine import cpu, run_folder
-from engine.dataloader import dataset_tokenizer
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
 from engine.errors import UserError
-from engine.tokenizer import END_OF_TEXT, GPT2, Tokenizer, check_spec
+from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-                            # or a folder of Hugging Face weights
+init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name,
+                            # or a folder of Hugging Face weights, with their tokenizer
 out_dir = 'out'             # where ckpt.pt lies
 # text
 start = '\n'                # what to continue: text, or FILE:PATH
@@ -35,6 +35,8 @@ max_new_tokens = 500        # per sample
 temperature = 0.8           # 1 samples as trained, less is safer, 0 takes the likeliest token
 top_k = 200                 # sample among the k likeliest tokens; 0 among all
 top_p = 1.0                 # sample among the likeliest tokens that make up this probability
+min_p = 0.0                 # sample among tokens at least this times as likely as the likeliest; 0 among all
+repetition_penalty = 1.0    # above 1 makes tokens that the text already has less likely
 stop = ''                   # text that ends a sample, such as <|endoftext|>; it is not shown
 max_batch = 64              # samples generated at once; lower it where memory is short
 exact_window = False        # True reads the whole context again per token once it is full: slower
@@ -48,17 +50,11 @@ MAX_PROMPT_BYTES = 1 << 26
 
 
 def load():
-    """The model and its tokenizer: the checkpoint's, else that of the checkpoint's dataset, else GPT-2's."""
+    """The model, and the spec of its tokenizer."""
     if init_from != 'resume':
-        return GPT.from_pretrained(init_from), GPT2
+        return GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2
     saved = run_folder.load_newest_model(out_dir)
-    # nanoGPT's files have no tokenizer, but they name the dataset.
-    spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
-    try:
-        check_spec(spec)
-    except UserError as error:
-        raise UserError(f'{saved["path"]}: {error}') from None
-    return GPT.from_checkpoint(saved), spec
+    return GPT.from_checkpoint(saved), checkpoint_spec(saved)
 
 
 def read_prompt(text):
@@ -100,6 +96,8 @@ def main(overrides):
     check(globals(), 'num_samples max_new_tokens max_batch', 1, 10 ** 7)
     check(globals(), 'temperature top_k', 0, below=float('inf'))
     check(globals(), 'top_p', above=0, high=1)
+    check(globals(), 'min_p', 0, high=1)
+    check(globals(), 'repetition_penalty', above=0, below=float('inf'))
     check(globals(), 'seed', 0, 2 ** 63 - 1)
     env = start_environment(device, dtype, compile)
     model, spec = load()
@@ -108,9 +106,9 @@ def main(overrides):
                         f'prepare the dataset that the model was trained on in data/ first')
     tokenizer, prompt = Tokenizer(spec), read_prompt(start)
     ids = tokenizer.encode(prompt)
-    if not ids and spec['tokenizer'] == 'char':
-        raise UserError('start is empty, and this model needs a character to begin with; try --start="A"')
-    ids = ids or [END_OF_TEXT]                          # GPT-2 begins a document after this token
+    if not ids and tokenizer.end_of_text is None:
+        raise UserError('start is empty, and this model needs something to begin with; try --start="A"')
+    ids = ids or [tokenizer.end_of_text]                # a document begins after this token
     if len(ids) > model.config.block_size:
         print0(f'note: the prompt has {len(ids):,} tokens, the model reads its last {model.config.block_size:,}', file=sys.stderr)
     print0(configurator.describe_settings(overrides), file=sys.stderr)
@@ -130,8 +128,9 @@ def main(overrides):
         if is_live:
             print(prompt, end='', flush=True)
         idx = torch.tensor([ids] * count, device=env.device)
-        tokens_of_all = model.stream(idx, max_new_tokens, temperature, top_k, top_p, noise=noise.to(env.device),
-                                     vocab_size=tokenizer.vocab_size, exact_window=exact_window, compile=env.compile)
+        tokens_of_all = model.stream(idx, max_new_tokens, temperature, top_k, top_p, noise=noise.to(env.device), min_p=min_p,
+                                     repetition_penalty=repetition_penalty, vocab_size=tokenizer.vocab_size,
+                                     exact_window=exact_window, compile=env.compile)
         for n, tokens in enumerate(tokens_of_all, 1):
             for text, token in zip(texts, tokens.tolist()):
                 text.add(token, last=n == max_new_tokens)

@@ -28,7 +28,9 @@ from engine.generate import TextSampler
 from engine.health import HealthMonitor
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
-from engine.run import Progress, Run
+from engine.run import Progress, Run, TaskScorer
+from engine.tokenizer import GPT2, same_tokens
+from engine.tokenizer_files import pretrained_spec
 from model import GPT, GPTConfig
 
 # input and output
@@ -40,11 +42,15 @@ eval_only = False                   # evaluate once, write nothing, and end
 checkpoint = 'gathered'             # gathered: ckpt.pt and state.pt, written by rank 0; sharded: a folder state/, to
                                     # which each rank writes its shards while training goes on
 always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
-init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), gpt2, gpt2-medium,
-                                    # gpt2-large, gpt2-xl, or a folder of Hugging Face weights
+init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), a model of the hub (gpt2, gpt2-medium,
+                                    # gpt2-large, gpt2-xl, OWNER/NAME), or a folder of Hugging Face weights
 overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
+eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
+eval_tasks_interval = 0             # iterations between such scores; 0 has them at every evaluation
+eval_tasks_limit = 0                # first examples of each task, 0 for all; 1000 tell 0.29 from 0.33
+eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
 patience = 0                        # evaluations without a better val loss after which the run ends; 0 never ends it
 health_interval = 0                 # iterations between measurements of each layer, printed and logged; 0 measures none
 # wandb
@@ -177,9 +183,11 @@ def build_model(saved, data, overrides):
         shape = {name: globals()[name] for name in SHAPE}
         return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
-    if not saved and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size:
-        raise UserError(f"the tokens of {dataset} are characters, and {init_from} knows GPT-2's; prepare the text with "
-                        f'data/text/prepare.py --tokenizer=gpt2, or train with --init_from=scratch')
+    spec = None if saved else pretrained_spec(init_from)
+    if (spec and not same_tokens(spec, data.tokenizer)
+            or not (saved or spec) and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size):
+        raise UserError(f'the tokens of {dataset} are not those of {init_from}; prepare its text with '
+                        f'data/text/prepare.py --tokenizer={"gpt2" if spec in (None, GPT2) else init_from}')
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
     for name in SHAPE:
@@ -187,6 +195,8 @@ def build_model(saved, data, overrides):
         if overrides.get(name, value) != value:
             print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
     if overrides.get('block_size', model.config.block_size) != model.config.block_size:
+        if block_size > model.config.block_size:
+            print0(f'note: the weights have seen contexts of {model.config.block_size} tokens, and now read {block_size}')
         model.crop_block_size(block_size)
     return model
 
@@ -272,6 +282,10 @@ def main(overrides):
     data = open_dataset(dataset, env, sampling, documents)
     sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
+    with env.raise_on_all_ranks():
+        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, run.model, progress_bar)
+    for note in scorer.notes if scorer else ():
+        print0(f'note: {note}')
     saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
     tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
@@ -291,13 +305,17 @@ def main(overrides):
         # evaluate, sample, save
         if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
-            losses = estimate_loss(run, data, env)
+            losses, scores = estimate_loss(run, data, env), {}
+            if losses and scorer and (progress.iter_num >= max_iters or progress.iter_num % (eval_tasks_interval or eval_interval) == 0):
+                scores = scorer(run.model, env)
             run.wrapped_model.train()
-            if losses is None:
+            if losses is None or scores is None:
                 log.stop_signal = env.stop_signal()
                 break
             print0(f'step {progress.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            improved = run.record_losses(losses)
+            if scores:
+                print0(f'step {progress.iter_num}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()))
+            improved = run.record_losses(losses, scores)
             if sampler:
                 run.sample(sampler, print0, env)
             if not eval_only:

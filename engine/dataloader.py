@@ -15,7 +15,7 @@ import torch
 from engine.errors import RunError, UserError
 from engine.order import epoch_starts, weyl_starts
 from engine.shards import DTYPES, REPLACING, SPLITS, TokenStream, check_split, find_token_files, token_dtype
-from engine.tokenizer import END_OF_TEXT, GPT2, read_meta
+from engine.tokenizer import GPT2, end_of_text, read_meta, same_tokens
 
 DATA = Path(__file__).resolve().parent.parent / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
@@ -73,13 +73,13 @@ class TokenDataset:
         """The position of the first end-of-text token of train at `start` or up to SEARCHED_TOKENS after, with a
         block behind it; else None. The token separates documents, before or after each."""
         last = len(self.tokens['train']) - self.block_size - 1
-        token = END_OF_TEXT if self.tokenizer['tokenizer'] == 'gpt2' else None
+        token = end_of_text(self.tokenizer)
         return None if token is None else self.tokens['train'].find(token, start, min(start + SEARCHED_TOKENS, last + 1))
 
     def check_same(self, saved, accept_change):
         """UserError where a saved run used another vocabulary, or (unless accepted) another text."""
         tokenizer, fingerprint = saved.get('tokenizer'), saved.get('fingerprint')
-        if tokenizer and tokenizer != self.tokenizer:
+        if tokenizer and not same_tokens(tokenizer, self.tokenizer):
             raise UserError(f'{self.folder.name} has another vocabulary than the run, so its tokens mean other '
                             f'text; resume with the dataset of the run')
         if fingerprint and fingerprint != self.fingerprint and not accept_change:

@@ -7,19 +7,21 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from engine import device as devices
 from engine.errors import RunError, UserError
+from engine.rendezvous import init_process_group, read_ranks
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
-# torchrun may keep one store over its restarts, so a key names the restart that it belongs to.
-RESTART = f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
+STORE_TIMEOUT = 5       # seconds that a failed rank waits for the store, which a cut cable may have taken away
+DUMP_SECONDS = 10       # that the flight recorder gets to write its file
 
 
 def start(device='auto', dtype='auto', compile=False, backend='auto', timeout=600):
@@ -44,49 +46,11 @@ def start(device='auto', dtype='auto', compile=False, backend='auto', timeout=60
     if world_size > 1:
         backend = init_process_group(backend, device, timeout)
         summary += f', {world_size} ranks over {backend}'
+        if backend == 'nccl':
+            watch_nccl(dist.group.WORLD._get_backend(device))
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32 where float32 is multiplied
     return Environment(device, dtype, compile, rank, local_rank, world_size, summary)
-
-
-def read_ranks():
-    """(rank, local_rank, world_size) from the variables that torchrun sets; UserError where they cannot be."""
-    def read(name, default, low, high):
-        text = os.environ.get(name, default)
-        if not text.isdecimal() or not low <= int(text) < high:
-            raise UserError(f'the environment variable {name}={text!r} should be a number from {low} to {high - 1}; '
-                            f'start several ranks with torchrun, or type: unset RANK LOCAL_RANK WORLD_SIZE')
-        return int(text)
-    world_size = read('WORLD_SIZE', '1', 1, 10 ** 6)
-    rank = read('RANK', '0', 0, world_size)
-    local_rank = read('LOCAL_RANK', '0', 0, world_size)
-    if world_size > 1:
-        read('MASTER_PORT', '', 1, 65536)
-        if not os.environ.get('MASTER_ADDR'):
-            raise UserError(f'WORLD_SIZE={world_size} needs MASTER_ADDR; start the ranks with torchrun')
-    return rank, local_rank, world_size
-
-
-def init_process_group(backend, device, timeout):
-    """Join torchrun's other ranks. Returns the backend's name."""
-    if backend == 'auto':
-        backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
-    if backend == 'nccl' and (device.type != 'cuda' or not dist.is_nccl_available()):
-        raise UserError(f'backend=nccl moves data between NVIDIA GPUs, and this runs on {device.type}; '
-                        f'try --backend=gloo')
-    limit = timedelta(seconds=timeout)
-    try:
-        store, rank, world_size = next(dist.distributed_c10d.rendezvous('env://', timeout=limit))
-        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
-            # The kept store still has the addresses of the ranks that died. Over several machines
-            # the restart count can differ between them, so there it cannot tell the starts apart.
-            store = dist.PrefixStore(RESTART, store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit,
-                                device_id=device if backend == 'nccl' else None)
-    except RuntimeError as error:
-        raise RunError(f'the ranks did not meet over {backend} ({str(error).splitlines()[0][:150]}); '
-                       f'check that all were started, with the same address and port') from None
-    return backend
 
 
 class Environment:
@@ -230,17 +194,48 @@ def report_first_failure():
     except (RuntimeError, OSError, MemoryError) as error:
         if not dist.is_initialized():
             raise
-        try:
-            # torchrun holds this store, which outlives the ranks.
-            first = dist.distributed_c10d._get_default_store().add(f'failed ranks, {RESTART}', 1) == 1
-        except RuntimeError:                            # without torchrun the store ends with rank 0
-            first = True
-        if not first:
+        if not is_first_failure():
             raise SystemExit(1) from None
         text = str(error)
         lost = isinstance(error, dist.DistError) or re.search(r'gloo/|\bNCCL\b|ProcessGroup|Gloo', text)
         if lost and not isinstance(error, (OSError, RunError)):
-            what = 'did not answer within --rank_timeout' if re.search('time.?d? ?out', text, re.IGNORECASE) else 'ended'
-            raise RunError(f'another rank {what}, so this one stops; the saved files are whole, '
-                           f'go on with --init_from=auto') from None
+            raise lost_rank(timed_out=re.search('time.?d? ?out', text, re.IGNORECASE)) from None
         raise
+
+
+def lost_rank(timed_out):
+    what = 'did not answer within --rank_timeout' if timed_out else 'ended'
+    return RunError(f'another rank {what}, so this one stops; the saved files are whole, go on with --init_from=auto')
+
+
+def is_first_failure():
+    """True for the first rank of this start that asks, and where the store does not answer."""
+    answers = []
+
+    def ask():
+        with suppress(RuntimeError):                    # without torchrun the store ends with rank 0
+            # torchrun holds this store, which outlives the ranks.
+            answers.append(dist.distributed_c10d._get_default_store().add('failed ranks', 1))
+    # In a thread: over a cut cable, add() waits without end.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(STORE_TIMEOUT)
+    return answers in ([], [1])
+
+
+def watch_nccl(backend):
+    """Start a thread that ends this rank in one line once NCCL has lost another one.
+
+    The main thread waits in CUDA and gets no exception: PyTorch's watchdog notes the error in
+    `backend`, waits a minute for the flight recorder, and aborts the process.
+    """
+    def watch():
+        while backend.get_error().name == 'SUCCESS':
+            time.sleep(1)
+        if is_first_failure():
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f'rank {dist.get_rank()}: {lost_rank(backend.get_error().name == "TIMEOUT")}\n')
+                sys.stderr.flush()
+        time.sleep(DUMP_SECONDS)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.device import read_async
+from engine.metrics import is_number
 
 TITLES = dict(weight_norm='weight norm', grad_norm='gradient norm', update_ratio='update / weight',
               activation_rms='activation rms', activation_max='largest activation', attention_entropy='attention entropy',
@@ -213,3 +214,15 @@ def format_table(iteration, found, clipped, steps):
         if values:
             (low, lowest), (high, highest) = values[0], values[-1]
             yield f'  {title:<24} {low:<8.3g} {lowest:<8} {median(v for v, _ in values):<8.3g} {high:<8.3g} {highest}'
+
+
+def health_by_layer(records):
+    """{quantity: {layer: {iteration: value}}} of the records of metrics.read_metrics."""
+    found = {}
+    for record in records:
+        for name, value in record.items():
+            prefix, _, rest = name.partition('/')
+            layer, _, quantity = rest.partition('/')
+            if prefix == PREFIX and quantity in TITLES and is_number(value) and is_number(record['iter']):
+                found.setdefault(quantity, {}).setdefault(layer, {})[record['iter']] = value
+    return found

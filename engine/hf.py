@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunError, UserError
-from engine.hf_shapes import CLASSES, TRANSPOSED, kind_of, read_config, read_weights, write_config, write_weights   # noqa: F401
+from engine.hf_shapes import CLASSES, kind_of, read_config, read_weights, write_config, write_weights
 
 NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')      # on the hub without an owner
 
@@ -18,7 +18,7 @@ def load(source):
     Raises UserError for what GPT cannot be, RunError where the hub is out of reach.
     """
     is_folder = bool(source) and Path(source).is_dir()
-    if not is_folder and source not in NAMES and not re.fullmatch(r'[\w.-]+/[\w.-]+', source):
+    if not is_folder and source not in NAMES and not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source):
         raise UserError(f'init_from={source!r} should be scratch, resume, auto, {", ".join(NAMES)}, a model on the hub '
                         f'by its owner/name, or a folder of weights')
     import huggingface_hub
@@ -39,13 +39,15 @@ def load(source):
         misfits = [f'{what} {names}' for what, names in report.items() if names]
         if misfits:
             raise UserError(f'its weights do not fit: {"; ".join(misfits)[:200]}')
-        return arguments, read_weights(kind, model.state_dict(), arguments['n_layer'], arguments['n_embd'] // arguments['n_head'])
+        head_size = arguments['n_embd'] // arguments['n_head']
+        return arguments, read_weights(kind, model.state_dict(), arguments['n_layer'], head_size)
     except Exception as error:                          # the hub's client raises many kinds
         reason = ' '.join(str(error).split())[:300]
         if is_folder or isinstance(error, UserError):
             raise UserError(f'{source} cannot be used as weights: {reason}') from None
         if isinstance(error.__cause__, huggingface_hub.errors.RepositoryNotFoundError):
-            raise UserError(f'{source} is neither a folder here nor a model that the hub shows you; check --init_from') from None
+            raise UserError(f'{source} is neither a folder here nor a model that the hub shows you; '
+                            f'check --init_from') from None
         raise RunError(f'{source} could not be downloaded from the hub ({type(error).__name__}: {reason}); '
                        f'go online once, or name a folder of weights') from None
 
@@ -54,7 +56,7 @@ def to_transformers(config, weights):
     """A model of transformers, of the kind that fits a GPTConfig, with the weights of a GPT's state_dict.
 
     GPT-2 there always has biases; a model without them gets zeros. Raises UserError for an option or a
-    weight that no kind has, and where one lacks any other weight.
+    weight that the kind does not have, and where `weights` lacks one of its other weights.
     """
     import transformers
     transformers.logging.disable_progress_bar()

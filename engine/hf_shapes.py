@@ -66,7 +66,8 @@ def read_config(config):
 def kind_of(config):
     """The kind that a GPTConfig is. UserError that names an option which the nearest kind does not have."""
     misfits = {kind: [name for name, values in options.items() if getattr(config, name) not in values
-                      and not (name == 'n_kv_head' and config.kv_heads == config.n_head)] for kind, options in OPTIONS.items()}
+                      and not (name == 'n_kv_head' and config.kv_heads == config.n_head)]
+               for kind, options in OPTIONS.items()}
     kind = min(misfits, key=lambda kind: len(misfits[kind]))
     own = [field.name for field in dataclasses.fields(config)           # an option that somebody added to GPTConfig
            if field.name not in {*COMMON, *OPTIONS[kind]} and getattr(config, field.name) != field.default]
@@ -77,7 +78,7 @@ def kind_of(config):
 
 
 def write_config(config, kind):
-    """The arguments of the kind's config in transformers, for a GPTConfig. More than it needs: other readers want it."""
+    """The arguments of the kind's config in transformers, for a GPTConfig. Some (n_ctx, n_inner) only other readers need."""
     last_id = min(50256, config.vocab_size - 1)
     common = dict(vocab_size=config.vocab_size, bos_token_id=last_id, eos_token_id=last_id, tie_word_embeddings=config.tied)
     if kind == 'gpt2':
@@ -96,7 +97,7 @@ def write_config(config, kind):
 # Weights
 
 def names_in(kind, n_layer):
-    """{our name: their names, whose weights are ours one below the other}, for all but GPT-2, which has our names."""
+    """{our name: their names}; their weights, one below the other, are ours. GPT-2 needs no table: it has our names."""
     layer = {'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm'], 'attn.q_norm': ['self_attn.q_norm'],
              'attn.k_norm': ['self_attn.k_norm'], 'attn.c_attn': [f'self_attn.{part}_proj' for part in 'qkv'],
              'attn.c_proj': ['self_attn.o_proj'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
@@ -122,7 +123,7 @@ def read_weights(kind, theirs, n_layer, head_size):
                 for name, tensor in theirs.items() if not name.endswith(('.attn.bias', '.masked_bias'))}
     weights, left = {}, dict(theirs)
     for ours, names in names_in(kind, n_layer).items():
-        if all(name in left for name in names):         # what is missing is told by from_weights, or is no part of the kind
+        if all(name in left for name in names):         # a missing weight is reported by GPT.from_weights
             parts = [left.pop(name) for name in names]
             if kind == 'nanochat' and len(parts) == 3:
                 parts[:2] = [swap_halves(part, head_size) for part in parts[:2]]

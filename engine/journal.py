@@ -128,7 +128,7 @@ def replace_with_shards(folder, meta):
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for files in find_token_files(folder).values():
-        for name, _ in files:
+        for name in (file.name for file in files):
             if not SHARD.fullmatch(name)[1] and name not in meta['sha256']:
                 (folder / name).unlink()                # of an earlier dataset that had more shards
     for name in meta['sha256']:
@@ -153,7 +153,7 @@ def complete_shards(folder, key):
     if not meta or meta['source'] != key or (folder / REPLACING).exists():
         return False
     files = [file for files in find_token_files(folder).values() for file in files]
-    return ({name for name, _ in files} == set(meta['sha256']) and sum(size for _, size in files)
+    return ({file.name for file in files} == set(meta['sha256']) and sum(file.bytes for file in files)
             == sum(meta['tokens'][split] for split in SPLITS) * DTYPES[meta['dtype']].itemsize)
 
 

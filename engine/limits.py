@@ -32,7 +32,8 @@ def check_training(settings, combinations=True):
     """UserError for an impossible setting of train.py. combinations: also for values that do not fit each other."""
     check_range(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
     check_range(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
-    check_range(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens health_interval patience', 0, 10 ** 9)
+    check_range(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens patience health_interval', 0, 10 ** 9)
+    check_range(settings, 'eval_tasks_interval eval_tasks_limit', 0, 10 ** 9)
     check_range(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
     check_range(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
     check_range(settings, 'learning_rate muon_lr', above=0, below=math.inf)

@@ -17,9 +17,11 @@ NEWTON_SCHULZ, PRECISION = (3.4445, -4.775, 2.0315), torch.bfloat16     # factor
 
 def build(name, model, learning_rate, weight_decay, betas, muon_lr):
     """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates."""
-    if name == 'muon':
-        return Muon(model, learning_rate, weight_decay, betas, muon_lr)
-    return adamw(model, learning_rate, weight_decay, betas)
+    if name not in ('adamw', 'muon'):
+        raise UserError(f"optimizer={name!r} is unknown; try 'adamw' or 'muon'")
+    if name == 'adamw':
+        return adamw(model, learning_rate, weight_decay, betas)
+    return Muon(model, learning_rate, weight_decay, betas, muon_lr)
 
 
 def adamw(model, learning_rate, weight_decay, betas):
@@ -71,7 +73,7 @@ class Muon(torch.optim.AdamW):
 
     def update_matrices(self, group):
         found_inf = getattr(self, 'found_inf', None)            # 1 on the device where nothing may change
-        enabled = 1 - found_inf if found_inf is not None else torch.ones((), device=group['params'][0].device)
+        enabled = torch.ones((), device=group['params'][0].device) if found_inf is None else (found_inf == 0).float()
         keep = 1 - group['lr'] * group['weight_decay'] * enabled
         wide = {}                                               # shape: [(matrix, its momentum)], turned if it is tall
         for p, rows in zip(group['params'], group['rows']):

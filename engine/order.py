@@ -6,8 +6,8 @@ from math import isqrt
 import numpy as np
 
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)    # 2**64 divided by the golden ratio, odd
-ROUNDS = 3                                      # of the permutation, each over rows and columns
-CHUNK = 4096                                    # sequences whose starts are computed together
+ROUNDS = 2      # of the permutation, over rows and columns each: four halves suffice (Luby and Rackoff 1988)
+CHUNK = 8192                                    # sequences whose starts are computed together
 
 
 def weyl_starts(first, count, positions, seed=None):

@@ -1,4 +1,4 @@
-"""Positions without embeddings: rotary ones (Su et al. 2021, arXiv:2104.09864) and ALiBi (Press et al. 2021, arXiv:2108.12409).
+"""Positions without embeddings: rotary (Su et al. 2021, arXiv:2104.09864), ALiBi (Press et al. 2021, arXiv:2108.12409).
 
 Both depend on the distance of two tokens alone. T queries, S keys, H heads, D channels in each head.
 """

@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from engine import checkpoint, optim, parallel
+from engine import checkpoint, evals, optim, parallel
 from engine.batch_schedule import BatchSchedule
-from engine.errors import RunError
+from engine.errors import RunError, UserError
 from engine.metrics import MetricsWriter
 from engine.sharded_checkpoint import ShardedSaver
+from engine.tokenizer import Tokenizer
 
 
 @dataclass
@@ -73,8 +75,9 @@ class Run:
         iter_num, best_iter, last_eval = self.progress.iter_num, self.progress.best_iter, self.progress.last_eval
         return bool(patience) and last_eval == iter_num and iter_num // eval_interval - best_iter // eval_interval >= patience
 
-    def record_losses(self, losses):
-        """Record an evaluation at this iteration. True where it is the best. RunError where it is not finite."""
+    def record_losses(self, losses, scores):
+        """Record an evaluation at this iteration. scores: of tasks, {name: value}. True where the loss is the best.
+        RunError where it is not finite."""
         progress = self.progress
         if not math.isfinite(losses['val']):
             raise RunError(f'step {progress.iter_num}: val loss {losses["val"]}; {self.out_dir} keeps what was saved before')
@@ -82,7 +85,7 @@ class Run:
         if improved:
             progress.best_val_loss, progress.best_iter = losses['val'], progress.iter_num
         if self.writer:
-            self.writer.write(progress.iter_num, train_loss=losses['train'], val_loss=losses['val'])
+            self.writer.write(progress.iter_num, train_loss=losses['train'], val_loss=losses['val'], **scores)
         return improved
 
     def sample(self, sampler, print_line, env):
@@ -113,3 +116,24 @@ class Run:
         """Wait until the last save is on disk. RunError where it failed."""
         if self.saver:
             self.saver.wait()
+
+
+class TaskScorer:
+    """The tasks of evaluate.py, scored between steps. It moves no random numbers and leaves the model in evaluation mode.
+
+    names, folder, limit: of evals.load_tasks. tokenizer: a spec. progress: wraps (text, items, total), as tqdm does.
+    notes: lines for the person. Raises UserError for what cannot be scored.
+    """
+
+    def __init__(self, names, folder, limit, tokenizer, model, progress):
+        if any(map(parallel.is_shard, model.parameters())):
+            raise UserError('eval_tasks reads the whole model on each rank; try --strategy=ddp, or evaluate.py after the run')
+        self.progress = progress
+        self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size, limit, progress)
+        self.notes = [f'{task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}'
+                      for task in self.tasks if task.skipped]
+
+    def __call__(self, model, env):
+        """{'hellaswag_acc': 0.29, ...} over all ranks, or None if a signal reached any rank."""
+        results = evals.evaluate_tasks(model, self.tasks, env, 32, self.missing, self.progress, env.stop_signal)
+        return results and {f'{r["task"]}_{r["metric"]}': r['value'] for r in results}

@@ -7,9 +7,11 @@ magic number, a version, and the number of tokens.
 
 import hashlib
 import json
+import mmap
 import os
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +24,14 @@ SHARD = re.compile(r'((?:.+_)?)(train|val)_(\d+)\.bin')
 REPLACING = 'replacing.json'        # there while prepare.py replaces the shards of a folder
 HEADER_BYTES = 1024
 PUBLISHED = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}      # magic and version of llm.c's files
-OPEN_SHARDS = 64            # memory maps that a stream keeps open, each with a file descriptor; macOS allows 256
+OPEN_SHARDS = 4096          # memory maps that a stream keeps open at most; each takes a file descriptor
 SAMPLED_BLOCKS, SAMPLED_TOKENS = 64, 1024       # of a sharded split, read at the start
+
+
+class TokenFile(NamedTuple):
+    name: str
+    bytes: int
+    inode: int = 0          # 0 where the system has none
 
 
 def token_dtype(vocab_size):
@@ -32,7 +40,7 @@ def token_dtype(vocab_size):
 
 
 def find_token_files(folder):
-    """{'train': [(name, bytes)], 'val': ...} of the token files in `folder`, shards in the order of their numbers.
+    """{'train': [TokenFile], 'val': ...} of the token files in `folder`, shards in the order of their numbers.
 
     Raises UserError for a split that is both one file and shards, for shards of several prefixes, and for a name that
     is no regular file.
@@ -46,10 +54,10 @@ def find_token_files(folder):
         if not entry.is_file():
             raise UserError(f'{entry.path} is not a file; remove it, or prepare the dataset again')
         keys[entry.name] = (match[1], int(match[3])) if match else ()
-        found[split].append((entry.name, entry.stat().st_size))
-    for split, files in found.items():
-        files.sort(key=lambda file: (keys[file[0]], file[0]))
-        first, last = (files[0][0], files[-1][0]) if files else ('', '')
+        found[split].append(TokenFile(entry.name, entry.stat().st_size, entry.stat().st_ino))
+    for files in found.values():
+        files.sort(key=lambda file: (keys[file.name], file.name))
+        first, last = (files[0].name, files[-1].name) if files else ('', '')
         if first != last and keys[first][:1] != keys[last][:1]:         # an empty key is a split of one file
             raise UserError(f'{folder} holds {first} and {last}, which are not of one dataset; move one of them away')
     return found
@@ -58,8 +66,12 @@ def find_token_files(folder):
 def read_header(path):
     """(dtype, bytes before the tokens) of llm.c's files, else None. UserError where the header tells another size."""
     with open(path, 'rb') as file:
-        magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b'\0'), '<i4').tolist()
-        size = os.fstat(file.fileno()).st_size
+        return parse_header(path, file.read(12), os.fstat(file.fileno()).st_size)
+
+
+def parse_header(path, start, size):
+    """The same, of a file that begins with the bytes `start`."""
+    magic, version, tokens = np.frombuffer(start.ljust(12, b'\0'), '<i4').tolist()
     if (magic, version) not in PUBLISHED:
         return None
     dtype = PUBLISHED[magic, version]
@@ -69,41 +81,56 @@ def read_header(path):
     return dtype, HEADER_BYTES
 
 
-def shard_opener(folder, names, counts, file_format):
-    """A function that returns the tokens of file number `number` as an array over a memory map. It keeps OPEN_SHARDS of
-    them open, and raises RunError for a file that is no longer what it was, or of another format than the first."""
+def shard_opener(folder, files, counts, file_format):
+    """A function that returns the tokens of file number `number` as an array over a memory map, and keeps the latest maps.
+    It raises RunError for a file that is no longer the same, or of another format than the first."""
     def open_shard(number):
-        path, (dtype, header_bytes) = folder / names[number], file_format
+        path, (dtype, header_bytes) = folder / files[number].name, file_format
         try:
-            if (read_header(path) or (dtype, 0)) != file_format:
-                raise UserError(f'it has another format than {names[0]}')
-            # a plain array, since a memmap's own slices take ten times as long
-            return np.asarray(np.memmap(path, DTYPES[dtype], 'r', header_bytes, (counts[number],)))
+            with open(path, 'rb') as file:
+                tokens = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if files[number].inode not in (0, os.fstat(file.fileno()).st_ino):
+                    raise UserError('it was replaced')
+            if (parse_header(path, tokens[:12], len(tokens)) or (dtype, 0)) != file_format:
+                raise UserError(f'it has another format than {files[0].name}')
+            return np.frombuffer(tokens, DTYPES[dtype], counts[number], header_bytes)   # np.memmap is ten times slower
         except (OSError, ValueError) as error:
             raise RunError(f'{path} cannot be read: {error}; restore it, and go on with --init_from=resume') from None
-    return lru_cache(maxsize=OPEN_SHARDS)(open_shard)
+    return lru_cache(maxsize=min(OPEN_SHARDS, open_files_limit() // 8))(open_shard)
+
+
+def open_files_limit():
+    """How many files this process may open: often 1,024, and 256 on macOS."""
+    try:
+        from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError:             # Windows
+        return 512
+    limit = getrlimit(RLIMIT_NOFILE)[0]
+    return limit if limit >= 0 else 8 * OPEN_SHARDS     # negative: no limit
 
 
 class TokenStream:
-    """The tokens of `files`, [(name, bytes)] in `folder`, one after the other. `len` and slices are those of an array.
+    """The tokens of `files`, [TokenFile] in `folder`, one after the other. `len` and slices are those of an array.
 
     dtype: 'uint16' or 'uint32', where the files have no header. At the start only the first file is
     opened. Raises UserError for files that cannot be tokens.
     """
 
     def __init__(self, folder, files, dtype):
-        self.folder, self.names = folder, [name for name, _ in files]
+        self.folder, self.names = folder, [file.name for file in files]
         self.format = read_header(folder / self.names[0]) or (dtype, 0)
         self.dtype, self.header_bytes = DTYPES[self.format[0]], self.format[1]
-        sizes = np.array([size for _, size in files], np.int64) - self.header_bytes
+        sizes = np.array([file.bytes for file in files], np.int64) - self.header_bytes
         for i in np.flatnonzero((sizes <= 0) | (sizes % self.dtype.itemsize != 0))[:1]:
-            raise UserError(f'{folder / self.names[i]} has {files[i][1]:,} bytes, and a token takes '
+            raise UserError(f'{folder / self.names[i]} has {files[i].bytes:,} bytes, and a token takes '
                             f'{self.dtype.itemsize}; prepare the dataset again')
         counts = sizes // self.dtype.itemsize
         self.ends = np.cumsum(counts)                           # where each file ends in the stream
         self.begins, self.counts = (self.ends - counts).tolist(), counts.tolist()
         # its cache refers to no stream, so both are freed together at once, and the files are closed
-        self.open = shard_opener(folder, self.names, self.counts, self.format)
+        self.open = shard_opener(folder, files, self.counts, self.format)
+        if len(files) == 1:
+            self.open(0)                                        # for good: it stays the same if the file is replaced
 
     def __len__(self):
         return int(self.ends[-1])

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import deque
 from contextlib import closing, suppress
+from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files import atomic_write
 from engine.journal import complete_shards, hash_start, ready_folder, replace_with_shards
-from engine.shards import DTYPES, TokenStream, token_dtype
+from engine.shards import DTYPES, SHARD, TokenFile, TokenStream, find_token_files, token_dtype
 from engine.tokenfiles import batch_pieces, in_order, write_lock
 from engine.tokenizer import END_OF_TEXT
 
@@ -77,7 +78,7 @@ class ShardWriter:
         self.folder, self.spec, self.shard_tokens = folder, spec, shard_tokens
         self.key = hashlib.sha256(json.dumps([key, spec, shard_tokens]).encode()).hexdigest()
         self.part, self.parts, self.log, self.text_bytes = part, parts, log, 0
-        self.dtype = DTYPES[token_dtype(spec['vocab_size'])]
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
         self.unfinished = folder / 'unfinished'
 
     def work(self, part):
@@ -103,6 +104,9 @@ class ShardWriter:
         begins_document). A document is a pair of numbers. `<|endoftext|>` goes before each document. encode: text
         to an array of ids.
         """
+        for file in chain(*find_token_files(self.folder).values()):
+            if SHARD.fullmatch(file.name) and SHARD.fullmatch(file.name)[1]:        # with a prefix, so not of this writer
+                raise UserError(f'{self.folder} holds {file.name} of another dataset; move it to a folder of its own')
         self.work(self.part).mkdir(parents=True, exist_ok=True)
         with write_lock(self.work(self.part) / 'prepare.lock'):
             with write_lock(self.unfinished / 'finish.lock', wait=True):
@@ -132,7 +136,7 @@ class ShardWriter:
                 ids = encode(text)
                 if begins:
                     starts.append((position, document))
-                    arrays.append([END_OF_TEXT])
+                    arrays.append([self.end_of_text])
                 arrays.append(ids)
                 position += begins + len(ids)
                 size += len(text) if text.isascii() else len(text.encode('utf-8', 'surrogatepass'))
@@ -196,16 +200,24 @@ class ShardWriter:
         same = {(begin, piece[1]): piece for begin, piece in zip(begins, pieces)}      # pieces that may be shards
         ready = ready_folder(self.folder, self.key)
         ready.mkdir(exist_ok=True)
-        copied = [name for name, shard in shards.items() if shard not in same]
-        missing = {name for name in copied if not (ready / name).exists()}
+        copied = {name: shard for name, shard in shards.items() if shard not in same}
+        digests = self.copy(copied, pieces, ready, cores)
+        for name, shard in shards.items():          # only now: shards were copied from some of these pieces too
+            if shard in same and not (ready / name).exists():
+                self.check_pieces([same[shard]])
+                os.replace(same[shard][0], ready / name)
+        return {name: same[shard][2] if shard in same else digests[name] for name, shard in shards.items()}
+
+    def copy(self, shards, pieces, ready, cores):
+        """Copy `shards` to the folder `ready`, except those that a killed run copied. Returns {name: sha256}."""
+        missing = {name for name in shards if not (ready / name).exists()}
         if missing:
             self.check_pieces(pieces)
-            names = [path.relative_to(self.unfinished).as_posix() for path, _, _ in pieces]
-            sizes = [tokens * self.dtype.itemsize for _, tokens, _ in pieces]
-            stream = TokenStream(self.unfinished, list(zip(names, sizes)), self.dtype.name)
+            files = [TokenFile(path.relative_to(self.unfinished).as_posix(), tokens * self.dtype.itemsize)
+                     for path, tokens, _ in pieces]
+            stream = TokenStream(self.unfinished, files, self.dtype.name)
 
-        def copy(name):
-            """The digest of a shard that is no piece. One that is there already was copied by a killed run."""
+        def copy_shard(name):
             begin, tokens = shards[name]
             if name in missing:
                 with atomic_write(ready / name, 'wb') as file:
@@ -213,14 +225,8 @@ class ShardWriter:
                         file.write(stream[start:min(start + COPIED_TOKENS, begin + tokens)])
             return hash_start(ready / name, tokens * self.dtype.itemsize).hexdigest()
 
-        with closing(in_order(copy, copied, cores)) as results:
-            bar = tqdm(results, 'cutting', len(copied), unit=' shards', delay=1, disable=None)
-            digests = dict(zip(copied, bar))
-        for name, shard in shards.items():          # only now: shards were copied from some of these pieces too
-            if shard in same and not (ready / name).exists():
-                self.check_pieces([same[shard]])
-                os.replace(same[shard][0], ready / name)
-        return {name: same[shard][2] if shard in same else digests[name] for name, shard in shards.items()}
+        with closing(in_order(copy_shard, shards, cores)) as results:
+            return dict(zip(shards, tqdm(results, 'cutting', len(shards), unit=' shards', delay=1, disable=None)))
 
     def list_pieces(self, part, journal):
         """[(path, tokens, sha256)] of the pieces that a journal has."""

@@ -89,7 +89,7 @@ class DatasetWriter:
 
     def __init__(self, folder, spec, key, log):
         self.folder, self.key, self.log = folder, key, log
-        self.dtype = DTYPES[token_dtype(spec['vocab_size'])]
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
         self.documents, self.saved_at = 0, time.monotonic()     # documents that are written
         self.files, self.digests = {}, {}                       # one of each per split
         completed = complete_replacement(folder)
@@ -130,7 +130,7 @@ class DatasetWriter:
         def encode_batch(batch):
             arrays = {split: [] for split in SPLITS}
             for split, text, ends in batch:
-                arrays[split] += [encode(text), [END_OF_TEXT]] if ends else [encode(text)]
+                arrays[split] += [encode(text), [self.end_of_text]] if ends else [encode(text)]
             return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe')
                            for split, ids in arrays.items() if ids}
 

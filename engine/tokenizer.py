@@ -1,7 +1,14 @@
 """Tokenizers, and the meta files that name a dataset's tokenizer.
 
-A spec is a dict {'tokenizer': 'gpt2' or 'char', 'vocab_size': int, 'chars': str with 'char'}.
-meta.json, checkpoints and Tokenizer all use it.
+A spec is a dict, one of these three. meta.json, checkpoints and Tokenizer all use it.
+
+    tokenizer='gpt2', vocab_size=50257
+    tokenizer='char', vocab_size=int, chars=str
+    tokenizer='hf', vocab_size=int, end_of_text=id or None, tokenizer_name=str, tokenizer_revision=str or None,
+        tokenizer_sha256=str, tokenizer_json=str, tokenizer_config=str
+
+'hf' is any tokenizer of Hugging Face's tokenizers library. The last two hold its files, so a dataset or a
+checkpoint needs no other file. engine.tokenizer_files makes such specs.
 """
 
 import json
@@ -10,53 +17,79 @@ import pickle
 import numpy as np
 
 from engine.errors import RunError, UserError
+from engine.hf_tokenizer import HFTokenizer
 
 GPT2 = dict(tokenizer='gpt2', vocab_size=50257)
 END_OF_TEXT = 50256             # GPT-2's token between documents
-KEYS = ('tokenizer', 'vocab_size', 'chars')
+KEYS = ('tokenizer', 'vocab_size', 'chars', 'end_of_text', 'tokenizer_name', 'tokenizer_revision', 'tokenizer_sha256',
+        'tokenizer_json', 'tokenizer_config')
+MAX_VOCAB_SIZE = 1 << 24
+MAX_FILE_CHARACTERS = 1 << 26   # of a tokenizer.json; those of the largest vocabularies have about half
 
 
 class Tokenizer:
-    """Text to token ids and back, as `spec` says. tiktoken downloads GPT-2's encoding once."""
+    """Text to token ids and back, as `spec` says. tiktoken downloads GPT-2's encoding once.
+
+    vocab_size: every id is below it. end_of_text: the id between documents, or None. splits_like_gpt2: True where
+    engine.tokenfiles.safe_pieces may cut a text. dtype: of arrays of ids, '<u4' where vocab_size is over 65,536, else '<u2'.
+    """
 
     def __init__(self, spec=GPT2):
         check_spec(spec)
-        self.vocab_size, self.chars, self.bpe = spec['vocab_size'], spec.get('chars'), None
+        self.spec, self.vocab_size, self.chars = spec, spec['vocab_size'], spec.get('chars')
+        self.dtype = '<u2' if self.vocab_size <= 1 << 16 else '<u4'
+        self.end_of_text, self.bpe, self.hf, self.splits_like_gpt2 = end_of_text(spec), None, None, False
         if spec['tokenizer'] == 'gpt2':
-            self.bpe = load_gpt2_encoding()
+            self.bpe, self.splits_like_gpt2 = load_gpt2_encoding(), True
+        elif spec['tokenizer'] == 'hf':
+            self.hf = HFTokenizer(spec['tokenizer_json'])
+            self.splits_like_gpt2 = self.hf.splits_like_gpt2
+            if self.hf.fingerprint != spec['tokenizer_sha256'] or self.hf.vocab_size != self.vocab_size:
+                raise UserError(f'the tokenizer.json of {spec["tokenizer_name"][:100]} is damaged; prepare the dataset again')
         else:
             self.ids = {char: i for i, char in enumerate(self.chars)}
-            self.table = np.zeros(0x110000, '<u2')              # id of each code point
+            self.table = np.zeros(0x110000, self.dtype)         # id of each code point
             self.table[code_points(self.chars)] = np.arange(self.vocab_size)
 
     def encode(self, text):
-        """A list of ids, with `<|endoftext|>` as GPT-2's token.
-        UserError names a character that is not in the vocabulary."""
+        """A list of ids for a prompt. Special tokens in it, such as `<|endoftext|>`, count as such, and a tokenizer
+        of Hugging Face adds what it puts around a text. UserError names a character that is not in the vocabulary."""
         if self.bpe:
             return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+        if self.hf:
+            return self.hf.encode(text)
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
             known = f'its {len(self.chars):,} characters' if len(self.chars) > 200 else repr(self.chars)
             raise UserError(f'the character {unknown[0]!r} is not in the vocabulary of this model; use only {known}')
         return [self.ids[char] for char in text]
 
-    def encode_to_numpy(self, text):
-        """A uint16 array of ids, with `<|endoftext|>` as ordinary text.
+    def encode_to_numpy(self, text, as_document=False):
+        """An array of ids, with special tokens as ordinary text. GPT-2's equal tiktoken's encode_ordinary.
 
-        A character tokenizer expects characters of its own only. GPT-2's ids equal tiktoken's encode_ordinary.
+        A character tokenizer expects characters of its own only. as_document: with what a tokenizer of
+        Hugging Face puts around a text, such as `<s>`, and with end_of_text behind it.
         """
-        if not self.bpe:
-            return self.table[code_points(text)]
-        try:
-            ids = self.bpe.encode_to_numpy(text, disallowed_special=())
-        except (UnicodeEncodeError, AttributeError):    # half a surrogate pair, from JSON; tiktoken < 0.9
-            ids = np.array(self.bpe.encode_ordinary(text))
-        return ids.astype('<u2')
+        if self.hf:
+            ids = np.array(self.hf.encode_ordinary(text, as_document), self.dtype)
+        elif self.bpe:
+            try:
+                ids = self.bpe.encode_to_numpy(text, disallowed_special=())
+            except (UnicodeEncodeError, AttributeError):    # half a surrogate pair, from JSON; tiktoken < 0.9
+                ids = np.array(self.bpe.encode_ordinary(text))
+            ids = ids.astype(self.dtype)
+        else:
+            ids = self.table[code_points(text)]
+        if as_document and self.end_of_text is not None and self.end_of_text not in ids[-1:]:
+            ids = np.append(ids, np.array(self.end_of_text, self.dtype))
+        return ids
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes. The last token may end within a character."""
+        """UTF-8 bytes of ids within a text. The last token may end within a character."""
         if self.bpe:
             return self.bpe.decode_bytes(ids)
+        if self.hf:
+            return b''.join(map(self.hf.decode_bytes, ids))
         return ''.join(self.chars[i] for i in ids).encode('utf-8', 'surrogatepass')
 
     def decode(self, ids):
@@ -81,25 +114,44 @@ def load_gpt2_encoding():
 def char_spec(chars):
     """The spec of a tokenizer whose tokens are the characters in `chars`, in code point order."""
     if len(chars) > 1 << 16:
-        raise UserError(f'the text has {len(chars):,} different characters and uint16 holds 65,536 ids; '
+        raise UserError(f'the text has {len(chars):,} different characters, and a vocabulary of characters at most 65,536; '
                         f'try --tokenizer=gpt2')
     return dict(vocab_size=len(chars), tokenizer='char', chars=''.join(sorted(chars)))
 
 
 def check_spec(spec):
-    """`spec`, if it describes a tokenizer. Raises UserError otherwise."""
+    """`spec`, if it describes a tokenizer. Raises UserError otherwise. Only Tokenizer reads tokenizer_json."""
     if not isinstance(spec, dict):
         raise UserError(f'the tokenizer is a {type(spec).__name__}, not a dict')
     kind, size = spec.get('tokenizer'), spec.get('vocab_size')
-    if type(size) is not int or not 0 < size <= 65536:
+    if type(size) is not int or not 0 < size <= MAX_VOCAB_SIZE:
         raise UserError(f'vocab_size is {size!r}')
     if kind == 'char':
         chars = spec.get('chars')
         if type(chars) is not str or len(chars) != size or len(set(chars)) != size:
             raise UserError(f'chars should be {size} different characters')
+    elif kind == 'hf':
+        end = spec.get('end_of_text')
+        if end is not None and (type(end) is not int or not 0 <= end < size):
+            raise UserError(f'end_of_text is {end!r}')
+        if not isinstance(spec.get('tokenizer_revision'), (str, type(None))):
+            raise UserError(f'tokenizer_revision is {spec["tokenizer_revision"]!r}')
+        for key in ('tokenizer_name', 'tokenizer_sha256', 'tokenizer_json', 'tokenizer_config'):
+            if type(spec.get(key)) is not str or len(spec[key]) > MAX_FILE_CHARACTERS:
+                raise UserError(f'{key} should be a text of at most {MAX_FILE_CHARACTERS:,} characters')
     elif kind != 'gpt2' or size != GPT2['vocab_size']:
         raise UserError(f'unknown tokenizer {kind!r} of {size} tokens')
     return spec
+
+
+def end_of_text(spec):
+    """The id that follows each document of a dataset with this spec, or None."""
+    return END_OF_TEXT if spec['tokenizer'] == 'gpt2' else spec.get('end_of_text')
+
+
+def same_tokens(spec, other):
+    """True where both specs give every text the same ids, wherever they came from."""
+    return all(spec.get(key) == other.get(key) for key in ('tokenizer', 'vocab_size', 'chars', 'tokenizer_sha256'))
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -132,12 +184,3 @@ def read_meta(folder):
         reason = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
         raise UserError(f'{path} cannot be read: {reason}; prepare the dataset again') from None
     return GPT2
-
-
-def read_digests(folder):
-    """{'train.bin': sha256, 'val.bin': sha256} of meta.json, as far as it has them. See read_meta for its errors."""
-    try:
-        digests = json.loads((folder / 'meta.json').read_text(encoding='utf-8-sig')).get('sha256')
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-    return digests if isinstance(digests, dict) else {}

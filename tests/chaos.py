@@ -26,6 +26,7 @@ from pathlib import Path
 from harness import ACCUMULATION, INTERVAL, ITERATIONS, TESTS, Workspace, read_records, torchrun_options
 from launcher import SAVE_STEPS, script_environment
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import configurator
@@ -114,8 +115,7 @@ def differences(out_dir, reference):
     ckpt.pt, and in lines of metrics.jsonl but for their clock fields."""
     found = []
     for path in sorted((Path(reference) / 'state').glob('*.safetensors')):      # with --checkpoint=sharded
-        if path.read_bytes() != (Path(out_dir) / 'state' / path.name).read_bytes():
-            found.append(f'state/{path.name}')
+        found += compare_values(*(load_file(folder / path.name) for folder in (Path(out_dir) / 'state', path.parent)), path.name)
     for name in ('state/run.pt',) if sharded else (checkpoint.STATE, checkpoint.MODEL):
         found += compare_values(*(checkpoint.read(Path(folder) / name) for folder in (out_dir, reference)), name)
     records, expected = read_records(out_dir), read_records(reference)

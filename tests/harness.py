@@ -40,7 +40,7 @@ def copy_project(folder):
         shutil.copy(path, folder)
     for name in ('engine', 'config', 'data'):
         shutil.copytree(ROOT / name, Path(folder) / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-            '*.bin', '*.json', '*.txt', '*.pkl', '*.tmp', '*.lock', '*.part', 'shards', '__pycache__'))
+            '*.bin', '*.json', '*.jsonl', '*.txt', '*.pkl', '*.tmp', '*.lock', '*.part', 'shards', 'unfinished', '__pycache__'))
 
 
 def write_toy_dataset(folder, characters=CHARACTERS, tokens=6000):

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -100,6 +101,44 @@ def test_only_the_named_signals_are_caught(restored_handlers):
     distributed.start(device='cpu').catch_signals(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+
+
+# NCCL
+
+@pytest.mark.parametrize('error, first, line', [
+    ('TIMEOUT', True, 'rank 3: another rank did not answer within --rank_timeout, so this one stops; the saved files are '
+                      'whole, go on with --init_from=auto\n'),
+    ('COMM_ERROR', True, 'rank 3: another rank ended, so this one stops; the saved files are whole, '
+                         'go on with --init_from=auto\n'),
+    ('TIMEOUT', False, '')])
+def test_an_error_that_only_the_watchdog_of_nccl_sees_ends_the_rank_in_one_line(monkeypatch, capsys, error, first, line):
+    ErrorType = torch._C._distributed_c10d.ErrorType    # what a backend's get_error returns
+
+    class Backend:
+        answers = [ErrorType.SUCCESS, ErrorType.SUCCESS]
+
+        def get_error(self):
+            return self.answers.pop() if self.answers else getattr(ErrorType, error)
+
+    ended = threading.Event()
+    codes = []
+    monkeypatch.setattr(distributed.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(distributed.os, '_exit', lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(distributed.dist, 'get_rank', lambda: 3)
+    monkeypatch.setattr(distributed, 'is_first_failure', lambda: first)
+    distributed.watch_nccl(Backend())
+    assert ended.wait(10) and codes == [1]
+    assert capsys.readouterr().err == line and not Backend.answers
+
+
+def test_a_store_that_does_not_answer_makes_a_rank_report_its_failure(monkeypatch):
+    class Store:
+        def add(self, key, count):
+            threading.Event().wait()                    # as behind a cut cable
+
+    monkeypatch.setattr(distributed, 'STORE_TIMEOUT', 0.1)
+    monkeypatch.setattr(distributed.dist.distributed_c10d, '_get_default_store', Store)
+    assert distributed.is_first_failure()
 
 
 # Two ranks

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.generate import KVCache, StaticKVCache, new_caches, sample_token
+from engine.generate import KVCache, StaticKVCache, new_caches
+from engine.sampling import sample_token
 from model import GPT, GPTConfig
 
 
@@ -104,6 +105,43 @@ def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p, kept):
     assert set(sampled.tolist()) == kept
 
 
+@pytest.mark.parametrize('temperature, top_k, top_p, min_p', [(1.0, 0, 1.0, 0.2), (0.7, 20, 0.9, 0.05), (1.5, 0, 0.5, 0.3),
+                                                              (1.0, 3, 1.0, 0.01), (2.0, 0, 1.0, 1.0)])
+def test_the_kept_tokens_are_those_of_transformers(temperature, top_k, top_p, min_p):
+    processors = pytest.importorskip('transformers').generation.logits_process
+    logits = 2 * torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+    expected = processors.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = processors.TopKLogitsWarper(top_k)(None, expected)
+    expected = processors.MinPLogitsWarper(min_p)(None, processors.TopPLogitsWarper(top_p)(None, expected)).softmax(-1)[0]
+    noise = torch.linspace(0, 1 - 2 ** -24, 20000)[:, None]
+    found = sample_token(logits.expand(20000, 60), temperature, top_k, top_p, noise, min_p).bincount(minlength=60) / 20000
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('compile', [False, True])
+@pytest.mark.parametrize('vocab_size', [None, 45])
+def test_a_repetition_penalty_falls_on_all_text_so_far(model, compile, vocab_size, monkeypatch):
+    """As in transformers, over the prompt, its part before the window, and what was sampled. Each call begins anew."""
+    processor = pytest.importorskip('transformers').generation.logits_process.RepetitionPenaltyLogitsProcessor(1.7)
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda function, mode, **options: torch_compile(function, backend='eager', **options))
+    torch._dynamo.reset()
+    prompt = torch.randint(45, (2, 20))
+    expected = prompt
+    for _ in range(12):
+        logits = model(expected[:, -16:])[0][:, -1, :vocab_size]
+        expected = torch.cat([expected, processor(expected, logits).argmax(-1, keepdim=True)], dim=1)
+    options = dict(temperature=0, repetition_penalty=1.7, vocab_size=vocab_size, exact_window=True, compile=compile)
+    for _ in range(2):
+        assert torch.equal(model.generate(prompt, 12, **options), expected)
+    plain = model.generate(prompt, 12, **{**options, 'repetition_penalty': 1.0})
+    assert not torch.equal(plain, expected)
+    if compile:                                         # where the window does not move, and the compiled step is used
+        prompt = prompt[:, :4]
+        assert torch.equal(model.generate(prompt, 10, **options), model.generate(prompt, 10, **{**options, 'compile': False}))
+
+
 def test_padding_of_the_vocabulary_is_never_sampled(model):
     with torch.no_grad():
         model.lm_head.weight[40:] *= 20
@@ -122,7 +160,9 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 
 @pytest.mark.parametrize('options, words', [
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
-    (dict(top_k=-5), 'top_k=-5'), (dict(top_p=0.0), 'top_p=0.0'), (dict(top_p=1.5), 'top_p=1.5')])
+    (dict(top_k=-5), 'top_k=-5'), (dict(top_p=0.0), 'top_p=0.0'), (dict(top_p=1.5), 'top_p=1.5'),
+    (dict(min_p=1.5), 'min_p=1.5'), (dict(repetition_penalty=0.0), 'repetition_penalty=0.0'),
+    (dict(repetition_penalty=float('nan')), 'repetition_penalty=nan')])
 def test_impossible_options_are_refused(model, options, words):
     with pytest.raises(UserError, match=words):
         model.generate(torch.zeros(1, 1, dtype=torch.long), 3, **options)

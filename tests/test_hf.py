@@ -37,7 +37,7 @@ def assert_same_function(model, reference):
     expected_loss.backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
     for name, p in model.named_parameters():
-        expected = grads[name].t() if name.endswith(hf.TRANSPOSED) else grads[name]
+        expected = grads[name].t() if name.endswith(hf_shapes.TRANSPOSED) else grads[name]
         assert (p.grad - expected).norm() <= 1e-5 * expected.norm(), name
 
 
@@ -106,7 +106,7 @@ def test_a_folder_without_weights_for_gpt_is_refused(tmp_path, content):
         GPT.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize('source', ['gpt5', 'gpt3', 'scrath', '', 'nowhere/at all', 'a/b/c'])
+@pytest.mark.parametrize('source', ['gpt5', 'gpt3', 'scrath', '', 'nowhere/at all', 'a/b/c', '../weights', './weights'])
 def test_an_unknown_source_is_refused(source):
     with pytest.raises(UserError, match=f'init_from={source!r} should be scratch, resume, auto, gpt2'):
         GPT.from_pretrained(source)
@@ -215,8 +215,10 @@ def test_the_saved_config_has_what_other_readers_want(tmp_path):
 @pytest.mark.parametrize('kind, changes, words', [
     ('llama', dict(attention_bias=True), 'attention_bias=True is a variant of llama'),
     ('llama', dict(mlp_bias=True), 'mlp_bias=True'), ('llama', dict(hidden_act='gelu'), "hidden_act='gelu'"),
-    ('llama', dict(head_dim=32), 'head_dim=32'), ('nanochat', dict(attention_bias=True), 'attention_bias=True is a variant of nanochat'),
-    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=2.0)), "rope_parameters={.*'linear'} is a variant"),
+    ('llama', dict(head_dim=32), 'head_dim=32'),
+    ('nanochat', dict(attention_bias=True), 'attention_bias=True is a variant of nanochat'),
+    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=2.0)),
+     "rope_parameters={.*'linear'} is a variant"),
     ('qwen3', dict(use_sliding_window=True, sliding_window=16, max_window_layers=1), 'sliding_window=16'),
     ('qwen3', dict(attention_bias=True), 'attention_bias=True is a variant of qwen3')])
 def test_a_variant_of_the_modern_shapes_is_refused_by_name(tmp_path, kind, changes, words):
@@ -228,7 +230,8 @@ def test_a_variant_of_the_modern_shapes_is_refused_by_name(tmp_path, kind, chang
 @pytest.mark.parametrize('options, words', [
     (dict(position='alibi'), "position='alibi' is not an option of transformers' GPT-2"), (dict(softcap=15.0), 'softcap=15.0'),
     (dict(n_kv_head=2), 'n_kv_head=2 is not an option'), (dict(activation='swiglu', bias=False), "activation='swiglu'"),
-    (dict(position='rotary', norm='rmsnorm', activation='swiglu', bias=False), "norm='rmsnorm' is not an option of transformers' Llama"),
+    (dict(position='rotary', norm='rmsnorm', activation='swiglu', bias=False),
+     "norm='rmsnorm' is not an option of transformers' Llama"),
     (dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, bias=False),
      "embedding_norm=False is not an option of transformers' NanoChat")])
 def test_what_no_kind_has_is_not_exported(options, words):

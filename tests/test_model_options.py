@@ -18,8 +18,8 @@ from engine.generate import KVCache, StaticKVCache, new_caches
 from engine.positions import alibi_bias, rotary_angles, rotate
 from model import NANOGPT_ARGS, GPT, GPTConfig
 
-OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'), ('activation', 'relu2'),
-           ('activation', 'swiglu'), ('qk_norm', True), ('embedding_norm', True), ('n_kv_head', 2), ('tied', False),
+OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'),
+           ('activation', 'relu2'), ('activation', 'swiglu'), ('qk_norm', True), ('embedding_norm', True), ('n_kv_head', 2), ('tied', False),
            ('softcap', 1.0), ('zero_init', True)]
 PAIRS = [dict(pair) for pair in itertools.combinations(OPTIONS, 2) if pair[0][0] != pair[1][0]]
 NANOCHAT = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False,
@@ -105,7 +105,7 @@ def test_a_context_without_position_embeddings_can_grow(position):
 def test_a_checkpoint_names_what_differs_from_gpt2_and_comes_back_the_same(changes):
     model = with_random_weights(tiny_gpt(**changes))
     saved = model.to_checkpoint()
-    assert set(saved['model_args']) == {*NANOGPT_ARGS, *changes} - {'activation'}
+    assert set(saved['model_args']) == {*NANOGPT_ARGS, *changes}
     assert saved['activation'] == changes.get('activation', 'gelu')
     again = GPT.from_checkpoint(saved)
     assert again.config == model.config
@@ -232,6 +232,25 @@ def test_activation_checkpointing_gives_the_same_gradients(changes):
 
 
 @each_shape
+def test_16_bits_are_near_32(changes):
+    """Losses and gradients under autocast, and cached positions with 16-bit weights."""
+    idx, found = torch.randint(50, (4, 16)), []
+    model = with_random_weights(tiny_gpt(**changes))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+        model.zero_grad()
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
+    exact = model.hidden(idx)
+    model.bfloat16()
+    caches = new_caches(model, 4, 16)
+    parts = [model.hidden(idx[:, :5], caches)] + [model.hidden(idx[:, i:i + 1], caches) for i in range(5, 16)]
+    assert (torch.cat(parts, dim=1) - exact).norm() < 0.03 * exact.norm()
+
+
+@each_shape
 def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
     """Without graph breaks, and no other graph for another token."""
     torch_compile = torch.compile
@@ -259,7 +278,8 @@ def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
     (dict(softcap=float('nan')), 'softcap=nan should be'), (dict(softcap=torch.ones(2)), 'softcap='),
     (dict(n_kv_head=3), 'n_head=4 does not divide over n_kv_head=3; try --n_kv_head=2'),
     (dict(n_kv_head=True), 'n_kv_head=True should be'), (dict(n_inner=2.5), 'n_inner=2.5 should be a whole number'),
-    (dict(rope_theta=0), 'rope_theta=0 should be'), (dict(norm=['rmsnorm']), 'norm='), (dict(position=torch.ones(2)), 'position='),
+    (dict(rope_theta=0), 'rope_theta=0 should be'), (dict(norm=['rmsnorm']), 'norm='),
+    (dict(position=torch.ones(2)), 'position='),
     (dict(position='rotary', n_embd=36), 'gives 9 in each head; try --n_embd=72')])
 def test_an_impossible_option_is_refused(changes, words):
     with pytest.raises(UserError, match=words):

@@ -125,7 +125,8 @@ def saved_state(steps=3, name='adamw', **changes):
     return model, optimizer, copy.deepcopy(optim.state_dict(optimizer, scaler()))
 
 
-@pytest.mark.parametrize('name, changes', [('adamw', {}), ('muon', {}), ('muon', dict(activation='swiglu', n_kv_head=1, tied=False))])
+@pytest.mark.parametrize('name, changes', [
+    ('adamw', {}), ('muon', {}), ('muon', dict(activation='swiglu', n_kv_head=1, tied=False))])
 def test_a_restored_optimizer_goes_on_as_an_uninterrupted_one(tmp_path, name, changes):
     model, optimizer, saved = saved_state(name=name, **changes)
     restored = copy.deepcopy(model)
@@ -218,6 +219,11 @@ def test_moments_larger_than_their_file_are_refused(tmp_path):
 
 
 # Muon
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(UserError, match="optimizer='sgd' is unknown; try 'adamw' or 'muon'"):
+        new_optimizer(tiny_gpt(), name='sgd')
+
 
 def plain_newton_schulz(matrix):
     """One matrix at a time, in float32, by the published formula."""
@@ -323,12 +329,13 @@ def train_rank(rank, ranks, folder, changes):
 
 def test_two_ranks_with_muon_are_one(tmp_path):
     """With the options of a modern shape. The ranks keep the same weights to the bit."""
-    changes = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False, bias=False,
-                   softcap=15.0, n_kv_head=1)
+    changes = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False,
+                   bias=False, softcap=15.0, n_kv_head=1)
     found = []
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        torch.multiprocessing.start_processes(train_rank, (ranks, str(tmp_path / str(ranks)), changes), ranks, start_method='spawn')
+        arguments = ranks, str(tmp_path / str(ranks)), changes
+        torch.multiprocessing.start_processes(train_rank, arguments, ranks, start_method='spawn')
         found += [torch.load(tmp_path / str(ranks) / f'rank-{rank}', weights_only=True) for rank in range(ranks)]
     one, first, second = found
     assert all(torch.equal(first['weights'][name], second['weights'][name]) for name in one['weights'])

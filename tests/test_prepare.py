@@ -27,7 +27,7 @@ from engine import textfiles, tokenfiles
 from engine.errors import RunError, UserError
 from engine.tokenizer import GPT2, Tokenizer, char_spec, code_points, read_meta
 
-SCRIPTS = sorted(path.parent.name for path in (ROOT / 'data').glob('*/prepare.py'))
+SCRIPTS = sorted({path.parent.name for path in (ROOT / 'data').glob('*/prepare.py')} - {'evals'})    # which is no dataset
 # what GPT-2's pattern treats specially: contractions, runs of whitespace, kinds of space, scripts
 WORDS = ["it's", "we'll", "'", "''re", 'word', ' ', '  ', '\n', '\n\n  ', ' \n', '\t', '\r\n', '\u00a0',
          '\u3000', '\x1c', '12', '3.5', '...', '<|endoftext|>', 'naïve', '日本語。', '🙂', 'e\u0301',

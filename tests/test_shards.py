@@ -198,6 +198,22 @@ def test_a_shard_of_another_format_than_the_first_is_named(data, monkeypatch):
         dataset.tokens['train'][2100:2200]
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has no inodes to know a file by')
+def test_a_dataset_that_is_replaced_ends_a_run_or_stays_what_it_was(data, monkeypatch):
+    """One file stays mapped. Shards that are opened again are other ones, and are refused."""
+    monkeypatch.setattr(shards, 'OPEN_SHARDS', 1)
+    write_plain(data / 'plain')
+    write_shards(data / 'shards', 100)
+    plain, sharded = open_dataset('plain'), open_dataset('shards')
+    expected = plain.batch(1, 'train', 0, 20)[0]
+    for path in [*(data / 'plain').glob('*.bin'), *(data / 'shards').glob('*.bin')]:
+        path.with_suffix('.new').write_bytes(bytes(path.stat().st_size))
+        os.replace(path.with_suffix('.new'), path)
+    assert plain.batch(1, 'train', 0, 20)[0].equal(expected)
+    with pytest.raises(RunError, match=r'cannot be read: it was replaced; restore it'):
+        sharded.batch(1, 'train', 0, 20)
+
+
 # training
 
 def test_published_shards_train(workspace):

@@ -82,6 +82,7 @@ def test_parts_are_shares_of_the_bytes(documents):
     positions = [position for position, _ in textfiles.read_documents(files[1])]
     for position in positions[::7]:
         assert [place for place, _ in textfiles.read_documents(files[1], position)] == [p for p in positions if p >= position]
+    assert not list(textfiles.read_documents(files[0], 80))
     rows = [''.join(next(textfiles.read_documents(files[0], row))[1]) for row in (0, 6, 7, 8, 79)]
     assert rows == [''.join(document) for row, (_, document) in enumerate(textfiles.read_documents(files[0]))
                     if row in (0, 6, 7, 8, 79)]
@@ -245,6 +246,13 @@ def test_a_part_is_not_run_twice_at_once(stoppable):
         stoppable.run()
 
 
+def test_shards_of_others_in_the_folder_are_refused_first(stoppable):
+    (stoppable.folder / 'fineweb_train_000001.bin').write_bytes(b'ab')
+    with pytest.raises(UserError, match='holds fineweb_train_000001.bin of another dataset'):
+        stoppable.run()
+    assert not stoppable.encoded
+
+
 # the hub
 
 def test_another_hub_is_asked_where_hf_endpoint_says(data, tmp_path):      # noqa: F811
@@ -281,3 +289,35 @@ def test_a_sample_is_its_files_only(data, tmp_path, monkeypatch, gpt2):      # n
         assert read_shards(data / 'fineweb_edu') == expected_shards([name], 2, gpt2.encode_ordinary)
     with pytest.raises(RunError, match='1 of about 9,670,000 documents'):
         load(data, 'fineweb_edu', monkeypatch).main()
+
+
+# large vocabularies
+
+LARGE = dict(tokenizer='hf', vocab_size=70_000, end_of_text=69_999)
+
+
+def encode_large(text):
+    return np.array([60_000 + ord(character) * 80 for character in text], '<u4')
+
+
+def test_ids_beyond_65535_are_written_and_read_with_32_bits(tmp_path, monkeypatch):
+    """By both writers, and read by the loader, which knows the end-of-text token of the vocabulary."""
+    monkeypatch.setattr(dataloader, 'DATA', tmp_path)
+    monkeypatch.setattr(dataloader, 'read_meta', lambda folder: LARGE)
+    texts = ['some text', 'and more', 'a third'] * 20
+    ids = [[*encode_large(text).tolist(), 69_999] for text in texts]
+    with tokenfiles.dataset_writer(tmp_path / 'files', LARGE, lambda line: None) as writer:
+        writer.write([(split, text, True) for text in texts for split in ('train', 'val')], encode_large, 1)
+    for split in ('train', 'val'):
+        assert np.fromfile(tmp_path / 'files' / f'{split}.bin', '<u4').tolist() == sum(ids, [])
+    writer = shardwriter.ShardWriter(tmp_path / 'shards', LARGE, 'key', 37, 0, 1, lambda line: None)
+    assert writer.write(lambda document: (((0, i), text, True) for i, text in enumerate(texts)), encode_large, 2)
+    for name in ('files', 'shards'):
+        meta = json.loads((tmp_path / name / 'meta.json').read_text())
+        assert meta['dtype'] == 'uint32' and meta['tokens']['train'] == len(sum(ids, [])) - (37 if name == 'shards' else 0)
+        dataset = TokenDataset(name, documents='whole')
+        dataset.set_block_size(5)
+        x, _ = dataset.batch(1, 'train', 0, 30)
+        assert (x[:, 0] == 69_999).all() and x.max() < 70_000 and (x[:, 1] > 65_535).any()
+    stream = np.concatenate([dataset.tokens['val'][:], dataset.tokens['train'][:]])
+    assert stream.tolist() == sum([[69_999, *text[:-1]] for text in ids], [])

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, script_settings
+from harness import CAN_FORK, SETTINGS, script_settings
 
 import train
 from engine.dataloader import TokenDataset
@@ -254,7 +254,7 @@ def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     saved = torch.load(workspace.folder / 'out-hf' / 'ckpt.pt', weights_only=True)
     assert saved['activation'] == 'gelu_tanh' and saved['config']['n_layer'] == 1     # the shape of the weights
     flags[:2] = ['--init_from=weights-of-other-tokens', '--out_dir=out-other']
-    assert "the tokens of toy are characters, and weights-of-other-tokens knows GPT-2's" in workspace.run('train.py', *flags, code=2).stderr
+    assert "the tokens of toy are not those of weights-of-other-tokens" in workspace.run('train.py', *flags, code=2).stderr
 
 
 def test_a_new_run_replaces_another_only_when_told_to(trained):
@@ -276,3 +276,26 @@ def test_a_log_line_has_its_numbers(trained):
     assert lines[1] == (f'iter 1: loss {record["loss"]:.4f}, 256 tokens, {record["ms"]:.1f} ms, '
                         f'{record["tokens_per_second"]:,.0f} tok/s, mfu {record["mfu"]:.1%}, '
                         f'grad {record["grad_norm"]:.2f}, lr {record["lr"]:.1e}, eta 0:00:00')
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_tasks_are_scored_at_evaluations_and_move_nothing(trained, ranks):
+    if ranks > 1 and not CAN_FORK:
+        pytest.skip('two ranks are started by fork')
+    tasks = trained.folder / 'tasks-of-train'
+    tasks.mkdir(exist_ok=True)
+    (tasks / 'exact.jsonl').write_text('{"prompt": "abc", "answer": "d"}\n{"prompt": "a", "answer": "p"}\n', encoding='utf-8')
+    run = trained.train('out-tasks', '--overwrite=True', '--eval_tasks=exact', f'--eval_tasks_data={tasks}',
+                        '--eval_tasks_interval=10', ranks=ranks)
+    records = trained.records('out-tasks')
+    assert [r['iter'] for r in records if r.pop('exact_acc', None) is not None] == [0, 10, 20]
+    assert 'step 20: exact_acc ' in run.stdout
+    if ranks == 1:
+        assert records == trained.records('out-toy')
+
+
+def test_tasks_of_a_sharded_run_are_refused(trained):
+    if not CAN_FORK:
+        pytest.skip('two ranks are started by fork')
+    result = trained.launcher.run('train.py', *trained.flags('out-refused'), '--eval_tasks=exact', '--strategy=fsdp', ranks=2)
+    assert result.codes[0] == 2 and 'eval_tasks reads the whole model on each rank' in result.stderr

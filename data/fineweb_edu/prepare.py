@@ -1,6 +1,6 @@
 """FineWeb-Edu, or documents of your own, as shards of GPT-2 tokens, <|endoftext|> before each document.
 
-    python data/fineweb_edu/prepare.py                          # downloads 27 GB, writes 20 GB: 10 billion tokens
+    python data/fineweb_edu/prepare.py                          # sample-10BT: 10 billion tokens, 20 GB
     python data/fineweb_edu/prepare.py --input=docs             # .parquet, .jsonl or .txt, or a folder of them
     python data/fineweb_edu/prepare.py --part=0/4               # a quarter of the work; see the readme
 
@@ -28,7 +28,7 @@ shard_tokens = 100_000_000      # tokens per shard; the last one may be shorter
 part = '0/1'                    # i/n does one of n equal parts of the work, and the last part to finish publishes
 num_proc = 0                    # cores that encode, 0 for all; the result is the same
 
-DOCUMENTS = 9_670_000           # in sample-10BT, about
+DOCUMENTS = 9_670_000           # in sample-10BT, about: the hub shows 9.67M rows
 
 
 def download():

@@ -2,8 +2,9 @@
 
     python data/text/prepare.py --input=book.txt                        # to data/book
     python data/text/prepare.py --input=notes --name=diary --tokenizer=char --val_fraction=0.05
+    python data/text/prepare.py --input=notes --tokenizer=bpe --vocab_size=4096
 
-With GPT-2's tokens each file is a document, followed by <|endoftext|>.
+Except with characters, each file is a document, followed by the tokenizer's end-of-text token.
 """
 
 import shlex
@@ -21,11 +22,15 @@ import configurator
 from console import print0, report_errors
 from engine import textfiles, tokenfiles
 from engine.errors import UserError
-from engine.tokenizer import GPT2, Tokenizer, char_spec, code_points
+from engine.tokenizer import GPT2, MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
+from engine.tokenizer_files import named_spec, train_bpe
 
 input = ''              # the file or folder; hidden files in a folder are skipped
 name = ''               # of the dataset, a folder in data/; '' uses the input's name without its ending
-tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the characters of the text
+tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the characters of the text;
+                        # 'bpe': byte pair encoding trained on this text; or a folder with a tokenizer,
+                        # a dataset's such as data/notes, or a hub name such as HuggingFaceTB/SmolLM2-135M
+vocab_size = 4096       # tokens to train with --tokenizer=bpe, at least 257
 val_fraction = 0.1      # of all characters, the last ones, held out as val.bin
 num_proc = 0            # cores that encode, 0 for all; the result is the same
 
@@ -65,16 +70,38 @@ def split_at(texts, cut):
         cut -= len(text)
 
 
-def read_pieces(files, counts, cut):
-    """(split, text, ends_document) of all files. The first `cut` characters of them all are 'train'."""
+def read_splits(files, counts, cut):
+    """(split, texts of one document) of all files. The first `cut` characters of them all are 'train'."""
     for path, count in zip(files, counts):
         for split, parts in groupby(split_at(textfiles.read_text(path), cut), key=lambda part: part[0]):
-            texts = (text for _, text in parts)
-            if tokenizer == 'gpt2':
-                yield from ((split, text, is_last) for text, is_last in tokenfiles.safe_pieces(texts))
-            else:
-                yield from ((split, text, False) for text in texts)
+            yield split, (text for _, text in parts)
         cut = max(cut - count, 0)
+
+
+def read_pieces(documents, encoder):
+    """(split, text, False) of all documents, as the writer takes them. An empty text ends a document."""
+    for split, texts in documents:
+        if encoder.chars:
+            yield from ((split, text, False) for text in texts)
+        elif encoder.splits_like_gpt2:
+            yield from ((split, text, False) for text, _ in tokenfiles.safe_pieces(texts) if text)
+            yield split, '', False
+        else:
+            yield split, ''.join(texts), False
+
+
+def train_tokenizer(documents, total):
+    """The spec of a byte-level BPE tokenizer, trained on the text of train.bin: `total` characters of `documents`."""
+    with tqdm(desc='training the tokenizer', total=total, unit=' characters', unit_scale=True, delay=1, disable=None) as bar:
+        def train_texts():
+            for texts in (texts for split, texts in documents if split == 'train'):
+                for text, _ in tokenfiles.safe_pieces(texts):
+                    yield text
+                    bar.update(len(text))
+        spec = train_bpe(train_texts(), vocab_size)
+    if spec['vocab_size'] < vocab_size:
+        print0(f'note: the text has pairs for {spec["vocab_size"]:,} tokens, not for {vocab_size:,}')
+    return spec
 
 
 def next_command(dataset):
@@ -86,8 +113,11 @@ def next_command(dataset):
 
 
 def main():
-    if tokenizer not in ('gpt2', 'char'):
-        raise UserError(f'tokenizer={tokenizer!r} is unknown; try --tokenizer=gpt2 or --tokenizer=char')
+    # A name that leads nowhere fails here, before the text is read.
+    spec = GPT2 if tokenizer == 'gpt2' else None if tokenizer in ('char', 'bpe') else named_spec(tokenizer)
+    if spec and spec['tokenizer'] == 'char':
+        raise UserError(f'{tokenizer} has a vocabulary of characters, which may lack those of this text; try --tokenizer=char')
+    configurator.check_range(globals(), 'vocab_size', 257, MAX_VOCAB_SIZE)
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} should be between 0 and 1; try --val_fraction=0.1')
     if not input:
@@ -101,10 +131,15 @@ def main():
     if not 0 < cut < total:
         raise UserError(f'{input} has {total:,} characters, and val_fraction={val_fraction} leaves '
                         f'{cut:,} to train on; --input= takes more text')
-    spec = char_spec(chars) if tokenizer == 'char' else GPT2
-    encode = Tokenizer(spec).encode_to_numpy
-    with tokenfiles.dataset_writer(folder, spec, print0) as writer:
-        writer.write(read_pieces(files, counts, cut), encode, total, cores=num_proc)
+    if tokenizer == 'bpe':
+        spec = train_tokenizer(read_splits(files, counts, cut), cut)
+    encoder = Tokenizer(spec or char_spec(chars))
+
+    def encode(text):
+        return encoder.encode_to_numpy(text, as_document=not text or not encoder.splits_like_gpt2)
+
+    with tokenfiles.dataset_writer(folder, encoder.spec, print0) as writer:
+        writer.write(read_pieces(read_splits(files, counts, cut), encoder), encode, total, cores=num_proc)
         if textfiles.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
     print0(f'files: {len(files):,}, of them empty: {counts.count(0):,}; characters: {total:,}')

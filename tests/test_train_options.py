@@ -1,0 +1,34 @@
+"""Training with options beyond GPT-2 and with Muon, as commands."""
+
+import pytest
+
+FLAGS = ('--zero_init=True', '--n_kv_head=1', '--optimizer=muon')
+
+
+def flags(workspace, out_dir, *more):
+    return ['config/model_nanochat.py', *workspace.flags(out_dir), *FLAGS, *more]
+
+
+def test_a_modern_run_with_muon_resumes_exactly(workspace):
+    workspace.run('train.py', *flags(workspace, 'out-straight'))
+    workspace.run('train.py', *flags(workspace, 'out-stopped', '--max_iters=10'))
+    workspace.run('train.py', '--init_from=resume', '--out_dir=out-stopped', '--max_iters=20', '--device=cpu', '--compile=False')
+    straight, stopped = workspace.records('out-straight'), workspace.records('out-stopped')
+    assert stopped[-1] == straight[-1] and straight[-1]['val_loss'] < 2
+
+
+def test_a_resumed_run_keeps_its_optimizer_and_may_read_further(workspace):
+    workspace.run('train.py', *flags(workspace, 'out-kept', '--max_iters=5'))
+    resume = ['train.py', '--init_from=resume', '--out_dir=out-kept', '--max_iters=6', '--device=cpu', '--compile=False']
+    result = workspace.run(*resume, '--optimizer=adamw', code=2)
+    assert result.stderr.count('\n') == 1 and 'trained with optimizer=muon' in result.stderr
+    result = workspace.run(*resume, '--block_size=40', '--tied=True')
+    assert 'note: the weights have seen contexts of 32 tokens, and now read 40' in result.stdout
+    assert 'note: tied=True has no effect, the weights have tied=False' in result.stdout
+
+
+def test_two_ranks_train_a_modern_shape_with_muon_as_one(workspace):
+    workspace.run('train.py', *flags(workspace, 'out-one', '--dropout=0'))
+    workspace.run('train.py', *flags(workspace, 'out-two', '--dropout=0'), ranks=2)
+    for one, two in zip(workspace.records('out-one'), workspace.records('out-two'), strict=True):
+        assert two == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
