@@ -1,7 +1,9 @@
 """Draw the losses of one or several runs against iterations, tokens and time, and their scores of tasks below.
+Or draw what one run measured in its layers as heat maps.
 
     python plot.py out-shakespeare-char
     python plot.py out-a out-b --picture=compare.png --smooth=0.9
+    python plot.py out-a --health=True
 """
 
 import sys
@@ -10,10 +12,12 @@ from pathlib import Path
 import configurator
 from console import print0, report_errors
 from engine.errors import UserError
+from engine.health import TITLES, health_by_layer
 from engine.metrics import FILE, is_number, read_metrics
 
-picture = ''        # file to write; '' is loss.png in the first run's folder
+picture = ''        # file to write; '' is loss.png, or health.png, in the first run's folder
 smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws it as it is
+health = False      # True draws the measurements of a run that was trained with --health_interval
 
 
 # What GPT-2 124M reaches, as docs/evaluation.md has it
@@ -35,11 +39,16 @@ def smoothed(values, share):
     return result
 
 
-def draw(runs, path):
-    """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
+def import_pyplot():
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    return plt
+
+
+def draw(runs, path):
+    """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
+    plt = import_pyplot()
     scores = find_scores(runs)
     rows = 1 + len(scores)
     figure, panels = plt.subplots(rows, 3, figsize=(14, 4.5 * rows), sharey='row', layout='constrained', squeeze=False)
@@ -71,20 +80,44 @@ def draw(runs, path):
     figure.savefig(path, dpi=100)
 
 
+def draw_health(records, path):
+    """Write heat maps to `path`: a map for each quantity of engine.health, a row for each layer."""
+    plt = import_pyplot()
+    from matplotlib.colors import LogNorm
+    found = health_by_layer(records)                            # quantity: {layer: {iteration: value}}
+    if not found:
+        raise UserError('this run has no measurements of its layers; train with --health_interval=100')
+    figure, panels = plt.subplots(2, 4, figsize=(20, 9), layout='constrained')
+    for axes, (quantity, title) in zip(panels.flat, TITLES.items()):
+        layers = found.get(quantity, {})
+        iterations = sorted({i for values in layers.values() for i in values})
+        values = [[layers[layer].get(i, float('nan')) for i in iterations] for layer in layers]
+        axes.set(title=title, xlabel='iterations')
+        if layers:
+            # a logarithmic scale, but where a value is 0 and for the entropy, itself a logarithm
+            is_linear = quantity == 'attention_entropy' or min(v for row in layers.values() for v in row.values()) <= 0
+            image = axes.pcolormesh(iterations, range(len(layers)), values, norm=None if is_linear else LogNorm(), shading='nearest')
+            axes.set_yticks(range(len(layers)), layers, parse_math=False)
+            figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=100)
+
+
 def main(folders):
     configurator.check_range(globals(), 'smooth', 0, below=1)
     if not folders:
         raise UserError('name the folders of the runs, as in: python plot.py out-shakespeare-char')
+    if health and len(folders) > 1:
+        raise UserError('--health=True draws one run; name one folder')
     runs = {}
     for folder in folders:
         records = read_metrics(Path(folder) / FILE)
         if not records:
             raise UserError(f'{folder} holds no {FILE} with records; name the out_dir of a run')
-        if not any(is_number(record.get('seconds')) for record in records):
+        if not health and not any(is_number(record.get('seconds')) for record in records):
             print0(f'note: {folder} has no times, so only its iterations are drawn')
         runs[Path(folder).name if Path(folder).name not in runs else folder] = records
-    path = Path(picture or Path(folders[0]) / 'loss.png')
-    draw(runs, path)
+    path = Path(picture or Path(folders[0]) / ('health.png' if health else 'loss.png'))
+    draw_health(records, path) if health else draw(runs, path)
     print0(f'wrote {path}')
 
 

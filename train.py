@@ -25,6 +25,7 @@ from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.generate import TextSampler
+from engine.health import HealthMonitor
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
 from engine.run import Progress, Run, TaskScorer
@@ -50,6 +51,8 @@ eval_tasks = ''                     # tasks of evaluate.py to score at evaluatio
 eval_tasks_interval = 0             # iterations between such scores; 0 has them at every evaluation
 eval_tasks_limit = 0                # first examples of each task, 0 for all; 1000 tell 0.29 from 0.33
 eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
+patience = 0                        # evaluations without a better val loss after which the run ends; 0 never ends it
+health_interval = 0                 # iterations between measurements of each layer, printed and logged; 0 measures none
 # wandb
 wandb_log = False                   # True sends the metrics to wandb as well
 wandb_project = 'owt'
@@ -246,6 +249,8 @@ def finish(run, stop_signal, overrides, env):
         print0(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} train.py '
                f'--init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(f' --{name}={again[name]}' for name in again))
     elif run.writer:
+        if progress.iter_num < max_iters:
+            print0(f'stopped early: {patience} evaluations did not improve the val loss; go on with more --patience, or 0')
         print0(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {run.writer.elapsed()}; '
                f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
                f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
@@ -291,7 +296,8 @@ def main(overrides):
     batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
-                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.')
+                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
+                  health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
     env.catch_signals()
 
     first_iteration = progress.iter_num
@@ -316,7 +322,7 @@ def main(overrides):
                 with status('saving'):
                     run.save(env, model_too=progress.iter_num > 0 and (improved or always_save_checkpoint))
             log.restart_clock()
-        if eval_only or progress.iter_num >= max_iters:
+        if eval_only or progress.iter_num >= max_iters or run.is_out_of_patience(eval_interval, patience):
             break
 
         # one iteration

@@ -32,7 +32,8 @@ def check_training(settings, combinations=True):
     """UserError for an impossible setting of train.py. combinations: also for values that do not fit each other."""
     check_range(settings, 'eval_interval log_interval eval_iters cooldown_iters', 1, 10 ** 9)
     check_range(settings, 'gradient_accumulation_steps batch_size', 1, 2 ** 20)
-    check_range(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens eval_tasks_interval eval_tasks_limit', 0, 10 ** 9)
+    check_range(settings, 'max_iters warmup_iters lr_decay_iters sample_tokens patience health_interval', 0, 10 ** 9)
+    check_range(settings, 'eval_tasks_interval eval_tasks_limit', 0, 10 ** 9)
     check_range(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
     check_range(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
     check_range(settings, 'learning_rate muon_lr', above=0, below=math.inf)
@@ -45,6 +46,9 @@ def check_training(settings, combinations=True):
         raise UserError(f'out_dir={settings["out_dir"]!r} should be the name of a folder')
     if bool(settings['batch_ramp_start']) != bool(settings['batch_ramp_tokens']):
         raise UserError('a batch ramp takes both batch_ramp_start and batch_ramp_tokens')
+    if settings['health_interval'] and settings['strategy'] != 'ddp':
+        raise UserError(f'health_interval measures whole layers, and strategy={settings["strategy"]} gives a rank a part of each; '
+                        f'try --health_interval=0, or --strategy=ddp')
     if combinations and settings['decay_lr'] and settings['warmup_iters'] >= settings['lr_decay_iters']:
         raise UserError(f'warmup_iters={settings["warmup_iters"]} leaves nothing of lr_decay_iters={settings["lr_decay_iters"]}; try '
                         f'--decay_lr=False, or --warmup_iters={settings["max_iters"] // 10} --lr_decay_iters={settings["max_iters"]}')

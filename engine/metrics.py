@@ -25,13 +25,13 @@ class StepLog:
 
     On a GPU it reads a step while the next one runs, so the host never waits for the newest.
     env: distributed.Environment. writer: MetricsWriter, or None. print_line: prints one line.
-    tokens: of training so far. flops_per_token: of one token's forward and backward pass.
+    tokens: of training so far. flops_per_token: of one token's forward and backward pass. health: a HealthMonitor.
     """
 
-    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice=''):
+    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice='', health=None):
         self.env, self.writer, self.print_line = env, writer, print_line
         self.tokens, self.flops_per_token = tokens, flops_per_token
-        self.log_interval, self.max_iters, self.advice = log_interval, max_iters, advice
+        self.log_interval, self.max_iters, self.advice, self.health = log_interval, max_iters, advice, health
         self.stop_signal = 0                            # number of a signal that reached any rank
         self.pending = deque()                          # (iteration, names, function that waits for values, tokens, host numbers)
         self.seconds_per_iter = None                    # smoothed, for the time that is left
@@ -71,6 +71,8 @@ class StepLog:
             self.steps += 1
             if iteration % self.log_interval == 0:
                 self.log(iteration, {**numbers, **host_numbers})
+            if self.health:
+                self.health.report(iteration, numbers['grad_norm'])
         return bool(self.stop_signal)
 
     def check(self, iteration, loss, grad_norm, **_):

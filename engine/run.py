@@ -33,6 +33,7 @@ class Progress:
         fields = {name: saved[name] for name in cls.__dataclass_fields__ if saved.get(name) is not None}
         fields.setdefault('sequences', saved['iter_num'] * sequences_per_iter)
         fields.setdefault('tokens', fields['sequences'] * block_size)
+        fields.setdefault('best_iter', saved['iter_num'])
         return cls(**fields)
 
 
@@ -67,6 +68,12 @@ class Run:
     def evaluation_is_due(self, eval_interval, max_iters):
         iter_num = self.progress.iter_num
         return self.progress.last_eval != iter_num and (iter_num % eval_interval == 0 or iter_num >= max_iters)
+
+    def is_out_of_patience(self, eval_interval, patience):
+        """True at an evaluation where the last `patience` ones, at multiples of eval_interval, did not improve the best
+        val loss. 0 is never."""
+        iter_num, best_iter, last_eval = self.progress.iter_num, self.progress.best_iter, self.progress.last_eval
+        return bool(patience) and last_eval == iter_num and iter_num // eval_interval - best_iter // eval_interval >= patience
 
     def record_losses(self, losses, scores):
         """Record an evaluation at this iteration. scores: of tasks, {name: value}. True where the loss is the best.
