@@ -25,7 +25,7 @@ from engine.metrics import read_metrics
 from engine.tokenizer import Tokenizer
 
 # what to train
-out_dir = 'out-scaling'
+out_dir = 'out-scaling'                     # of one study; another dataset or batch size needs another folder
 sizes = '1x16,1x32,2x32,2x48,3x64'          # layers x width; runs of other sizes stay in runs.csv and are not fitted
 budgets = '2.5e11,5e11,1e12'                # floating point operations of a run
 dataset = 'stdlib_char'                     # a folder of data/
@@ -49,7 +49,8 @@ def parse_list(name, text, read):
     except UserError:
         raise
     except ValueError:
-        raise UserError(f'{name}={text!r} should be a list such as {configurator.read_settings(__file__)[name].default}') from None
+        example = configurator.read_settings(__file__)[name].default
+        raise UserError(f'{name}={text!r} should be a list such as {example}') from None
 
 
 def parse_size(text):
@@ -69,11 +70,16 @@ def read_runs(path):
     """The finished runs of a CSV file, with numbers in them."""
     if not path.exists():
         return []
+    if not path.is_file():
+        raise UserError(f'{path} is not a regular file; move it away')
     try:
         with open(path, encoding='utf-8', newline='') as file:
-            return [{name: float(row[name]) for name in FIELDS} for row in csv.DictReader(file)]
+            runs = [{name: float(row[name]) for name in FIELDS} for row in csv.DictReader(file)]
+        if not all(0 < value < math.inf for run in runs for value in run.values()):
+            raise ValueError('a number that is not above 0')
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f'{path} is damaged ({error}); move it away and start again') from None
+    return runs
 
 
 def write_runs(path, runs):
@@ -97,12 +103,13 @@ def train(budget, n_layer, n_embd, data, bytes_each):
     flops_per_token = 6 * (parameters['total'] - parameters['position']) + 12 * n_layer * n_embd * block_size
     iterations = round(budget / flops_per_token / batch_size / block_size)
     if iterations < 20:
-        raise UserError(f'{n_layer}x{n_embd} gets only {iterations} iterations of {budget:g} FLOPs; leave it out, or lower --batch_size')
+        raise UserError(f'{n_layer}x{n_embd} gets only {iterations} iterations of {budget:g} FLOPs; leave it out, '
+                        f'or lower --batch_size')
     folder, lr = Path(out_dir) / f'{budget:g}-{n_layer}x{n_embd}', learning_rate * math.sqrt(64 / n_embd)
     settings = dict(
         out_dir=folder, init_from='auto', dataset=dataset, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size,
-        block_size=block_size, batch_size=batch_size, gradient_accumulation_steps=1, max_iters=iterations, lr_decay_iters=iterations,
-        warmup_iters=iterations // 10, learning_rate=lr, min_lr=lr / 10, eval_interval=iterations, eval_iters=eval_iters,
+        block_size=block_size, batch_size=batch_size, gradient_accumulation_steps=1, max_iters=iterations,
+        lr_decay_iters=iterations, warmup_iters=iterations // 10, learning_rate=lr, min_lr=lr / 10, eval_interval=iterations, eval_iters=eval_iters,
         log_interval=max(1, iterations // 20), always_save_checkpoint=False)
     script = Path(__file__).with_name('train.py')
     command = [sys.executable, str(script), *(f'--{name}={value}' for name, value in settings.items()), *train_flags.split()]
@@ -110,7 +117,10 @@ def train(budget, n_layer, n_embd, data, bytes_each):
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding='utf-8')
     if done.returncode:
         raise RunError(f'{folder}: train.py ended with {done.returncode}: {(done.stderr.strip().splitlines() or [""])[-1]}')
-    loss = [record['val_loss'] for record in read_metrics(folder / 'metrics.jsonl') if record.get('val_loss')][-1]
+    losses = [record['val_loss'] for record in read_metrics(folder / 'metrics.jsonl') if record.get('val_loss')]
+    if not losses:
+        raise RunError(f'{folder} has no validation loss in its metrics.jsonl; remove the folder and start again')
+    loss = losses[-1]
     tokens = iterations * batch_size * block_size
     return dict(parameters, budget=budget, n_layer=n_layer, n_embd=n_embd, iterations=iterations, tokens=tokens,
                 flops=tokens * flops_per_token, loss=loss, bits_per_byte=loss / math.log(2) / bytes_each,
@@ -121,8 +131,9 @@ def group_by_budget(runs):
     """{budget: (N, D, losses)}, lists in order of N."""
     grouped = {}
     for run in sorted(runs, key=lambda run: run[counting]):
-        for values, value in zip(grouped.setdefault(run['budget'], ([], [], [])), (run[counting], run['tokens'], run['loss'])):
-            values.append(value)
+        columns = grouped.setdefault(run['budget'], ([], [], []))
+        for column, value in zip(columns, (run[counting], run['tokens'], run['loss'])):
+            column.append(value)
     return grouped
 
 
@@ -149,6 +160,7 @@ def main():
         raise UserError(f"counting={counting!r} should be 'total' or 'non_embedding'")
     configurator.check_range(globals(), 'batch_size block_size head_size eval_iters', 1, 2 ** 20)
     configurator.check_range(globals(), 'learning_rate', above=0, below=math.inf)
+    configurator.check_range(globals(), 'flops', 0, below=math.inf)
     data = TokenDataset(dataset)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     path, bytes_each = Path(out_dir) / 'runs.csv', bytes_per_token(data)
@@ -168,14 +180,14 @@ def main():
     if len(grouped) > 1:
         for name, (exponent, low, high) in scaling_laws.fit_exponents(grouped).items():
             print0(f'{name} grows with C^{exponent:.2f} ({low:.2f} to {high:.2f}, 80% of a bootstrap)')
+    draw(grouped, parabolas, Path(out_dir) / 'scaling.png')
+    print0(f'{path}, {Path(out_dir) / "scaling.png"}')
     N, D, losses = ([value for lists in grouped.values() for value in lists[i]] for i in range(3))
     law = scaling_laws.fit_loss_law(N, D, losses)
     print0(f'L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}')
     target = flops or 10 * max(grouped)
     N, D = law.optimum(target)
     print0(f'for {target:.3g} FLOPs train {N:,.0f} parameters on {D:,.0f} tokens: expected loss {law.loss(N, D):.3f}')
-    draw(grouped, parabolas, Path(out_dir) / 'scaling.png')
-    print0(f'{path}, {Path(out_dir) / "scaling.png"}')
 
 
 if __name__ == '__main__':

@@ -38,12 +38,11 @@ BESIROGLU = LossLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658)            # arXiv:
 
 
 def count_parameters(n_layer, n_embd, vocab_size, block_size):
-    """{'token', 'position', 'block', 'total', 'non_embedding'} of a GPT without biases. The total is Hoffmann's N,
+    """{'token', 'position', 'block', 'norm', 'total', 'non_embedding'} of a GPT without biases. The total is Hoffmann's N,
     non_embedding is Kaplan's: without both embeddings."""
     groups = dict(token=vocab_size * n_embd, position=block_size * n_embd,
                   block=n_layer * (12 * n_embd ** 2 + 2 * n_embd), norm=n_embd)
-    return dict(token=groups['token'], position=groups['position'], block=groups['block'],
-                total=sum(groups.values()), non_embedding=groups['block'] + groups['norm'])
+    return dict(groups, total=sum(groups.values()), non_embedding=groups['block'] + groups['norm'])
 
 
 class Parabola(NamedTuple):
@@ -91,7 +90,7 @@ def fit_exponents(budgets, resamples=1000, seed=0):
 
     fitted = {c: np.polyval(fit_parabola(N, losses).coefficients, np.log(N)) for c, (N, _, losses) in budgets.items()}
     residuals = {c: np.asarray(budgets[c][2]) - fitted[c] for c in budgets}
-    # Three coefficients take three degrees of freedom.
+    # Three coefficients take three degrees of freedom, so the residuals are too small.
     residuals = {c: r * math.sqrt(len(r) / max(1, len(r) - 3)) for c, r in residuals.items()}
     samples = [exponents({c: fitted[c] + generator.choice(residuals[c], len(residuals[c])) for c in budgets})
                for _ in range(resamples)]
@@ -115,7 +114,8 @@ def fit_loss_law(N, D, losses, delta=1e-3, starts=None):
 
     def objective(p):
         log_a, log_b, log_e, alpha, beta = p
-        predicted = torch.logsumexp(torch.stack([log_a - alpha * log_n, log_b - beta * log_d, log_e.expand(len(log_n))]), dim=0)
+        terms = [log_a - alpha * log_n, log_b - beta * log_d, log_e.expand(len(log_n))]
+        predicted = torch.logsumexp(torch.stack(terms), dim=0)
         return torch.nn.functional.huber_loss(predicted, log_loss, delta=delta, reduction='sum') / delta
 
     best, best_value = None, math.inf

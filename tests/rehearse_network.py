@@ -41,17 +41,17 @@ NEW_STORE = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 AGENT = ['--shutdown-timeout=3']
 
 
-def namespaces_are_allowed():
-    """True where this user can make network namespaces and a cable between them."""
-    if sys.platform != 'linux' or not all(map(shutil.which, ('ip', 'unshare', 'mount'))):
-        return False
-    return subprocess.run([*UNSHARE, 'sh', '-c', f'{PREPARE} && ip link add name test type veth peer name tset'],
-                          capture_output=True).returncode == 0
-
-
 # The names of namespaces live in /run/netns. A private /run lets them vanish with this program.
 UNSHARE = ['unshare', '--net', '--mount', *([] if os.name == 'posix' and os.geteuid() == 0 else ['--user', '--map-root-user'])]
-PREPARE = 'mount -t tmpfs tmpfs /run && mkdir /run/netns && ip link set lo up && ip netns add rehearsal'
+PREPARE = 'mount -t tmpfs tmpfs /run && mkdir /run/netns && ip link set lo up'
+
+
+def namespaces_are_allowed():
+    """True where this user can make network namespaces and a cable between them."""
+    if sys.platform != 'linux' or not all(map(shutil.which, ('ip', 'unshare', 'nsenter', 'mount'))):
+        return False
+    return subprocess.run([*UNSHARE, 'sh', '-c', f'{PREPARE} && ip netns add host && ip link add name one type veth peer name two'],
+                          capture_output=True).returncode == 0
 
 
 def ip(*words):
@@ -82,7 +82,7 @@ class Host:
     """One torchrun on one host."""
 
     def __init__(self, workspace, name, arguments, script, **environment):
-        self.errors, self.began = Path(tempfile.mktemp(dir=workspace.folder)), time.monotonic()
+        self.errors = workspace.folder / f'{time.monotonic_ns()}.err'
         # Not by `ip netns exec`, which mounts /sys anew: a user without root may not.
         command = ['nsenter', f'--net=/run/netns/{name}', sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1',
                    *arguments, *AGENT, *script]
@@ -93,37 +93,37 @@ class Host:
 
     def rank(self):
         """The pid of this host's rank, once torchrun has started it."""
-        children = Path(f'/proc/{self.agent.pid}/task/{self.agent.pid}/children')
-        while True:
-            for pid in children.read_text().split():
+        while self.agent.poll() is None:
+            for pid in self.children():
                 with suppress(OSError):
                     if b'train.py' in Path(f'/proc/{pid}/cmdline').read_bytes():
-                        return int(pid)
+                        return pid
             time.sleep(0.05)
+        raise Failure(f'torchrun ended: {self.errors.read_text()[-1500:]}')
 
     def restart_count(self):
         """torchrun's count of restarts, as this host's rank sees it."""
         variables = Path(f'/proc/{self.rank()}/environ').read_bytes().split(b'\0')
         return next(int(text.partition(b'=')[2]) for text in variables if text.startswith(b'TORCHELASTIC_RESTART_COUNT='))
 
-    def wait(self, timeout=90):
-        """(exit code, seconds since its start). A host that has not ended after `timeout` seconds is killed, with code None."""
-        try:
-            return self.agent.wait(timeout), time.monotonic() - self.began
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return None, timeout
-
-    def kill(self):
-        for pid in [*self.descendants(), self.agent.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.agent.wait()
-
-    def descendants(self):
+    def children(self):
+        """The pids of torchrun's processes."""
         with suppress(OSError):
             return [int(pid) for pid in Path(f'/proc/{self.agent.pid}/task/{self.agent.pid}/children').read_text().split()]
         return []
+
+    def wait(self, timeout=90):
+        """torchrun's exit code, or None where it has not ended after `timeout` seconds and was killed."""
+        try:
+            return self.agent.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self):
+        for pid in [*self.children(), self.agent.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.agent.wait()
 
     def lines(self):
         """What train.py, and not torchrun, wrote on stderr."""
@@ -146,7 +146,7 @@ class Rehearsal(Workspace):
 
     def start_host(self, name, out_dir, elastic=False, **environment):
         address, rank = ADDRESSES['a'], list(ADDRESSES).index(name)
-        arguments = ['--nnodes=2', *([f'--rdzv_backend=c10d', f'--rdzv_endpoint={address}:29400', '--rdzv_id=rehearsal',
+        arguments = ['--nnodes=2', *(['--rdzv_backend=c10d', f'--rdzv_endpoint={address}:29400', '--rdzv_id=rehearsal',
                      '--max-restarts=3', f'--local_addr={ADDRESSES[name]}', f'--rdzv_conf=is_host={name == "a"}'] if elastic else
                      [f'--node_rank={rank}', f'--master_addr={address}', '--master_port=29500'])]
         return Host(self, name, arguments, ['train.py', *self.flags(out_dir, **RUN)], **environment)
@@ -168,7 +168,7 @@ class Rehearsal(Workspace):
 
     def expect_end(self, code=0):
         for host in self.hosts:
-            found, _ = host.wait()
+            found = host.wait()
             expect(found == code, f'torchrun ended with {found}, not {code}: {[host.errors.read_text()[-1500:] for host in self.hosts]}')
 
     def expect_same(self, out_dir):

@@ -152,8 +152,9 @@ from engine.errors import RunError, UserError
 
 def collectives(env):
     env.barrier()
-    print(json.dumps(dict(rank=env.rank, is_main=env.is_main, summed=env.all_reduce(torch.tensor([env.rank + 1.0])).tolist(),
-                          gathered=env.all_gather({'rank': env.rank}))), flush=True)
+    found = dict(rank=env.rank, is_main=env.is_main, summed=env.all_reduce(torch.tensor([env.rank + 1.0])).tolist(),
+                 gathered=env.all_gather({'rank': env.rank}))
+    os.write(1, (json.dumps(found) + '\\n').encode())     # in one piece: the ranks share the file
 
 def mistake(env):
     with env.raise_on_all_ranks():

@@ -1,13 +1,11 @@
-import subprocess
-import sys
 import threading
 from datetime import timedelta
 
 import pytest
-from harness import ROOT
-from launcher import script_environment
-from torch.distributed import HashStore, TCPStore
+import torch
+from torch.distributed import HashStore
 
+from engine import rendezvous
 from engine.rendezvous import agree_on_name
 
 
@@ -52,27 +50,12 @@ def test_a_rank_that_never_comes_is_an_error(missing):
         agree_on_name(store, 1 - missing, 2, timeout=0.3)
 
 
-PROBE = '''
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import torch
-from engine.distributed import start
-time.sleep(float(sys.argv[2]))
-print(start(device='cpu', timeout=20).all_gather(os.getpid()), flush=True)
-os._exit(0)
-'''
-
-
-def test_ranks_meet_again_where_only_one_machine_counted_the_restart():
-    """torchrun's kept store has the addresses of the ranks that died, and one rank may look for the other
-    while only its old address is there."""
-    store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    for restart_counts, late in (((0, 0), 0), ((0, 1), 0), ((1, 1), 1)):
-        ranks = [subprocess.Popen(
-            [sys.executable, '-c', PROBE, str(ROOT), str(2 * (rank == late))], text=True, stdout=subprocess.PIPE,
-            env=script_environment(RANK=str(rank), LOCAL_RANK='0', WORLD_SIZE='2', GROUP_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                                   MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE='True',
-                                   TORCHELASTIC_RESTART_COUNT=str(restart_counts[rank]))) for rank in (0, 1)]
-        gathered = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0]
-        assert gathered == [str([rank.pid for rank in ranks])] * 2
+def test_the_ranks_see_no_address_of_an_earlier_start(monkeypatch):
+    """torchrun's kept store still has the addresses of ranks that died."""
+    store, stores = HashStore(), []
+    monkeypatch.setattr(rendezvous.dist.distributed_c10d, 'rendezvous', lambda url, timeout: iter([(store, 0, 1)]))
+    monkeypatch.setattr(rendezvous.dist, 'init_process_group', lambda backend, store, **options: stores.append(store))
+    for _ in range(2):
+        assert rendezvous.init_process_group('gloo', torch.device('cpu'), timeout=5) == 'gloo'
+        assert not stores[-1].check(['address of rank 0'])
+        stores[-1].set('address of rank 0', '10.0.0.1:1234')
