@@ -1,0 +1,135 @@
+"""Makes the tables and the picture of docs/initialisation.md. It needs data/shakespeare_char, or another --dataset.
+
+    python docs/initialisation.py
+"""
+
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator
+from console import print0, report_errors
+import torch
+from engine import optim
+from engine.cpu import optimize_for_training
+from engine.dataloader import TokenDataset
+from engine.limits import check_range
+from model import GPT, GPTConfig
+
+dataset = 'shakespeare_char'
+depths = '4,12,24'      # layers
+seeds = 3               # of the initial weights and the batches
+iters = 200             # optimizer steps of a run
+n_embd = 64
+block_size = 64
+batch_size = 4
+learning_rate = 2e-3    # after a tenth of iters
+picture = 'pictures/initialisation.png'
+
+WIDE = 768              # channels of GPT-2 124M, for what the initial weights do
+
+# name: (std of the residual projections of layer l of L, in units of the other weights' std; that std for C channels)
+VARIANTS = {'GPT-2': (lambda l, L: 1 / math.sqrt(2 * L), lambda C: 0.02),
+            'not scaled': (lambda l, L: 1.0, lambda C: 0.02),
+            'by layer': (lambda l, L: 1 / math.sqrt(2 * l), lambda C: 0.02),        # Zhang et al. 2019, arXiv:1908.11365
+            'zero': (lambda l, L: 0.0, lambda C: 0.02),
+            'GPT-2, by width': (lambda l, L: 1 / math.sqrt(2 * L), lambda C: 0.02 * math.sqrt(768 / C)),
+            'zero, by width': (lambda l, L: 0.0, lambda C: 0.02 * math.sqrt(768 / C))}
+
+
+@torch.no_grad()
+def build(variant, n_layer, seed, width, vocab_size):
+    """A GPT-2 of n_layer layers, initialized by a variant. The variants of one seed differ by factors only."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, 2, width, bias=False))
+    scale, std = VARIANTS[variant]
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.mul_(std(width) / 0.02)
+    for l, block in enumerate(model.transformer.h, 1):
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            layer.weight.mul_(scale(l, n_layer) * math.sqrt(2 * n_layer))
+    return model
+
+
+@torch.no_grad()
+def stream_variances(model, idx):
+    """Mean square of the residual stream: of what the first block reads, and of what each block writes."""
+    squares = []
+    hooks = [model.transformer.h[0].register_forward_pre_hook(lambda _, inputs: squares.append(inputs[0].square().mean().item()))]
+    hooks += [block.register_forward_hook(lambda _, inputs, x: squares.append(x.square().mean().item()))
+              for block in model.transformer.h]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return squares
+
+
+def train(model, data, seed):
+    """The validation loss after `iters` iterations."""
+    optimize_for_training(model)
+    optimizer, scaler = optim.adamw(model, learning_rate, 0.1, (0.9, 0.99)), torch.amp.GradScaler('cpu', enabled=False)
+    for i in range(iters):
+        optim.set_lr(optimizer, learning_rate * min(1, (i + 1) / (0.1 * iters)) * (1 - i / iters))
+        loss = model(*data.batch(seed, 'train', i * batch_size, batch_size))[1]
+        loss.backward()
+        optim.step(optimizer, scaler, loss, grad_clip=1.0)
+    with torch.no_grad():
+        return model(*data.batch(0, 'eval val', 0, 256))[1].item()
+
+
+def print_table(head, rows):
+    for cells in (head, ['---'] * len(head), *rows):
+        print0('| ' + ' | '.join(cells) + ' |')
+
+
+def draw(variances, losses, layers):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    for i, name in enumerate(VARIANTS):
+        if (name, layers[-1]) in variances:
+            left.semilogy([value / variances[name, layers[-1]][0] for value in variances[name, layers[-1]]], f'C{i}', label=name)
+        values = [losses[name, n_layer] for n_layer in layers]
+        right.errorbar(range(len(layers)), [mean(v) for v in values], [stdev(v) if len(v) > 1 else 0 for v in values],
+                       color=f'C{i}', marker='o', capsize=3, label=name)
+    left.set(xlabel='block', ylabel='mean square of the residual stream / at its start', title=f'{layers[-1]} layers of {WIDE}')
+    right.set(xticks=range(len(layers)), xticklabels=layers, xlabel='layers', ylabel='val loss, nats per character',
+              title=f'{n_embd} wide, {iters} iterations, {seeds} seeds')
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(ROOT / picture, dpi=100)
+
+
+def main():
+    check_range(globals(), 'seeds iters', 1, 10 ** 6)
+    torch.set_num_threads(1)
+    data, layers = TokenDataset(dataset), [int(count) for count in depths.split(',')]
+    data.set_block_size(block_size)
+    idx = data.batch(0, 'eval val', 0, 4)[0]
+    same_at_768 = [name for name in VARIANTS if not name.endswith('by width')]
+    variances = {(name, n_layer): stream_variances(build(name, n_layer, 0, WIDE, data.vocab_size), idx)
+                 for n_layer in layers for name in same_at_768}
+    print_table(['mean square at the end / at the start', *map(str, layers)],
+                [[name, *(f'{variances[name, n][-1] / variances[name, n][0]:,.1f}' for n in layers)] for name in same_at_768])
+    losses = {(name, n_layer): [] for name in VARIANTS for n_layer in layers}
+    for seed in range(seeds):
+        for name, n_layer in losses:
+            losses[name, n_layer].append(train(build(name, n_layer, seed, n_embd, data.vocab_size), data, seed))
+            print0(f'{name}, {n_layer} layers, seed {seed}: val loss {losses[name, n_layer][-1]:.4f}')
+    print_table(['val loss', *map(str, layers)],
+                [[name, *(f'{mean(losses[name, n]):.3f} ({min(losses[name, n]):.3f} to {max(losses[name, n]):.3f})' for n in layers)]
+                 for name in VARIANTS])
+    draw(variances, losses, layers)
+    print0(f'wrote {picture}')
+
+
+if __name__ == '__main__':
+    with report_errors():
+        configurator.configure(globals(), sys.argv[1:])
+        main()

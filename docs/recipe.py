@@ -1,0 +1,126 @@
+"""Makes the tables and the picture of docs/recipe.md. For Linux and macOS, and data/shakespeare_char.
+
+    python docs/recipe.py                       # both recipes, and the picture
+    python docs/recipe.py --study=ablation      # the fast recipe with each part off
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+from statistics import mean, median
+from time import perf_counter
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator
+from console import print0, report_errors
+from engine.errors import RunError
+from engine.limits import check_choice, check_range
+from engine.metrics import FILE, read_metrics
+
+study = 'compare'       # compare or ablation
+seed = 1337             # of the first run of a kind
+seeds = 3               # runs of each kind, each with the next seed
+stretch = 10.0          # compare: seconds that one run trains while the other waits
+iters = 200             # ablation: iterations of a run
+picture = 'pictures/recipe.png'
+
+GPT2 = '''config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12
+          --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'''.split()     # the README's
+FAST = ['config/train_shakespeare_fast.py']
+ABLATION = {'all parts': '', 'AdamW for Muon': '--optimizer=adamw --learning_rate=3e-3', 'learned positions': '--position=learned',
+            'no QK-norm': '--qk_norm=False', 'GELU': '--activation=gelu', 'tied head': '--tied=True', 'no softcap': '--softcap=0',
+            'no zero_init': '--zero_init=False', 'cosine': '--lr_schedule=cosine'}
+
+
+def start(name, arguments, seed):
+    """A training run as a process, and its folder, out-recipe/NAME-SEED."""
+    out_dir = ROOT / 'out-recipe' / f'{name.replace(" ", "-")}-{seed}'
+    shutil.rmtree(out_dir, ignore_errors=True)
+    command = [sys.executable, 'train.py', *arguments, f'--out_dir={out_dir}', f'--seed={seed}']
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), out_dir
+
+
+def wait(process, seconds=None):
+    """The user seconds of CPU that a process took, when it ends; None if it has not ended after `seconds`."""
+    before = getrusage(RUSAGE_CHILDREN).ru_utime
+    try:
+        if process.wait(seconds):
+            raise RunError(f'{" ".join(process.args)} failed')
+    except subprocess.TimeoutExpired:
+        return None
+    return getrusage(RUSAGE_CHILDREN).ru_utime - before
+
+
+def run_in_turn(runs):
+    """Run {name: (process, folder)}, each for `stretch` seconds while the others are stopped. Returns their CPU seconds,
+    {name: seconds}. The seconds of metrics.jsonl are then those in which the run was not stopped."""
+    cpu_seconds, progress = {}, {name: [(0, 0.0)] for name in runs}        # (iteration, seconds so far)
+    for process, _ in runs.values():
+        process.send_signal(signal.SIGSTOP)
+    while len(cpu_seconds) < len(runs):
+        for name, (process, folder) in runs.items():
+            if name in cpu_seconds:
+                continue
+            began = perf_counter()
+            process.send_signal(signal.SIGCONT)
+            user = wait(process, stretch)
+            if user is None:
+                process.send_signal(signal.SIGSTOP)
+            else:
+                cpu_seconds[name] = user
+            records, seconds = read_metrics(folder / FILE), progress[name][-1][1] + perf_counter() - began
+            progress[name].append((records[-1]['iter'] if records else 0, seconds))
+    for name, (_, folder) in runs.items():
+        iters, seconds = zip(*progress[name])
+        records = [{**record, 'seconds': float(np.interp(record['iter'], iters, seconds))} for record in read_metrics(folder / FILE)]
+        (folder / FILE).write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
+    return cpu_seconds
+
+
+def compare():
+    print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss | 1.88 after |\n|---|---|---|---|---|---|---|---|')
+    for n in range(seed, seed + seeds):
+        runs = {'gpt2': start('gpt2', GPT2, n), 'fast': start('fast', FAST, n)}
+        cpu_seconds = run_in_turn(runs)
+        for name, (_, folder) in runs.items():
+            records = read_metrics(folder / FILE)
+            evaluations = [record for record in records if 'val_loss' in record]
+            reached = next((f'{r["iter"]} iterations, {r["seconds"]:.0f} s' for r in evaluations if r['val_loss'] <= 1.88), 'never')
+            print0(f'| {n} | {name} | {evaluations[-1]["iter"]} | {median(r["ms"] for r in records if "ms" in r):.1f} '
+                   f'| {evaluations[-1]["seconds"]:.0f} | {cpu_seconds[name]:.0f} | {min(r["val_loss"] for r in evaluations):.4f} '
+                   f'| {reached} |')
+    folders = [f'out-recipe/{name}-{seed}' for name in ('gpt2', 'fast')]
+    subprocess.run([sys.executable, 'plot.py', *folders, f'--picture={picture}'], cwd=ROOT, check=True)
+
+
+def ablate():
+    short = [*FAST, '--sample_tokens=0', f'--max_iters={iters}', f'--lr_decay_iters={iters}', f'--eval_interval={iters}',
+             f'--cooldown_iters={iters * 2 // 5}']
+    losses = {name: [] for name in ABLATION}
+    for n in range(seed, seed + seeds):
+        for name, flags in ABLATION.items():
+            process, folder = start(name, [*short, *flags.split()], n)
+            cpu_seconds = wait(process)
+            records = read_metrics(folder / FILE)
+            losses[name].append(records[-1]['val_loss'])
+            print0(f'{name}, seed {n}: val loss {losses[name][-1]:.4f}, {cpu_seconds:.0f} CPU seconds, '
+                   f'{median(r["ms"] for r in records if "ms" in r):.1f} ms per iteration')
+    print0('| part | val loss | each seed | worse by |\n|---|---|---|---|')
+    for name, values in losses.items():
+        print0(f'| {name} | {mean(values):.4f} | {", ".join(f"{value:.4f}" for value in values)} '
+               f'| {mean(values) - mean(losses["all parts"]):+.4f} |')
+
+
+if __name__ == '__main__':
+    with report_errors():
+        configurator.configure(globals(), sys.argv[1:])
+        check_choice(globals(), 'study', ('compare', 'ablation'))
+        check_range(globals(), 'seeds iters', 1, 10 ** 6)
+        compare() if study == 'compare' else ablate()
