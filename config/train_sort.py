@@ -1,4 +1,5 @@
-# A GPT that learns to sort six digits, on a laptop's CPU; python data/sort/prepare.py writes them. Then count the right answers with: python evaluate.py --out_dir=out-sort --tasks=exact --data=data/sort
+# A GPT that learns to sort six digits, on a laptop's CPU; python data/sort/prepare.py writes them.
+# Count the right answers with: python evaluate.py --out_dir=out-sort --tasks=exact --data=data/sort
 out_dir = 'out-sort'
 init_from = 'auto'                  # the same command again goes on, or ends at once where the run is finished
 dataset = 'sort'
