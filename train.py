@@ -8,7 +8,6 @@ goes on exactly (--init_from=resume), and several ranks draw the batches that on
 """
 
 import math
-import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -239,29 +238,6 @@ def start_run(saved, data, overrides, env):
     return run
 
 
-def finish(run, stop_signal, overrides, env):
-    """Save if a signal stopped the run, say what the run made, and end together with the other ranks."""
-    progress = run.progress
-    if stop_signal and not eval_only:
-        with status('saving'):
-            run.save(env)
-        again = {name: overrides[name] for name in NOT_RESTORED[:4] if name in overrides}
-        print0(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} train.py '
-               f'--init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(f' --{name}={again[name]}' for name in again))
-    elif run.writer:
-        if progress.iter_num < max_iters:
-            print0(f'stopped early: {patience} evaluations did not improve the val loss; go on with more --patience, or 0')
-        print0(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {run.writer.elapsed()}; '
-               f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
-               f'next: python sample.py --out_dir={shlex.quote(out_dir)}    (to train longer, resume with more --max_iters)')
-    if run.writer:
-        run.writer.close()
-    run.wait_for_save()
-    env.barrier()                                       # if the last save fails, every rank fails
-    if stop_signal:
-        raise SystemExit(128 + stop_signal)
-
-
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     check_training(globals(), combinations=init_from not in ('resume', 'auto'))
@@ -306,7 +282,7 @@ def main(overrides):
         if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
             losses, scores = estimate_loss(run, data, env), {}
-            if losses and scorer and (progress.iter_num >= max_iters or progress.iter_num % (eval_tasks_interval or eval_interval) == 0):
+            if losses and scorer and (progress.iter_num % (eval_tasks_interval or eval_interval) == 0 or progress.iter_num >= max_iters):
                 scores = scorer(run.model, env)
             run.wrapped_model.train()
             if losses is None or scores is None:
@@ -336,7 +312,8 @@ def main(overrides):
 
     batches.close()
     log.flush()
-    finish(run, log.stop_signal, overrides, env)
+    same_machine = ''.join(f' --{name}={overrides[name]}' for name in NOT_RESTORED[:4] if name in overrides)
+    run.finish(log.stop_signal, max_iters, same_machine, eval_only, env, print0)
 
 
 if __name__ == '__main__':

@@ -121,10 +121,10 @@ def load_text(name, path, encoder, limit):
         raise UserError(f'{path}: {error}, so this text has no likelihood') from None
     if protocol.stride:
         size, stride = encoder.block_size, min(protocol.stride, encoder.block_size)
-    else:                                               # the token before a block is its only context
+    else:                                               # a block has one token of context, the last block a full window
         tokens = [encoder.prefixed(array) for array in tokens]
         size, stride = encoder.block_size + 1, encoder.block_size
-    examples = [[option] for array in tokens for option in windows(array, size, stride)]
+    examples = [[option] for array in tokens for option in windows(array, size, stride, fill_last=not protocol.stride)]
     if not examples:
         raise UserError(f'{path} is too short to be scored')
     counts = dict(token=sum(len(option.tokens) - option.start for option, in examples),

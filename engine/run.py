@@ -1,6 +1,8 @@
 """A run: what is trained, how far it is, and what its checkpoints hold."""
 
 import math
+import shlex
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from engine import checkpoint, evals, optim, parallel
 from engine.batch_schedule import BatchSchedule
 from engine.errors import RunError, UserError
-from engine.metrics import MetricsWriter
+from engine.metrics import MetricsWriter, short_number
 from engine.sharded_checkpoint import ShardedSaver
 from engine.tokenizer import Tokenizer
 
@@ -39,7 +41,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A model in training. save and sample are collective: every rank calls them."""
+    """A model in training. save, sample and finish are collective: every rank calls them."""
     model: torch.nn.Module              # the plain module, for saving and sampling
     wrapped_model: torch.nn.Module      # what the training step calls: compiled, and over the ranks
     optimizer: torch.optim.Optimizer
@@ -113,9 +115,33 @@ class Run:
             checkpoint.save_state(self.out_dir, model, **rest, **moments)
 
     def wait_for_save(self):
-        """Wait until the last save is on disk. RunError where it failed."""
         if self.saver:
             self.saver.wait()
+
+    def finish(self, stop_signal, max_iters, resume_flags, read_only, env, print_line):
+        """Save if a signal stopped the run, say what the run made, and end together with the other ranks.
+
+        resume_flags: what a resume on this machine has to repeat. read_only: save nothing. print_line: for the person.
+        Raises SystemExit with 128 + stop_signal, and RunError where a save failed.
+        """
+        progress, out_dir = self.progress, shlex.quote(self.out_dir)
+        if stop_signal and not read_only:
+            self.save(env)
+            self.wait_for_save()
+            print_line(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} '
+                       f'train.py --init_from=resume --out_dir={out_dir}{resume_flags}')
+        elif self.writer:
+            if progress.iter_num < max_iters:
+                print_line('stopped early, as the val loss did not improve; go on with more --patience, or with --patience=0')
+            print_line(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {self.writer.elapsed()}; '
+                       f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
+                       f'next: python sample.py --out_dir={out_dir}    (to train longer, resume with more --max_iters)')
+        if self.writer:
+            self.writer.close()
+        self.wait_for_save()
+        env.barrier()                                   # if the last save fails, every rank fails
+        if stop_signal:
+            raise SystemExit(128 + stop_signal)
 
 
 class TaskScorer:

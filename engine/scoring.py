@@ -76,13 +76,15 @@ class Encoder:
         return self.option(np.concatenate([prompt, self.encode(answer)]), len(prompt))
 
 
-def windows(tokens, size, stride):
-    """Options that score each token but the first once, in windows of `size` tokens that begin `stride` apart."""
+def windows(tokens, size, stride, fill_last=False):
+    """Options that score each token but the first once, in windows of `size` tokens that begin `stride` apart.
+    fill_last: begin the last one earlier, so that it too has `size` tokens; it scores no more of them."""
     end = 0
     for begin in range(0, len(tokens), stride):
-        start, end = max(1, end - begin), min(begin + size, len(tokens))
-        if begin + start < end:
-            yield Option(tokens[begin:end], start)
+        scored, end = max(begin + 1, end), min(begin + size, len(tokens))
+        if scored < end:
+            first = max(0, end - size) if fill_last else begin
+            yield Option(tokens[first:end], scored - first)
         if end == len(tokens):
             return
 

@@ -182,7 +182,7 @@ class TextProtocol(NamedTuple):
     documents: object = whole       # function from the text to a list of documents
     clean: object = str             # function from a document to what the model reads
     count_words: object = lambda document: len(document.split())
-    stride: int = 0                 # tokens between windows; 0: disjoint blocks after <|endoftext|>
+    stride: int = 0                 # tokens between windows; 0: blocks after <|endoftext|>, the last with a full context
 
 
 def text_protocol(name):
@@ -200,5 +200,5 @@ def text_protocol(name):
         return TextProtocol('text as it is, per word and line end', dict(word_perplexity='word'),
                             count_words=lambda text: len(text.split()) + text.count('\n'))
     if name in ('enwik8', 'text8'):
-        return TextProtocol('text as it is, disjoint blocks', dict(bits_per_character='byte'))
-    return TextProtocol('text as it is, disjoint blocks', dict(token_perplexity='token', bits_per_byte='byte'))
+        return TextProtocol('text as it is, in blocks', dict(bits_per_character='byte'))
+    return TextProtocol('text as it is, in blocks', dict(token_perplexity='token', bits_per_byte='byte'))

@@ -21,12 +21,16 @@ from harness import read_records, torchrun_options
 
 from engine import device as devices
 from engine import optim, parallel
+from engine.batch_schedule import BatchSchedule
 from engine.dataloader import prefetch
 from engine.distributed import start
+from engine.run import Progress, Run
 from model import GPT, GPTConfig
-from train import Run, train_step
+from train import train_step
 
 SMALL = dict(block_size=256, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
+MODERN = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False, softcap=15.0,
+              bias=False, n_kv_head=2)
 
 
 def gpt(**changes):
@@ -43,20 +47,20 @@ def batches(env, config, batch_size=8):
     return prefetch(batch, ((i,) for i in range(10 ** 6)), env.device)
 
 
-def train(steps, dtype, compile, recompute=False, first_scale=None, device='cuda', **changes):
+def train(steps, dtype, compile, recompute=False, first_scale=None, device='cuda', optimizer='adamw', **changes):
     """(losses, gradient norms, Run) of a small model."""
     env = start(device, dtype, compile)
     model = gpt(**changes)
-    if recompute:
-        model.checkpoint_activations()
-    wrapped = parallel.wrap(model, env).train()
+    wrapped = parallel.wrap(model, env, recompute=recompute).train()
     scaler = devices.grad_scaler(env.device, env.dtype)
     if first_scale:
         scaler = torch.amp.GradScaler('cuda', init_scale=first_scale)
-    run = Run(model, wrapped, optim.adamw(model, 1e-3, 0.1, (0.9, 0.95)), scaler, 2, 8, 1.0, 1)
+    run = Run(model, wrapped, optim.build(optimizer, model, 1e-3, 0.1, (0.9, 0.95), 0.01), scaler,
+              BatchSchedule(2, 8, model.config.block_size, 1), 1.0, 1, Progress())
     source, numbers = batches(env, model.config), []
-    for run.iter_num in range(steps):
+    for _ in range(steps):
         numbers.append(train_step(run, source, env))
+        run.count_iteration()
     source.close()
     return [n['loss'].item() for n in numbers], [n['grad_norm'].item() for n in numbers], run
 
@@ -68,8 +72,16 @@ def test_thirty_compiled_steps_have_the_losses_of_eager_ones(dtype, tolerance):
     assert compiled == pytest.approx(eager, rel=tolerance)
 
 
-def test_float16_skips_a_step_that_overflows_and_goes_on():
-    losses, norms, run = train(12, 'float16', False, first_scale=2.0 ** 40)
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_the_modern_shape_trains_compiled_as_eager(optimizer):
+    eager, compiled = (train(30, 'bfloat16', compile, optimizer=optimizer, **MODERN)[0] for compile in (False, True))
+    assert eager[-1] < 0.9 * eager[0]
+    assert compiled == pytest.approx(eager, rel=2e-2)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_float16_skips_a_step_that_overflows_and_goes_on(optimizer):
+    losses, norms, run = train(12, 'float16', False, first_scale=2.0 ** 40, optimizer=optimizer)
     skipped = [norm for norm in norms if not torch.isfinite(torch.tensor(norm))]
     assert skipped and run.scaler.get_scale() < 2.0 ** 40
     assert all(torch.isfinite(p).all() for p in run.model.parameters()) and losses[-1] < losses[0]
@@ -130,11 +142,12 @@ def test_another_gpu_leaves_the_first_one_alone():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.split()[-1] == '0'
 
 
+@pytest.mark.parametrize('shape', [{}, MODERN])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_compiled_generation_is_uncompiled_generation(dtype):
+def test_compiled_generation_is_uncompiled_generation(dtype, shape):
     """Token for token in float32. In bfloat16, where near ties can fall otherwise, at least the first tokens."""
     torch._dynamo.reset()
-    model = gpt().to('cuda', dtype).eval()
+    model = gpt(**shape).to('cuda', dtype).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     idx = torch.randint(4096, (2, 5), device='cuda')
@@ -190,6 +203,19 @@ def test_ranks_over_nccl_train_as_one_process(workspace):
     assert ranks == 1 or f'{ranks} ranks over nccl' in many.stdout
     for a, b in zip(read_records(workspace.folder / 'out-one'), read_records(workspace.folder / 'out-nccl'), strict=True):
         assert b == {key: pytest.approx(value, rel=1e-3) for key, value in a.items()}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='this machine has one GPU')
+@pytest.mark.parametrize('flags', [['--strategy=fsdp'], ['--strategy=fsdp', '--compile=True'], ['--strategy=hsdp'],
+                                   ['--strategy=fsdp', '--checkpoint=sharded'], ['--reduce_dtype=bfloat16']])
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-3), ('bfloat16', 2e-2)])
+def test_every_strategy_trains_as_ddp(workspace, flags, dtype, tolerance):
+    shared = [*GPU, f'--dtype={dtype}', '--gradient_accumulation_steps=8', '--overwrite=True']
+    expected = workspace.run_python('train.py', *workspace.flags('out-ddp'), *shared, ranks=2)
+    found = workspace.run_python('train.py', *workspace.flags('out-sharded'), *shared, *flags, ranks=2)
+    assert expected.codes == found.codes == [0], found.stderr
+    for a, b in zip(read_records(workspace.folder / 'out-ddp'), read_records(workspace.folder / 'out-sharded'), strict=True):
+        assert b['iter'] == a['iter'] and all(b[key] == pytest.approx(a[key], rel=tolerance) for key in a if 'loss' in key)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='this machine has one GPU')

@@ -103,8 +103,11 @@ def reference_results(logits, folder):
                                                                  r['continuation'][-1])[1] for r in read(folder, 'words')])
     found['exact', 'acc'] = np.mean([reference_scores(logits, r['prompt'], r['answer'])[1] for r in read(folder, 'exact')])
     text = (folder / 'story.txt').read_text(encoding='utf-8')
-    nll = -sum(reference_scores(logits, text[max(0, begin - 1):begin] or text[0], text[max(begin, 1):begin + 64])[0]
-               for begin in range(1, len(text), 64))
+    nll = 0
+    for begin in range(1, len(text), 64):               # the last window has all the context that fits
+        scored = text[begin:begin + 64]
+        first = begin - 1 if len(scored) == 64 else max(0, len(text) - 65)
+        nll -= reference_scores(logits, text[first:begin], scored)[0]
     found['story', 'token_perplexity'] = math.exp(nll / (len(text) - 1))
     found['story', 'bits_per_byte'] = nll / math.log(2) / len(text)
     return found
@@ -187,6 +190,15 @@ def test_windows_score_each_token_once_after_at_most_size_tokens(length, size, s
         assert scored == [i for i in range(length) if i % size]
 
 
+@pytest.mark.parametrize('length', [2, 8, 9, 16, 17, 18, 41])
+def test_the_last_window_is_filled_with_context(length):
+    plain = list(scoring.windows(np.arange(length), 9, 8))
+    *before, last = scoring.windows(np.arange(length), 9, 8, fill_last=True)
+    assert [option.tokens.tolist() for option in before] == [option.tokens.tolist() for option in plain[:-1]]
+    assert last.tokens.tolist() == list(range(max(0, length - 9), length))
+    assert last.tokens[last.start:].tolist() == plain[-1].tokens[plain[-1].start:].tolist()
+
+
 def test_the_standard_error_is_that_of_the_mean(folder):
     tasks, _ = evals.load_tasks('words', folder, Tokenizer(SPEC), 64)
     model = make_model()
@@ -234,14 +246,14 @@ def test_wikitext_perplexity_divides_by_the_words_of_the_raw_pages(tmp_path):
 def test_a_gpt2_text_begins_after_end_of_text_and_the_raw_one_does_not(tmp_path):
     class Words:
         """A tokenizer like GPT-2's, of which only the ids matter."""
-        bpe, chars = True, None
+        chars, end_of_text = None, 50256
 
         def encode_to_numpy(self, text):
             return np.arange(len(text.split()), dtype=np.uint16)
 
     (tmp_path / 'ptb.txt').write_text(' a b c \n d e \n', encoding='utf-8')
     (task, blocks), _ = evals.load_tasks('ptb,ptb_blocks', tmp_path, Words(), 3)
-    assert [(o.tokens.tolist(), o.start) for o, in task.examples] == [([50256, 0, 1, 2], 1), ([2, 3, 4], 1)]
+    assert [(o.tokens.tolist(), o.start) for o, in task.examples] == [([50256, 0, 1, 2], 1), ([1, 2, 3, 4], 2)]
     assert [(o.tokens.tolist(), o.start) for o, in blocks.examples] == [([0, 1, 2], 1), ([3, 4], 1)]
     assert task.units == dict(word_perplexity=5 + 2) and blocks.units == dict(token_perplexity=3)
 
