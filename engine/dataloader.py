@@ -27,7 +27,7 @@ class TokenDataset:
     sampling: 'windows' draws training windows evenly over the text, 'epoch' reads every window once before
     any comes again. documents: 'any' starts a window anywhere, 'whole' starts training windows at documents.
     tokens: {'train': TokenStream, 'val': ...}. fingerprint: a short hash of both. tokenizer: a spec
-    of engine.tokenizer. Set block_size with `set_block_size` before `batch`.
+    of engine.tokenizer. record: of read_record. Set block_size with `set_block_size` before `batch`.
     Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or documents.
     """
 
@@ -52,7 +52,9 @@ class TokenDataset:
         for split in SPLITS:
             self.tokens[split] = TokenStream(self.folder, files[split], dtype)
             digests.append(check_split(self.tokens[split], split, self.vocab_size, expected))
-        self.fingerprint = hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]
+        self.record = read_record(self.folder, meta, self.tokens)
+        facts = digests + [json.dumps(self.record, sort_keys=True)] * bool(self.record)
+        self.fingerprint = hashlib.sha256(''.join(facts).encode()).hexdigest()[:16]
 
     def set_block_size(self, block_size):
         """Batches have block_size tokens from now on. UserError where a split is shorter, and with documents='whole'
@@ -62,6 +64,11 @@ class TokenDataset:
                 file = f'{split}.bin' if len(tokens.names) == 1 else f'the shards of {split}'
                 raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
                                 f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
+        if self.record and block_size < self.record['prompt']:
+            raise UserError(f'block_size={block_size} ends within the prompt of a record, so no target would count; '
+                            f'try --block_size={self.record["length"] - 1}')
+        if self.record and self.documents == 'whole':
+            raise UserError(f'the windows of {self.folder.name} start at its records; leave --documents=any')
         self.block_size = block_size
         if self.documents == 'whole':
             self.first_document = self.next_document(0)
@@ -93,16 +100,21 @@ class TokenDataset:
         Returns (x, y), each (count, block_size) int64; y is x one token later. engine.order has the orders
         of 'train'. Evaluation windows depend on no setting, so all runs are judged by the same text.
 
+        In a dataset of records, windows start at records, and y is -1 where the target lies in a prompt.
+
         With documents='whole' a window moves forward to the next end-of-text token, and from the end of the
         text, or where the document is longer than SEARCHED_TOKENS, to the first one. So text further than
         block_size into its document is not read, and what follows a long document is read more often.
         """
         tokens = self.tokens['val' if stream == 'eval val' else 'train']
-        positions = len(tokens) - self.block_size
+        step = self.record['length'] if self.record else 1
+        positions = (len(tokens) - self.block_size - 1) // step + 1
         if stream != 'train':
-            starts = weyl_starts(first, count, positions)
+            starts = weyl_starts(first, count, positions) * step
         elif self.sampling == 'windows':
-            starts = weyl_starts(first, count, positions, seed)
+            starts = weyl_starts(first, count, positions, seed) * step
+        elif self.record:                               # each record once an epoch
+            starts = epoch_starts(first, count, positions + 1, 1, seed) * step
         else:
             starts = epoch_starts(first, count, len(tokens), self.block_size, seed)
         if stream == 'train' and self.documents == 'whole':
@@ -115,7 +127,11 @@ class TokenDataset:
             path, position = tokens.locate(starts[row] + column)
             raise RunError(f'{path} is damaged, or changed while it was read: id {windows.max()} of token {position:,} is '
                            f'beyond the vocabulary of {self.vocab_size}; restore it, and go on with --init_from=resume')
-        return windows[:, :-1], windows[:, 1:]
+        x, y = windows[:, :-1], windows[:, 1:]
+        if self.record:
+            places = torch.arange(1, self.block_size + 1) % self.record['length']       # of the targets in their records
+            y = y.masked_fill(places < self.record['prompt'], -1)
+        return x, y
 
 
 def check_order(sampling, documents):
@@ -181,6 +197,24 @@ def read_fields(folder):
     """What meta.json says of the token files, {} without one. read_meta() has refused a damaged one."""
     path = folder / 'meta.json'
     return json.loads(path.read_text(encoding='utf-8-sig')) if path.is_file() else {}
+
+
+def read_record(folder, meta, tokens):
+    """The field `record` of meta.json, {'length': tokens of each record, 'prompt': those at its start that are no
+    targets}, or None. UserError where that does not fit the token files."""
+    record = meta.get('record')
+    if record is None:
+        return None
+    numbers = [record.get(name) for name in ('length', 'prompt')] if isinstance(record, dict) else [None]
+    if not all(type(number) is int for number in numbers) or not 0 < numbers[1] < numbers[0]:
+        raise UserError(f'{folder / "meta.json"}: record is {record!r:.60}, and should be like '
+                        f'{{"length": 10, "prompt": 6}}; prepare the dataset again')
+    length, prompt = numbers
+    for split, stream in tokens.items():
+        if len(stream) % length:
+            raise UserError(f'{folder}: the {len(stream):,} tokens of {split} are no whole records of {length:,}; '
+                            f'prepare the dataset again')
+    return dict(length=length, prompt=prompt)
 
 
 def prefetch(make_batch, requests, device):

@@ -7,7 +7,7 @@ Every `interval` iterations, for each layer (an embedding, a block, the last nor
     update_ratio            norm of the step's change of the weights / weight_norm
     activation_rms          root mean square of its output; a block's output is the residual stream
     activation_max          largest magnitude in its output
-    attention_entropy       nats, mean over heads and positions; near 0, each position attends to one other
+    attention_entropy       nats, mean over heads and positions; near 0, each position attends to a single one
     attention_logit         largest score before the softmax
     dead_units              share of the MLP's units whose input to the nonlinearity (with swiglu: the gate's) is not
                             above 0 at any token that was read
@@ -30,7 +30,8 @@ TITLES = dict(weight_norm='weight norm', grad_norm='gradient norm', update_ratio
               attention_logit='largest logit', dead_units='dead units')
 PREFIX, CLIPPED = 'health', 'health/clipped'    # of the names in the log
 MAX_TOKENS = 4096           # that the extra forward pass reads, in whole sequences
-MAX_ATTENDED = 2            # sequences whose attention is measured: their scores are held as a whole
+MAX_ATTENDED = 2            # of those sequences, whose attention is measured
+MAX_QUERIES = 1024          # positions of each whose scores are held at once, evenly spaced where there are more
 CLIPPED_WINDOW = 100        # steps
 # what precedes trouble: (largest value without a warning, what to do)
 LIMITS = dict(
@@ -61,7 +62,8 @@ class HealthMonitor:
         run.optimizer.register_step_pre_hook(self.before_step)
         run.optimizer.register_step_post_hook(self.after_step)
 
-    # Muon's step calls AdamW's, and either may call the hooks. Of both calls, the first `before` and `after` count.
+    # Muon's step calls that of AdamW, which may call the hooks too. The outer `before` is the first, and the inner `after`
+    # comes when all weights have changed; the other two find nothing to do.
 
     @torch.no_grad()
     def before_step(self, *_):
@@ -160,13 +162,15 @@ class AttentionProbe:
         """The attention of queries and keys as the layer has them, normalized and rotated. (B, H, T, D); k and v may
         have fewer heads. bias: what ALiBi adds to the scores, -inf for a later key."""
         T, groups = q.size(2), q.size(1) // k.size(1)
+        positions = torch.arange(T, device=q.device)
+        rows = positions[::-(-T // MAX_QUERIES)]                                        # (R,)
         with torch.autocast(q.device.type, enabled=False):
             keys = k[:MAX_ATTENDED].repeat_interleave(groups, dim=1).float()
-            scores = q[:MAX_ATTENDED].float() @ keys.mT / math.sqrt(q.size(-1))         # (B, H, T, T)
+            scores = q[:MAX_ATTENDED, :, rows].float() @ keys.mT / math.sqrt(q.size(-1))        # (B, H, R, T)
             if bias is None:
-                scores.masked_fill_(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+                scores.masked_fill_(positions > rows[:, None], -math.inf)
             else:
-                scores += bias
+                scores += bias[..., rows, :]
             self.logit = scores.max()
             p = scores.softmax(dim=-1)
             self.entropy = -torch.xlogy(p, p).sum(dim=-1).mean()

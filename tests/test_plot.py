@@ -1,8 +1,12 @@
+import json
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import plot
 from engine.errors import UserError
+from engine.health import TITLES
 from harness import script_settings
 
 
@@ -59,3 +63,55 @@ def test_what_holds_no_run_is_refused(tmp_path, monkeypatch, folders, words):
     write_records(tmp_path / 'empty')
     with pytest.raises(UserError, match=words):
         plot.main(folders)
+
+
+# Heat maps
+
+def health_record(iteration, **numbers):
+    return json.dumps({'iter': iteration, **{f'health/{name}': value for name, value in numbers.items()}})
+
+
+def test_heat_maps_are_the_records(tmp_path, monkeypatch):
+    """A row for each layer, a column for each measured iteration, and a gap where a number is missing or damaged."""
+    drawn = []
+    monkeypatch.setattr(plt.Figure, 'savefig', lambda figure, path, **options: drawn.append(figure))
+    folder = write_records(
+        tmp_path / 'run', health_record(0, **{'wte/weight_norm': 1.5, 'h.0/weight_norm': 2.0, 'h.0/dead_units': 0.0, 'clipped': 1.0}),
+        '{"iter": 0, "loss": 2.0, "health/": 1, "health/x": 1, "health/wte/unknown": 1, "other/wte/weight_norm": 1}',
+        health_record(10, **{'wte/weight_norm': None, 'h.0/weight_norm': 3.0, 'h.0/dead_units': 0.25}),
+        health_record(20, **{'wte/weight_norm': 2.5, 'h.0/weight_norm': True, 'h.0/dead_units': 0.5}))
+    with script_settings(plot, '--health=True', f'--picture={tmp_path / "x.png"}'):
+        plot.main([folder])
+    maps = {axes.get_title(): axes for axes in drawn[0].axes if axes.get_title()}
+    assert list(maps) == list(TITLES.values())
+    norms = maps['weight norm']
+    assert [label.get_text() for label in norms.get_yticklabels()] == ['wte', 'h.0']
+    values = norms.collections[0].get_array().reshape(2, 3)
+    np.testing.assert_array_equal(np.ma.filled(values.astype(float), np.nan), [[1.5, np.nan, 2.5], [2.0, 3.0, np.nan]])
+    assert maps['dead units'].collections[0].get_array().ravel().tolist() == [0, 0.25, 0.5]
+    assert not maps['largest logit'].collections
+
+
+def test_a_single_measurement_with_odd_layer_names_is_drawn(tmp_path):
+    folder = write_records(tmp_path / 'run', health_record(0, **{'$\\x/weight_norm': 1.0, 'h.0/weight_norm': -3.0, '/attention_logit': 0}))
+    with script_settings(plot, '--health=True'):
+        plot.main([folder])
+    assert (tmp_path / 'run' / 'health.png').stat().st_size > 10000
+
+
+@pytest.mark.parametrize('folders, words', [(['a', 'b'], '--health=True draws one run; name one folder'),
+                                            (['a'], 'no measurements of its layers; train with --health_interval=100')])
+def test_what_has_no_heat_map_is_refused(tmp_path, monkeypatch, folders, words):
+    monkeypatch.chdir(tmp_path)
+    for name in folders:
+        write_records(tmp_path / name, '{"iter": 0, "loss": 2.0}')
+    with pytest.raises(UserError, match=words):
+        with script_settings(plot, '--health=True'):
+            plot.main(folders)
+
+
+def test_a_run_that_measured_its_layers_is_drawn(trained):
+    trained.train('out-drawn', '--health_interval=5')
+    result = trained.run('plot.py', 'out-drawn', '--health=True')
+    assert 'health.png' in result.stdout and not result.stderr
+    assert (trained.folder / 'out-drawn' / 'health.png').read_bytes()[:4] == b'\x89PNG'
