@@ -106,7 +106,7 @@ def test_a_train_command_runs_at_toy_size(trained, command):
     if '--init_from=resume' in command or '--init_from=auto' in command:
         shutil.copytree(trained.folder / 'out-toy', out_dir)
     run_train_command(trained, command, out_dir)
-    assert (out_dir / 'state.pt').exists()
+    assert (out_dir / 'state.pt').exists() or (out_dir / 'state').is_dir()
 
 
 def test_the_first_block_can_be_repeated(trained):
