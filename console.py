@@ -117,3 +117,5 @@ def hide_interrupt(kind, error, trace):
 sys.excepthook = hide_interrupt
 # When a rank is lost, PyTorch's C++ code prints 40 lines of stack frames.
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
+# PyTorch's profiler prints lines that begin with USDT at any level below this one.
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')
