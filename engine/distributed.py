@@ -46,7 +46,7 @@ def start(device='auto', dtype='auto', compile=False, backend='auto', timeout=60
     if world_size > 1:
         backend = init_process_group(backend, device, timeout)
         summary += f', {world_size} ranks over {backend}'
-        if backend == 'nccl':
+        if backend == 'nccl' and hasattr(dist.group.WORLD._get_backend(device), 'get_error'):
             watch_nccl(dist.group.WORLD._get_backend(device))
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')      # TF32 where float32 is multiplied

@@ -1,6 +1,10 @@
 """Fixtures that several files of tests use. What they are made of is in harness.py."""
 
-import pytest
+import os
+
+# Tests run side by side, and threads that wait for one another are slower than one.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+import pytest                   # noqa: E402
 from harness import CAN_FORK, Workspace, write_toy_dataset     # it puts the project on sys.path
 
 from engine import dataloader

@@ -53,7 +53,7 @@ def test_the_first_two_blocks_are_one_command_line_each_with_an_environment_of_t
     for block in (first, second):
         assert '\n' not in block and block.startswith(environment)
     assert re.search(r'prepare\.py.* && python train\.py .* && python sample\.py ', first)
-    assert second.endswith('python -m pytest -q')
+    assert second.endswith('python -m pytest -q -n auto')
 
 
 def test_the_commands_are_found():
