@@ -26,7 +26,7 @@ from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (out_dir's ckpt.pt), or Hugging Face weights: gpt2, another name, or a folder
+init_from = 'resume'        # resume (the model in out_dir), or Hugging Face weights: gpt2, another name, or a folder
 out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written
 # tasks
 tasks = 'hellaswag,lambada,wikitext2'       # names of files in data, without .jsonl or .txt; core for the CORE bundle
@@ -89,9 +89,7 @@ def main(overrides):
         if spec['vocab_size'] > model.config.vocab_size:
             raise UserError(f'the tokenizer has {spec["vocab_size"]} tokens and the model {model.config.vocab_size}; '
                             f'prepare the dataset that the model was trained on in data/ first')
-        # a relative folder is looked for here, then beside this script
-        folder = Path(data) if Path(data).is_dir() else Path(__file__).resolve().parent / data
-        loaded, missing = evals.load_tasks(tasks, folder, Tokenizer(spec), model.config.block_size, limit, progress_bar)
+        loaded, missing = evals.load_tasks(tasks, Path(data), Tokenizer(spec), model.config.block_size, limit, progress_bar)
     for task in loaded:
         if task.skipped:
             print0(f'note: {task.name}: {task.skipped:,} examples are left out, as this model cannot read them: '

@@ -31,11 +31,11 @@ def export_hf(source, folder):
 
 def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
-    from engine import checkpoint, run_folder
+    from engine import checkpoint, run_folder, sharded_checkpoint
     from model import NANOGPT_ARGS
     saved, _ = run_folder.load_state(source)
     if 'sharded' in saved:
-        raise UserError(f'{source} has a sharded state; resume it once with --checkpoint=gathered, and stop it')
+        saved = sharded_checkpoint.load_whole(saved, moments_too=True)
     if saved.get('activation', 'gelu') != 'gelu':
         raise UserError(f'{source} has the activation {saved["activation"]}, and nanoGPT only the exact GELU; '
                         f'its results would differ')

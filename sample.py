@@ -25,7 +25,7 @@ from engine.tokenizer_files import checkpoint_spec, pretrained_spec
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name,
+init_from = 'resume'        # resume (the model in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name,
                             # or a folder of Hugging Face weights, with their tokenizer
 out_dir = 'out'             # where ckpt.pt lies
 # text

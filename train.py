@@ -33,7 +33,7 @@ from engine.tokenizer_files import pretrained_spec
 from model import GPT, GPTConfig
 
 # input and output
-out_dir = 'out'                     # holds ckpt.pt, state.pt, metrics.jsonl
+out_dir = 'out'                     # holds the model, the state and the metrics of the run
 eval_interval = 2000                # iterations between evaluations; each one saves
 log_interval = 1                    # iterations between log lines
 eval_iters = 200                    # batches of batch_size per split and evaluation
@@ -47,8 +47,8 @@ overwrite = False                   # True replaces the run that out_dir holds
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
 eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
-eval_tasks_interval = 0             # iterations between such scores; 0 has them at every evaluation
-eval_tasks_limit = 0                # first examples of each task, 0 for all; 1000 tell 0.29 from 0.33
+eval_tasks_interval = 0             # iterations between such scores; 0: at every evaluation
+eval_tasks_limit = 0                # examples of each task, from the first on; 0 for all. 1,000 tell an accuracy of 0.29 from 0.33
 eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
 patience = 0                        # evaluations without a better val loss after which the run ends; 0 never ends it
 health_interval = 0                 # iterations between measurements of each layer, printed and logged; 0 measures none
@@ -66,7 +66,7 @@ batch_size = 12                     # sequences per micro-batch, at most; lower 
 block_size = 1024                   # tokens of context
 batch_ramp_start = 0                # tokens of the first batch, which then grows to the full one; 0 is no ramp
 batch_ramp_tokens = 0               # tokens of training over which it grows; lr_decay_iters then counts full batches
-# model; what loaded weights have is kept
+# model; loaded weights keep their own shape
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -165,7 +165,7 @@ def estimate_loss(run, data, env):
         for i, batch in enumerate(show):
             with env.autocast():
                 loss = run.wrapped_model(*batch)[1]
-            if i < mine:                                # each rank has as many batches, and the last may count on one only
+            if i < mine:                                # a rank's last batch may be a repeat, which does not count
                 total += loss
             if env.stop_signal():
                 return None
@@ -204,6 +204,9 @@ def start_run(saved, data, overrides, env):
     """The Run: its model on the device and over the ranks, its optimizer, and where it goes on."""
     with env.raise_on_all_ranks():
         sharded = parallel.check_strategy(strategy, reduce_dtype, env, optimizer)
+        if sharded and (sample_tokens or eval_tasks):
+            raise UserError(f'sample_tokens and eval_tasks read the whole model, and strategy={strategy} gives a rank a part; try '
+                            f"--sample_tokens=0 --eval_tasks=''")
         # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
         model = None if sharded and not env.is_main else build_model(saved, data, overrides)
     shape = model.config if model else None
@@ -221,15 +224,19 @@ def start_run(saved, data, overrides, env):
     config, progress = configurator.snapshot(globals()), Progress.of(saved, batch_schedule.full, shape.block_size)
     config.update({name: value for name, value in asdict(shape).items() if name in config})     # as the weights have it
     env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
-    wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
-    built = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
-    if saved and 'sharded' in saved:
-        saved = sharded_checkpoint.load(saved, model, built)
-    optim.load_state_dict(built, scaler, saved or {})
+    with env.raise_on_all_ranks():                      # each rank finds the same mistakes, and rank 0 prints them
+        wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
+        built = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+        if saved and 'sharded' in saved:
+            saved = sharded_checkpoint.load(saved, model, built, env)
+        optim.load_state_dict(built, scaler, saved or {})
+        scorer = TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar) if eval_tasks else None
+    for note in scorer.notes if scorer else ():
+        print0(f'note: {note}')
     run = Run(model, wrapped_model, built, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
-              dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint))
+              dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint), scorer)
     if checkpoint == 'sharded' and not eval_only:
-        run.saver = sharded_checkpoint.ShardedSaver(out_dir, env, rank_timeout)
+        run.saver = sharded_checkpoint.ShardedSaver(out_dir, env)
     if env.is_main and not eval_only:
         run_folder.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, config, env)
@@ -250,7 +257,11 @@ def main(overrides):
     if saved:
         changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
         notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
+        if batch_ramp_start and {'batch_size', 'gradient_accumulation_steps', 'block_size'} & set(changes):
+            notes.append('the learning rate counts full batches, and the full batch has changed')
     check_training(globals())
+    if env.world_size == 1 and strategy != 'ddp':
+        notes.append(f'strategy={strategy} shards nothing here, as there is one rank; torchrun starts several')
     if decay_lr and max_iters < lr_decay_iters and not batch_ramp_start:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
     for note in notes:
@@ -258,21 +269,17 @@ def main(overrides):
     data = open_dataset(dataset, env, sampling, documents)
     sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
     run = start_run(saved, data, overrides, env)
-    with env.raise_on_all_ranks():
-        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, run.model, progress_bar)
-    for note in scorer.notes if scorer else ():
-        print0(f'note: {note}')
     saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
     tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
            f'{batch_schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
-           f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max_iters:,} iterations read '
+           f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max(max_iters, progress.iter_num):,} iterations read '
            f'{short_number(tokens)}, {tokens / len(data.tokens["train"]):.3g} epochs')
     iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
     batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
-                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
+                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.', before_error=run.wait_for_save,
                   health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
     env.catch_signals()
 
@@ -282,8 +289,8 @@ def main(overrides):
         if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
             losses, scores = estimate_loss(run, data, env), {}
-            if losses and scorer and (progress.iter_num % (eval_tasks_interval or eval_interval) == 0 or progress.iter_num >= max_iters):
-                scores = scorer(run.model, env)
+            if losses and run.scorer and (progress.iter_num % (eval_tasks_interval or eval_interval) == 0 or progress.iter_num >= max_iters):
+                scores = run.scorer(run.model, env)
             run.wrapped_model.train()
             if losses is None or scores is None:
                 log.stop_signal = env.stop_signal()
@@ -292,8 +299,8 @@ def main(overrides):
             if scores:
                 print0(f'step {progress.iter_num}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()))
             improved = run.record_losses(losses, scores)
-            if sampler:
-                run.sample(sampler, print0, env)
+            if sampler and env.is_main:
+                print0(sampler(run.model))
             if not eval_only:
                 with status('saving'):
                     run.save(env, model_too=progress.iter_num > 0 and (improved or always_save_checkpoint))
@@ -312,6 +319,10 @@ def main(overrides):
 
     batches.close()
     log.flush()
+    with status('saving'):
+        if log.stop_signal and not eval_only:
+            run.save(env)
+        run.wait_for_save()
     same_machine = ''.join(f' --{name}={overrides[name]}' for name in NOT_RESTORED[:4] if name in overrides)
     run.finish(log.stop_signal, max_iters, same_machine, eval_only, env, print0)
 

@@ -2,7 +2,7 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt3_125m.py
 # Source: Brown et al. 2020, table 2.1 and appendix B. GPT-3 alternates dense and sparse attention; here it is dense.
 # Prepare data/fineweb_edu with --sample=sample-350BT for a run of this length, or shorten it to the 10 billion tokens of
-# sample-10BT with --max_iters=19000 --lr_decay_iters=19000 --batch_ramp_tokens=130_000_000.
+# sample-10BT with --max_iters=19630 --lr_decay_iters=19000 --batch_ramp_tokens=130_000_000.
 out_dir = 'out-gpt3-125m'
 dataset = 'fineweb_edu'
 sampling = 'epoch'
@@ -16,7 +16,7 @@ n_embd = 768
 batch_size = 8
 block_size = 2048
 gradient_accumulation_steps = 32
-max_iters = 572205
+max_iters = 591580
 batch_ramp_start = 32_768           # tokens per iteration at first; the whole batch after the next 4 billion tokens
 batch_ramp_tokens = 4_000_000_000
 

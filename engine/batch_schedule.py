@@ -35,7 +35,8 @@ class BatchSchedule:
             self.micro_steps_of_smallest, self.micro_batch_size = split_batch(self.smallest, batch_size, world_size)
         except UserError as error:
             nearest = -(-gradient_accumulation_steps // world_size) * world_size
-            advice = (f'--batch_ramp_start={-(-self.smallest // world_size) * world_size * block_size}' if ramp_start else
+            fitting = next((n for n in range(self.smallest, self.full + 1) if self.full % n == 0 and n % world_size == 0), 0)
+            advice = (f'--batch_ramp_start={fitting * block_size}' if ramp_start and fitting else
                       f'--gradient_accumulation_steps={nearest}')
             raise UserError(f'{error}; try {advice}') from None
 

@@ -148,6 +148,9 @@ def validate(payload, path, also_needed=()):
         raise UserError(f'{path}: {error}') from None
     if not 0 <= iter_num < 2 ** 63 or best_val_loss != best_val_loss:
         raise UserError(f'{path}: iter_num={iter_num} and best_val_loss={best_val_loss} are impossible')
+    for name in ('sequences', 'tokens', 'best_iter'):
+        if not (payload.get(name) is None or type(payload[name]) is int and 0 <= payload[name] < 2 ** 63):
+            raise UserError(f'{path}: its {name} is impossible')
     if not_finite := find_not_finite(payload):
         raise UserError(f'{path} cannot be used: {not_finite} is not finite')
     # torch.compile and DDP put prefixes before the names; old models of nanoGPT contain attention masks.

@@ -163,7 +163,7 @@ def train_batches(data, seed, iterations, micro_batch_size, env):
 
 def eval_batches(data, split, count, batch_size, env):
     """This rank's share of the `count` evaluation batches, which are the same for every run. Every rank gets
-    equally many, as a sharded model computes on all ranks at once: the last one may be a repetition."""
+    the same number, because the ranks of a sharded model compute together; a rank's last batch may repeat another."""
     numbers = (min(first + env.rank, count - 1) for first in range(0, count, env.world_size))
     return prefetch(data.batch, ((0, f'eval {split}', number * batch_size, batch_size) for number in numbers), env.device)
 

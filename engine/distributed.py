@@ -21,7 +21,7 @@ from engine.rendezvous import init_process_group, read_ranks
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 STORE_TIMEOUT = 5       # seconds that a failed rank waits for the store, which a cut cable may have taken away
-DUMP_SECONDS = 10       # that the flight recorder gets to write its file
+DUMP_SECONDS = 10       # seconds that the flight recorder gets to write its file
 
 
 def start(device='auto', dtype='auto', compile=False, backend='auto', timeout=600):

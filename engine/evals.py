@@ -13,6 +13,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from engine import taskfiles
 from engine.errors import UserError
 from engine.scoring import Encoder, Unreadable, common_prefix, score, windows
 
+ROOT = Path(__file__).resolve().parent.parent
 LM_EVAL = 'as lm-evaluation-harness'
 PROTOCOLS = {       # (kind, metric): how the value comes about
     ('multiple_choice', 'acc'): f'summed log-likelihood, {LM_EVAL}',
@@ -140,6 +142,7 @@ def load_tasks(names, folder, tokenizer, block_size, limit=0, progress=lambda te
     limit: the first examples of each, 0 for all. progress: wraps (text, items, total), as tqdm does.
     UserError for an unknown task, and for a file that is missing, damaged or of another format.
     """
+    folder = folder if folder.is_dir() else ROOT / folder       # a relative one may also lie beside the scripts
     encoder, tasks, missing = Encoder(tokenizer, block_size), [], []
     for name in dict.fromkeys(name.strip() for name in names.split(',')):
         if name == 'core':

@@ -44,11 +44,14 @@ def check_training(settings, combinations=True):
         check_choice(settings, name, values)
     if not settings['out_dir'].strip() or '\0' in settings['out_dir']:
         raise UserError(f'out_dir={settings["out_dir"]!r} should be the name of a folder')
-    if bool(settings['batch_ramp_start']) != bool(settings['batch_ramp_tokens']):
+    if combinations and bool(settings['batch_ramp_start']) != bool(settings['batch_ramp_tokens']):
         raise UserError('a batch ramp takes both batch_ramp_start and batch_ramp_tokens')
-    if settings['health_interval'] and settings['strategy'] != 'ddp':
+    if combinations and settings['health_interval'] and settings['strategy'] != 'ddp':
         raise UserError(f'health_interval measures whole layers, and strategy={settings["strategy"]} gives a rank a part of each; '
                         f'try --health_interval=0, or --strategy=ddp')
+    if combinations and settings['checkpoint'] == 'sharded' and not settings['always_save_checkpoint']:
+        raise UserError('checkpoint=sharded keeps the last model, and always_save_checkpoint=False wants the best one; try '
+                        '--always_save_checkpoint=True, or --checkpoint=gathered')
     if combinations and settings['decay_lr'] and settings['warmup_iters'] >= settings['lr_decay_iters']:
         raise UserError(f'warmup_iters={settings["warmup_iters"]} leaves nothing of lr_decay_iters={settings["lr_decay_iters"]}; try '
                         f'--decay_lr=False, or --warmup_iters={settings["max_iters"] // 10} --lr_decay_iters={settings["max_iters"]}')

@@ -28,10 +28,11 @@ class StepLog:
     tokens: of training so far. flops_per_token: of one token's forward and backward pass. health: a HealthMonitor.
     """
 
-    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice='', health=None):
+    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice='', before_error=lambda: None, health=None):
         self.env, self.writer, self.print_line = env, writer, print_line
         self.tokens, self.flops_per_token = tokens, flops_per_token
-        self.log_interval, self.max_iters, self.advice, self.health = log_interval, max_iters, advice, health
+        self.log_interval, self.max_iters, self.health = log_interval, max_iters, health
+        self.advice, self.before_error = advice, before_error
         self.stop_signal = 0                            # number of a signal that reached any rank
         self.pending = deque()                          # (iteration, names, function that waits for values, tokens, host numbers)
         self.seconds_per_iter = None                    # smoothed, for the time that is left
@@ -79,6 +80,7 @@ class StepLog:
         # float16 overflows while its loss scale settles, and the scaler skips those steps.
         self.skipped_steps = 0 if math.isfinite(grad_norm) else self.skipped_steps + 1
         if not math.isfinite(loss) or self.skipped_steps > (20 if self.env.dtype == 'float16' else 0):
+            self.before_error()                         # such as waiting for the save that is being written
             raise RunError(f'iteration {iteration}: loss {loss}, gradient norm {grad_norm}; the run ends before that '
                            f'update. {self.advice}')
 

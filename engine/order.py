@@ -31,7 +31,7 @@ def epoch_starts(first, count, tokens, block_size, seed):
     """`count` starts of the sequences from number `first` on, where each epoch reads every window once. (count,) int64.
 
     An epoch cuts the text into windows of block_size, from a seeded offset below block_size on, and reads
-    them in a seeded order. Up to two blocks at the ends of the text are left out of an epoch, others in each.
+    them in a seeded order. An epoch leaves out up to two blocks at the ends of the text, different ones each time.
     """
     numbers = range(first // CHUNK, (first + count - 1) // CHUNK + 1)
     return np.concatenate([epoch_chunk(number, tokens, block_size, seed) for number in numbers])[first % CHUNK:][:count]

@@ -14,7 +14,8 @@ from engine.errors import UserError
 
 
 def check_strategy(strategy, reduce_dtype, env, optimizer='adamw'):
-    """True where `strategy` shards the model. UserError for what cannot be had."""
+    """True where `strategy` shards the model. UserError where the machine,
+    the precision or the optimizer rules it out."""
     if env.world_size == 1:
         return False
     if strategy == 'ddp':

@@ -10,7 +10,7 @@ import torch
 
 from engine import checkpoint, evals, optim, parallel
 from engine.batch_schedule import BatchSchedule
-from engine.errors import RunError, UserError
+from engine.errors import RunError
 from engine.metrics import MetricsWriter, short_number
 from engine.sharded_checkpoint import ShardedSaver
 from engine.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A model in training. save, sample and finish are collective: every rank calls them."""
+    """A model in training. save and finish are collective: every rank calls them."""
     model: torch.nn.Module              # the plain module, for saving and sampling
     wrapped_model: torch.nn.Module      # what the training step calls: compiled, and over the ranks
     optimizer: torch.optim.Optimizer
@@ -52,6 +52,7 @@ class Run:
     progress: Progress
     out_dir: str = ''
     description: dict | None = None     # {'config', 'tokenizer', 'fingerprint'} for checkpoints
+    scorer: 'TaskScorer | None' = None  # of eval_tasks
     saver: ShardedSaver | None = None   # where each rank writes its own shards
     writer: MetricsWriter | None = None
 
@@ -82,6 +83,7 @@ class Run:
         RunError where it is not finite."""
         progress = self.progress
         if not math.isfinite(losses['val']):
+            self.wait_for_save()
             raise RunError(f'step {progress.iter_num}: val loss {losses["val"]}; {self.out_dir} keeps what was saved before')
         improved, progress.last_eval = losses['val'] < progress.best_val_loss, progress.iter_num
         if improved:
@@ -89,15 +91,6 @@ class Run:
         if self.writer:
             self.writer.write(progress.iter_num, train_loss=losses['train'], val_loss=losses['val'], **scores)
         return improved
-
-    def sample(self, sampler, print_line, env):
-        """Print what sampler(model) returns. A sharded model is sampled whole, in CPU memory."""
-        model = self.model
-        if any(map(parallel.is_shard, model.parameters())):
-            contents = parallel.gather_model(model)
-            model = type(model).from_checkpoint(contents) if env.is_main else None
-        if env.is_main:
-            print_line(sampler(model))
 
     def save(self, env, model_too=False):
         """Write state.pt, and with model_too ckpt.pt; or begin to write state/. RunError where that fails."""
@@ -115,19 +108,18 @@ class Run:
             checkpoint.save_state(self.out_dir, model, **rest, **moments)
 
     def wait_for_save(self):
+        """Wait until the last save is on disk. RunError where it failed."""
         if self.saver:
             self.saver.wait()
 
     def finish(self, stop_signal, max_iters, resume_flags, read_only, env, print_line):
-        """Save if a signal stopped the run, say what the run made, and end together with the other ranks.
+        """Say what the run made, once it is saved, and end together with the other ranks.
 
-        resume_flags: what a resume on this machine has to repeat. read_only: save nothing. print_line: for the person.
-        Raises SystemExit with 128 + stop_signal, and RunError where a save failed.
+        resume_flags: what a resume on this machine has to repeat. read_only: nothing was saved. print_line: for the person.
+        Raises SystemExit with 128 + stop_signal.
         """
         progress, out_dir = self.progress, shlex.quote(self.out_dir)
         if stop_signal and not read_only:
-            self.save(env)
-            self.wait_for_save()
             print_line(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} '
                        f'train.py --init_from=resume --out_dir={out_dir}{resume_flags}')
         elif self.writer:
@@ -138,7 +130,6 @@ class Run:
                        f'next: python sample.py --out_dir={out_dir}    (to train longer, resume with more --max_iters)')
         if self.writer:
             self.writer.close()
-        self.wait_for_save()
         env.barrier()                                   # if the last save fails, every rank fails
         if stop_signal:
             raise SystemExit(128 + stop_signal)
@@ -152,8 +143,6 @@ class TaskScorer:
     """
 
     def __init__(self, names, folder, limit, tokenizer, model, progress):
-        if any(map(parallel.is_shard, model.parameters())):
-            raise UserError('eval_tasks reads the whole model on each rank; try --strategy=ddp, or evaluate.py after the run')
         self.progress = progress
         self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size, limit, progress)
         self.notes = [f'{task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}'

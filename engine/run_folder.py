@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, what in it a command may continue, and which of its files is the newest."""
+"""The folder of a run: locking it, and finding the newest state in it."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from engine import checkpoint, sharded_checkpoint
 from engine.checkpoint import MODEL, PREVIOUS, STATE
 from engine.errors import UserError
 
-# What a run can continue from. Of each kind the second is read where the first is damaged or missing.
+# What a run can continue from. The second of a pair is read if the first is damaged or missing.
 STATES = ((STATE, PREVIOUS), (sharded_checkpoint.STATE, sharded_checkpoint.PREVIOUS))
 
 
@@ -62,7 +62,12 @@ def load_newest_model(out_dir):
     has_model, is_sharded = (Path(out_dir) / MODEL).exists(), (Path(out_dir) / sharded_checkpoint.STATE).exists()
     saved = checkpoint.load_model(out_dir) if has_model or not holds_run(out_dir) else None
     if saved is None or is_sharded:
-        state, _ = load_state(out_dir)
+        try:
+            state, _ = load_state(out_dir)
+        except UserError:
+            if saved is None:
+                raise
+            return saved
         if saved is None or 'sharded' in state and state['iter_num'] > saved['iter_num']:
             return sharded_checkpoint.load_whole(state) if 'sharded' in state else state
     return saved

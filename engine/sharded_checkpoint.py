@@ -1,7 +1,7 @@
 """A state whose tensors each rank writes itself, for models whose whole state is a burden to one rank.
 
-The folder `state/` has a safetensors file per rank, checksums.json, and run.pt with all that is no tensor. The one
-before is kept as `state.prev/`. torch.distributed.checkpoint writes it beside the training, and reads it into
+The folder `state/` has a safetensors file per rank, checksums.json, and run.pt with everything else. The previous
+state stays as `state.prev/`. torch.distributed.checkpoint writes it beside the training, and reads it into
 any number of ranks.
 """
 
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +28,10 @@ STATE, PREVIOUS, REST, CHECKSUMS = 'state', 'state.prev', 'run.pt', 'checksums.j
 # Saving
 
 class ShardedSaver:
-    """Writes state/ in the background. Every rank makes one, and calls its methods in the same order.
+    """Writes state/ in the background. Every rank makes one, and calls its methods in the same order."""
 
-    timeout: seconds that rank 0 waits for the files of the others.
-    """
-
-    def __init__(self, out_dir, env, timeout):
-        self.out_dir, self.env, self.timeout = Path(out_dir), env, timeout
+    def __init__(self, out_dir, env):
+        self.out_dir, self.env = Path(out_dir), env
         self.thread, self.pending = ThreadPoolExecutor(1, 'save'), None
         # The collectives of a save have a group of their own, since the training's go on meanwhile.
         self.group = dist.new_group(backend='gloo') if env.world_size > 1 else None
@@ -44,18 +40,15 @@ class ShardedSaver:
         """Begin to write state/, and return once the tensors are copied to CPU memory.
 
         model: whose parameters may be shards. optimizer_state: of optim.state_dict. rest: a dict for run.pt.
-        Raises RunError where a tensor is not finite, or where the save before failed; state/ is then as it was.
+        Raises RunError where a tensor is not finite; state/ is then as it was. If the previous save failed,
+        this one is waited for, and raises RunError if it fails too.
         """
-        from torch.distributed.checkpoint import async_save                # an import of half a second
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-        self.wait()
+        failed = self.settle() is not None
         moments = optimizer_state['optimizer']['state']
         tensors = {f'model.{name}': parameter.detach() for name, parameter in model.named_parameters()}
         tensors.update({f'optimizer.{index}.{name}': value for index, moment in moments.items()
                         for name, value in moment.items() if value.dim()})
-        local = {name: parallel.local_part(tensor) for name, tensor in tensors.items()}
-        not_finite = next((name for name in self.env.all_gather(find_not_finite({'model': local})) if name), None)
-        if not_finite:
+        if not_finite := find_not_finite_anywhere(tensors, self.env):
             raise RunError(f'{self.out_dir / STATE} was not written, as {not_finite} is not finite; go on from the state '
                            f'before it with --init_from=resume and a lower --learning_rate')
         scalars = {index: {name: value for name, value in moment.items() if not value.dim()}
@@ -67,30 +60,22 @@ class ShardedSaver:
             folder.mkdir()
             write(folder / REST, rest)
         self.env.barrier()
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        upload = async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-        self.pending = self.thread.submit(self.complete, upload, folder)
+        self.pending = self.thread.submit(self.complete, start_writing(tensors, folder, self.group), folder)
+        if failed:
+            self.wait()
 
-    def complete(self, upload, folder):
-        """Wait for this rank's file, and add its checksum. Rank 0 renames the folder once all ranks have done so."""
-        upload.result()
+    def complete(self, writing, folder):
+        """Wait for every rank's file. Rank 0 then adds the checksums and renames the folder."""
+        writing.result()
         files = sorted(folder.glob(f'shard-{self.env.rank + 1:05d}-*.safetensors'))
-        with atomic_write(folder / f'{self.env.rank}.checksums') as file:
-            json.dump({path.name: checksum(path) for path in files}, file)
+        checksums = [{path.name: checksum(path) for path in files}]
+        if self.group:
+            checksums *= self.env.world_size
+            dist.all_gather_object(checksums, checksums[0], group=self.group)
         if not self.env.is_main:
             return
-        parts = [folder / f'{rank}.checksums' for rank in range(self.env.world_size)]
-        deadline = time.monotonic() + self.timeout
-        while not all(part.exists() for part in parts):
-            if time.monotonic() > deadline:
-                raise TimeoutError('a rank did not finish its file')
-            time.sleep(0.02)
-        checksums = {}
-        for part in parts:
-            checksums.update(json.loads(part.read_text(encoding='utf-8')))
-            part.unlink()
         with atomic_write(folder / CHECKSUMS) as file:
-            json.dump(checksums, file)
+            json.dump({name: value for part in checksums for name, value in part.items()}, file)
         # A crash on any line here leaves state/ or state.prev/ whole.
         if (self.out_dir / STATE).exists():
             shutil.rmtree(self.out_dir / PREVIOUS, ignore_errors=True)
@@ -98,17 +83,34 @@ class ShardedSaver:
         os.replace(folder, self.out_dir / STATE)
         sync_folder(self.out_dir)
 
+    def settle(self):
+        """Wait until the last save is on disk. Returns the error where it failed."""
+        pending, self.pending = self.pending, None
+        return pending and pending.exception()
+
     def wait(self):
-        """Wait until the save before is on disk. RunError where it failed."""
-        try:
-            if self.pending:
-                self.pending.result()
-        except Exception as error:                          # PyTorch's writer raises kinds of its own
-            line = ' '.join(str(error).split()) or type(error).__name__
-            raise RunError(f'{self.out_dir / STATE} could not be written ({line[-200:]}); the state before it is whole; '
-                           f'make room and go on with --init_from=auto') from None
-        finally:
-            self.pending = None
+        """Wait until the last save is on disk. RunError where it failed."""
+        error = self.settle()
+        if error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            kept = any((self.out_dir / name).exists() for name in (STATE, PREVIOUS))
+            raise RunError(f'{self.out_dir / STATE} could not be written ({line}); make room, and '
+                           + ('go on from the state before it with --init_from=auto' if kept else 'start again')) from None
+
+
+def start_writing(tensors, folder, group):
+    """Copy {name: tensor} to CPU memory, and return a future of their being written."""
+    from torch.distributed.checkpoint import async_save                 # an import of half a second
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    with warnings.catch_warnings(action='ignore'):          # PyTorch warns that only one process writes
+        return async_save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                          process_group=group, no_dist=group is None)
+
+
+def find_not_finite_anywhere(tensors, env):
+    """The name of a tensor of which any rank's part is not finite, or None. A collective."""
+    parts = {name: parallel.local_part(tensor) for name, tensor in tensors.items()}
+    return next((name for name in env.all_gather(find_not_finite({'model': parts})) if name), None)
 
 
 def checksum(path):
@@ -128,18 +130,21 @@ def load_rest(folder):
     try:
         path = folder / CHECKSUMS
         if not path.is_file() or path.stat().st_size > 1 << 24:
-            raise UserError(f'{folder} cannot be read: it has no {CHECKSUMS}')
+            raise UserError(f'it has no {CHECKSUMS}')
         checksums = json.loads(path.read_text(encoding='utf-8'))
         names = sorted(file.name for file in folder.glob('*.safetensors'))
         if not isinstance(checksums, dict) or sorted(checksums) != names:
-            raise UserError(f'{folder} cannot be read: its files are not those that {CHECKSUMS} names')
+            raise UserError(f'its files are not those that {CHECKSUMS} names')
         for name in names:
             if not (folder / name).is_file() or checksum(folder / name) != checksums[name]:
-                raise UserError(f'{folder} cannot be read: {name} fails its checksum')
-    except (OSError, ValueError, RecursionError) as error:
+                raise UserError(f'{name} fails its checksum')
+    except (OSError, ValueError, RecursionError) as error:          # UserError is a ValueError
         raise UserError(f'{folder} cannot be read: {error}') from None
     rest = validate(dict(read(folder / REST), model={}), folder, ('optimizer', 'scaler'))
     del rest['model']
+    moments = rest['optimizer'].get('state')
+    if not isinstance(moments, dict) or not all(isinstance(moment, dict) for moment in moments.values()):
+        raise UserError(f'{folder / REST} cannot be used: its optimizer is of another form')
     return dict(rest, sharded=str(folder))
 
 
@@ -160,13 +165,13 @@ def read_sizes(folder):
 def load_tensors(tensors, reader, alone):
     """Read {name: tensor} in place. A collective, unless `alone`."""
     from torch.distributed.checkpoint import load
-    with warnings.catch_warnings(action='ignore'):          # of PyTorch, that one process reads alone
+    with warnings.catch_warnings(action='ignore'):          # PyTorch warns that only one process reads
         load(tensors, storage_reader=reader, no_dist=alone)
 
 
-def load(saved, model, optimizer):
+def load(saved, model, optimizer, env):
     """Read the weights into `model`, and return `saved` with the moments for optim.load_state_dict, sharded as the
-    parameters are. A collective. UserError where the shapes differ."""
+    parameters are. A collective. UserError where the shapes or the optimizers differ, and for what is not finite."""
     reader, sizes = read_sizes(saved['sharded'])
     tensors = {f'model.{name}': parameter.detach() for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
@@ -176,19 +181,36 @@ def load(saved, model, optimizer):
         index, _, moment = rest.partition('.')
         if kind == 'optimizer' and index.isdecimal() and int(index) < len(parameters):
             tensors[name] = moments.setdefault(int(index), {})[moment] = torch.zeros_like(parameters[int(index)].detach())
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != sizes:
-        raise UserError(f'{saved["sharded"]} holds a model of another shape; block_size cannot change with '
-                        f'--checkpoint=sharded')
+    different = {name for name, tensor in tensors.items() if tuple(tensor.shape) != sizes.get(name)} | (sizes.keys() - tensors.keys())
+    if different:
+        advice = ('the model has another shape; block_size cannot change with --checkpoint=sharded'
+                  if any(name.startswith('model.') for name in different) else 'the run had another --optimizer')
+        raise UserError(f'{saved["sharded"]} cannot be used: {advice}')
     load_tensors(tensors, reader, alone=not dist.is_initialized())
-    state = {index: {**scalars, **moments.get(index, {})} for index, scalars in saved['optimizer'].get('state', {}).items()}
+    if not_finite := find_not_finite_anywhere(tensors, env):
+        raise UserError(f'{saved["sharded"]} cannot be used: {not_finite} is not finite; move it away, and {PREVIOUS} is read')
+    return with_moments(saved, moments)
+
+
+def with_moments(saved, moments):
+    """`saved` with the tensors `moments`, {index: {name: tensor}}, added to its optimizer's state."""
+    state = {index: {**scalars, **moments.get(index, {})} for index, scalars in saved['optimizer']['state'].items()}
     return dict(saved, optimizer=dict(saved['optimizer'], state=state))
 
 
-def load_whole(saved):
-    """`saved` with `model`: all weights whole, in this process's memory, as a ckpt.pt has them."""
+def load_whole(saved, moments_too=False):
+    """`saved` with `model`: all weights whole, in this process's memory, as a ckpt.pt has them; with moments_too also
+    those of the optimizer, as a state.pt has them."""
     reader, sizes = read_sizes(saved['sharded'])
-    tensors = {name: torch.empty(size) for name, size in sizes.items() if name.startswith('model.')}
+    tensors = {name: torch.empty(size) for name, size in sizes.items() if moments_too or name.startswith('model.')}
     load_tensors(tensors, reader, alone=True)
-    weights = {name.removeprefix('model.'): tensor for name, tensor in tensors.items()}
+    weights, moments = {}, {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition('.')
+        index, _, moment = rest.partition('.')
+        if kind == 'model':
+            weights[rest] = tensor
+        elif index.isdecimal():
+            moments.setdefault(int(index), {})[moment] = tensor
     weights.setdefault('lm_head.weight', weights.get('transformer.wte.weight'))    # tied: saved once
-    return validate(dict(saved, model=weights), saved['sharded'])
+    return validate(dict(with_moments(saved, moments), model=weights), saved['sharded'])

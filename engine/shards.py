@@ -127,7 +127,7 @@ class TokenStream:
         counts = sizes // self.dtype.itemsize
         self.ends = np.cumsum(counts)                           # where each file ends in the stream
         self.begins, self.counts = (self.ends - counts).tolist(), counts.tolist()
-        # its cache refers to no stream, so both are freed together at once, and the files are closed
+        # The cache holds no reference to the stream, so dropping the stream closes its files at once.
         self.open = shard_opener(folder, files, self.counts, self.format)
         if len(files) == 1:
             self.open(0)                                        # for good: it stays the same if the file is replaced

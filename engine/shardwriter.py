@@ -233,9 +233,10 @@ class ShardWriter:
         return [(self.work(part) / piece_name(number), *piece) for number, piece in enumerate(journal['pieces'])]
 
     def check_pieces(self, pieces):
-        """UserError where a piece is missing or has another size. Its part then starts anew."""
-        for path, tokens, _ in pieces:
-            if not path.is_file() or path.stat().st_size != tokens * self.dtype.itemsize:
+        """UserError where a piece is missing or damaged. Its part then starts anew."""
+        for path, tokens, digest in pieces:
+            size = tokens * self.dtype.itemsize
+            if not path.is_file() or path.stat().st_size != size or not hash_start(path, size, digest):
                 (path.parent / 'journal.json').unlink(missing_ok=True)
                 raise UserError(f'{path} is missing or damaged; run --part={path.parent.name.replace("_of_", "/")} again, '
                                 f'which starts from the beginning')

@@ -45,6 +45,12 @@ def test_a_ramp_goes_on_where_it_was():
     assert [step for _, step in zip(range(25), resumed)] == plan[15:]
 
 
+def test_a_ramp_that_the_ranks_cannot_share_is_refused_with_one_that_they_can():
+    with pytest.raises(UserError, match='over 8 ranks') as error:
+        BatchSchedule(40, 12, 1024, 8, ramp_start=60 * 1024, ramp_tokens=10 ** 7)
+    BatchSchedule(40, 12, 1024, 8, ramp_start=int(str(error.value).split('=')[-1]), ramp_tokens=10 ** 7)
+
+
 @pytest.mark.parametrize('start', [100, 64 * 200, 64 * 5])
 def test_a_ramp_that_does_not_fit_the_batch_is_refused_with_one_that_does(start):
     with pytest.raises(UserError, match='batch_ramp_start') as error:

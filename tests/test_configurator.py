@@ -101,7 +101,7 @@ def test_a_setting_named_at_its_default_counts_as_an_override(script):
 
 def test_bare_names_are_found_in_config():
     assert configurator.find_config('eval_gpt2').name == 'eval_gpt2.py'
-    for name in ('train_shakespear_char', 'train_shakespeare'):
+    for name in ('train_shakespear_char', 'train_shakespeare_chars'):
         with pytest.raises(UserError, match='did you mean train_shakespeare_char'):
             configurator.find_config(name)
 

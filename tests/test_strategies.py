@@ -1,13 +1,17 @@
 """Whole runs of train.py over several ranks: every strategy and both kinds of checkpoint against one process."""
 
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from engine import run_folder
-from harness import Workspace
+from harness import Workspace, torchrun_options
+from launcher import script_environment
 
 # 12 micro-batches of one sequence divide over 1, 2, 3 and 4 ranks, and dropout is the same in each.
 SHARED = ('--gradient_accumulation_steps=12', '--batch_size=1', '--lr_decay_iters=30', '--eval_interval=10', '--eval_iters=3')
@@ -117,7 +121,7 @@ def test_a_damaged_sharded_state_falls_back_to_the_one_before(place, sharded, tm
     shutil.copytree(sharded, out_dir)
     harm(out_dir / 'state')
     state, notes = run_folder.load_state(out_dir)
-    assert state['iter_num'] == 5 and len(notes) == 1 and words in notes[0]
+    assert state['iter_num'] == 5 and len(notes) == 1 and words in notes[0] and notes[0].count('cannot be read') == 1
     result = train(place, str(out_dir), '--init_from=resume', '--max_iters=10', '--checkpoint=sharded', strategy='fsdp')
     assert 'from iteration 5' in result.stdout and (out_dir / 'state.damaged').is_dir()
     for name in ('state', 'state.prev'):            # the damaged one was not kept as the one before
@@ -140,6 +144,9 @@ def test_weights_that_are_not_finite_are_not_saved_by_any_rank(place, sharded, t
 @pytest.mark.parametrize('flags, words', [
     (('--strategy=zero',), "strategy='zero' is unknown; try 'ddp' or 'fsdp' or 'hsdp'"),
     (('--strategy=fsdp', '--dtype=float16'), 'strategy=fsdp does not scale the loss, which float16 needs'),
+    (('--strategy=fsdp', '--sample_tokens=20'), 'sample_tokens and eval_tasks read the whole model'),
+    (('--strategy=fsdp', '--eval_tasks=exact'), 'sample_tokens and eval_tasks read the whole model'),
+    (('--checkpoint=sharded', '--always_save_checkpoint=False'), 'checkpoint=sharded keeps the last model'),
     (('--strategy=fsdp', '--optimizer=muon'), 'Muon multiplies whole matrices, and strategy=fsdp gives a rank a part of each'),
     (('--reduce_dtype=bfloat16',), 'reduce_dtype=bfloat16 takes NCCL under ddp'),
     (('--checkpoint=none',), "checkpoint='none' is unknown; try 'gathered' or 'sharded'"),
@@ -187,3 +194,49 @@ def test_weights_of_others_are_shared_out_by_rank_0(place):
     for out_dir, options in (('tuned', dict(ranks=1)), ('tuned-fsdp', dict(strategy='fsdp'))):
         train(place, out_dir, '--init_from=weights', '--max_iters=4', **options)
     assert curve(place, 'tuned-fsdp') == pytest.approx(curve(place, 'tuned'), rel=1e-5) and len(curve(place, 'tuned')) == 6
+
+
+def limited(place, out_dir, *flags, kilobytes, ranks):
+    """train.py in Pythons of their own that may write no file above so many kB, as on a full disk."""
+    command = f'ulimit -f {kilobytes}; exec {shlex.join([sys.executable, *(torchrun_options(ranks) if ranks > 1 else ()), "train.py"])} ' \
+              + shlex.join([*place.flags(out_dir), *SHARED, *flags])
+    return subprocess.run(['bash', '-c', command], cwd=place.folder, text=True, capture_output=True, timeout=120,
+                          env=script_environment())
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_sharded_save_on_a_full_disk_ends_in_one_line_and_keeps_the_state_before(place, sharded, tmp_path, ranks):
+    out_dir = tmp_path / 'out'
+    shutil.copytree(sharded, out_dir)
+    before = {path: path.read_bytes() for path in sorted((out_dir / 'state').iterdir())}
+    result = limited(place, str(out_dir), '--init_from=resume', '--checkpoint=sharded', '--max_iters=12', kilobytes=60, ranks=ranks)
+    lines = [line for line in result.stderr.splitlines() if line.startswith('train.py:')]
+    assert result.returncode == 1 and lines and all('could not be written' in line and 'make room' in line for line in lines)
+    assert 'CheckpointException' not in result.stderr          # torchrun's own traceback may be there
+    assert {path: path.read_bytes() for path in sorted((out_dir / 'state').iterdir())} == before
+
+
+def test_a_refused_command_leaves_the_run_that_it_would_replace(place):
+    train(place, 'kept', '--max_iters=2', ranks=1)
+    before = (place.folder / 'kept' / 'state.pt').read_bytes()
+    result = place.launcher.run('train.py', *place.flags('kept'), '--overwrite=True', '--eval_tasks=no-such-task')
+    assert result.codes == [2] and (place.folder / 'kept' / 'state.pt').read_bytes() == before
+
+
+def test_a_run_that_becomes_not_finite_finishes_the_save_in_flight(place):
+    result = place.launcher.run('train.py', *place.flags('flight'), *SHARED, '--strategy=fsdp', '--checkpoint=sharded', ranks=2,
+                                fault=dict(kind='not finite', what='loss', iteration=0, micro_steps=6))
+    assert result.codes == [1, 1] and 'iteration 0: loss nan' in result.stderr
+    assert run_folder.load_state(place.folder / 'flight')[0]['iter_num'] == 0
+
+
+def test_nanogpt_gets_a_sharded_run_with_its_moments(place, sharded):
+    place.run('export.py', str(sharded), 'for-nanogpt', '--to=nanogpt')
+    saved = torch.load(place.folder / 'for-nanogpt' / 'ckpt.pt', weights_only=True)
+    train(place, 'for-comparison', '--max_iters=10', ranks=1)
+    expected = torch.load(place.folder / 'for-comparison' / 'state.pt', weights_only=True)
+    for name, value in expected['model'].items():
+        torch.testing.assert_close(saved['model'][name], value, rtol=0, atol=1e-5)
+    for index, moment in expected['optimizer']['state'].items():
+        for name, value in moment.items():
+            torch.testing.assert_close(saved['optimizer']['state'][index][name], value, rtol=0, atol=1e-5)
