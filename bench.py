@@ -92,7 +92,8 @@ def print_times(seconds, amount, unit):
 def build(env, vocab_size):
     """The model, and transformers' reference model with its precision, or None and None."""
     torch.manual_seed(seed)
-    on_meta = not env.is_main and bench == 'train' and parallel.check_strategy(strategy, 'float32', env)    # rank 0 shares its weights
+    # Of a sharded model, rank 0 gives the others their parts.
+    on_meta = not env.is_main and bench == 'train' and parallel.check_strategy(strategy, 'float32', env)
     with torch.device('meta' if on_meta else env.device):
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
     reference = reference_dtype = None

@@ -48,7 +48,7 @@ sample_tokens = 0                   # length of a sample printed at each evaluat
 sample_prompt = '\n'                # text that the sample continues
 eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
 eval_tasks_interval = 0             # iterations between such scores; 0: at every evaluation
-eval_tasks_limit = 0                # examples of each task, from the first on; 0 for all. 1,000 tell an accuracy of 0.29 from 0.33
+eval_tasks_limit = 0                # examples of each task, from the first on; 0: all. 1,000 tell 0.29 from 0.33
 eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
 patience = 0                        # evaluations without a better val loss after which the run ends; 0 never ends it
 health_interval = 0                 # iterations between measurements of each layer, printed and logged; 0 measures none
@@ -205,8 +205,8 @@ def start_run(saved, data, overrides, env):
     with env.raise_on_all_ranks():
         sharded = parallel.check_strategy(strategy, reduce_dtype, env, optimizer)
         if sharded and (sample_tokens or eval_tasks):
-            raise UserError(f'sample_tokens and eval_tasks read the whole model, and strategy={strategy} gives a rank a part; try '
-                            f"--sample_tokens=0 --eval_tasks=''")
+            raise UserError(f'sample_tokens and eval_tasks read the whole model, and strategy={strategy} gives a rank a part; '
+                            f"try --sample_tokens=0 --eval_tasks=''")
         # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
         model = None if sharded and not env.is_main else build_model(saved, data, overrides)
     shape = model.config if model else None
@@ -230,7 +230,9 @@ def start_run(saved, data, overrides, env):
         if saved and 'sharded' in saved:
             saved = sharded_checkpoint.load(saved, model, built, env)
         optim.load_state_dict(built, scaler, saved or {})
-        scorer = TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar) if eval_tasks else None
+        scorer = None
+        if eval_tasks:
+            scorer = TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar)
     for note in scorer.notes if scorer else ():
         print0(f'note: {note}')
     run = Run(model, wrapped_model, built, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
@@ -240,8 +242,9 @@ def start_run(saved, data, overrides, env):
     if env.is_main and not eval_only:
         run_folder.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, config, env)
-        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0, wandb_log and dict(
-            project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow'), (saved or {}).get('wandb_id'))
+        wandb_run = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow')
+        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0,
+                                   wandb_log and wandb_run, (saved or {}).get('wandb_id'))
     return run
 
 
@@ -273,13 +276,14 @@ def main(overrides):
     tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
     print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
            f'{batch_schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
-           f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; {max(max_iters, progress.iter_num):,} iterations read '
-           f'{short_number(tokens)}, {tokens / len(data.tokens["train"]):.3g} epochs')
+           f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; '
+           f'{max(max_iters, progress.iter_num):,} iterations read {short_number(tokens)}, {tokens / len(data.tokens["train"]):.3g} epochs')
     iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
     batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
-                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.', before_error=run.wait_for_save,
+                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
+                  before_error=run.wait_for_save,
                   health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
     env.catch_signals()
 
@@ -289,7 +293,7 @@ def main(overrides):
         if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
             losses, scores = estimate_loss(run, data, env), {}
-            if losses and run.scorer and (progress.iter_num % (eval_tasks_interval or eval_interval) == 0 or progress.iter_num >= max_iters):
+            if losses and run.scores_are_due(eval_tasks_interval or eval_interval, max_iters):
                 scores = run.scorer(run.model, env)
             run.wrapped_model.train()
             if losses is None or scores is None:

@@ -30,8 +30,8 @@ def check_config(config):
         divisor = max(n for n in range(1, config.n_head + 1) if config.n_head % n == 0 and n <= config.kv_heads)
         raise UserError(f'n_head={config.n_head} does not divide over n_kv_head={config.kv_heads}; try --n_kv_head={divisor}')
     if config.position == 'rotary' and config.head_size % 2:
-        raise UserError(f'position=rotary turns pairs of channels, and n_embd={config.n_embd} over n_head={config.n_head} '
-                        f'gives {config.head_size} in each head; try --n_embd={2 * config.n_embd}')
+        raise UserError(f'rotary positions need an even head size, and n_embd={config.n_embd} over n_head={config.n_head} is '
+                        f'{config.head_size}; try --n_embd={2 * config.n_embd}')
 
 
 def check_weights(model, weights):

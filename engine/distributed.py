@@ -78,7 +78,8 @@ class Environment:
         if self.world_size == 1:
             return 'python'
         machines = self.world_size // self.local_world_size
-        return f'torchrun --nproc_per_node={self.local_world_size} ' + (f'--nnodes={machines} ...' if machines > 1 else '--standalone')
+        where = f'--nnodes={machines} ...' if machines > 1 else '--standalone'
+        return f'torchrun --nproc_per_node={self.local_world_size} {where}'
 
     def autocast(self):
         return devices.autocast(self.device, self.dtype)

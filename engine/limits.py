@@ -47,14 +47,15 @@ def check_training(settings, combinations=True):
     if combinations and bool(settings['batch_ramp_start']) != bool(settings['batch_ramp_tokens']):
         raise UserError('a batch ramp takes both batch_ramp_start and batch_ramp_tokens')
     if combinations and settings['health_interval'] and settings['strategy'] != 'ddp':
-        raise UserError(f'health_interval measures whole layers, and strategy={settings["strategy"]} gives a rank a part of each; '
+        raise UserError(f'health_interval measures whole layers, and strategy={settings["strategy"]} gives a rank a part; '
                         f'try --health_interval=0, or --strategy=ddp')
     if combinations and settings['checkpoint'] == 'sharded' and not settings['always_save_checkpoint']:
         raise UserError('checkpoint=sharded keeps the last model, and always_save_checkpoint=False wants the best one; try '
                         '--always_save_checkpoint=True, or --checkpoint=gathered')
     if combinations and settings['decay_lr'] and settings['warmup_iters'] >= settings['lr_decay_iters']:
-        raise UserError(f'warmup_iters={settings["warmup_iters"]} leaves nothing of lr_decay_iters={settings["lr_decay_iters"]}; try '
-                        f'--decay_lr=False, or --warmup_iters={settings["max_iters"] // 10} --lr_decay_iters={settings["max_iters"]}')
+        max_iters = settings['max_iters']
+        raise UserError(f'warmup_iters={settings["warmup_iters"]} leaves nothing of lr_decay_iters={settings["lr_decay_iters"]}; '
+                        f'try --decay_lr=False, or --warmup_iters={max_iters // 10} --lr_decay_iters={max_iters}')
     if combinations and settings['decay_lr'] and settings['min_lr'] > settings['learning_rate']:
         raise UserError(f'min_lr={settings["min_lr"]} is above learning_rate={settings["learning_rate"]}; '
                         f'try --min_lr={settings["learning_rate"] / 10:g}')

@@ -28,13 +28,14 @@ class StepLog:
     tokens: of training so far. flops_per_token: of one token's forward and backward pass. health: a HealthMonitor.
     """
 
-    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice='', before_error=lambda: None, health=None):
+    def __init__(self, env, writer, print_line, *, tokens, flops_per_token, log_interval, max_iters, advice='',
+                 before_error=lambda: None, health=None):
         self.env, self.writer, self.print_line = env, writer, print_line
         self.tokens, self.flops_per_token = tokens, flops_per_token
         self.log_interval, self.max_iters, self.health = log_interval, max_iters, health
         self.advice, self.before_error = advice, before_error
         self.stop_signal = 0                            # number of a signal that reached any rank
-        self.pending = deque()                          # (iteration, names, function that waits for values, tokens, host numbers)
+        self.pending = deque()                          # (iteration, names, reader of values, tokens, host numbers)
         self.seconds_per_iter = None                    # smoothed, for the time that is left
         self.lines = self.skipped_steps = 0
         self.peak = None

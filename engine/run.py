@@ -72,6 +72,9 @@ class Run:
         iter_num = self.progress.iter_num
         return self.progress.last_eval != iter_num and (iter_num % eval_interval == 0 or iter_num >= max_iters)
 
+    def scores_are_due(self, interval, max_iters):
+        return self.scorer and (self.progress.iter_num % interval == 0 or self.progress.iter_num >= max_iters)
+
     def is_out_of_patience(self, eval_interval, patience):
         """True at an evaluation where the last `patience` ones, at multiples of eval_interval, did not improve the best
         val loss. 0 is never."""
@@ -120,8 +123,8 @@ class Run:
         """
         progress, out_dir = self.progress, shlex.quote(self.out_dir)
         if stop_signal and not read_only:
-            print_line(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: {env.launcher} '
-                       f'train.py --init_from=resume --out_dir={out_dir}{resume_flags}')
+            print_line(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: '
+                       f'{env.launcher} train.py --init_from=resume --out_dir={out_dir}{resume_flags}')
         elif self.writer:
             if progress.iter_num < max_iters:
                 print_line('stopped early, as the val loss did not improve; go on with more --patience, or with --patience=0')
@@ -144,7 +147,8 @@ class TaskScorer:
 
     def __init__(self, names, folder, limit, tokenizer, model, progress):
         self.progress = progress
-        self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size, limit, progress)
+        self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size,
+                                                    limit, progress)
         self.notes = [f'{task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}'
                       for task in self.tasks if task.skipped]
 

@@ -181,7 +181,8 @@ def load(saved, model, optimizer, env):
         index, _, moment = rest.partition('.')
         if kind == 'optimizer' and index.isdecimal() and int(index) < len(parameters):
             tensors[name] = moments.setdefault(int(index), {})[moment] = torch.zeros_like(parameters[int(index)].detach())
-    different = {name for name, tensor in tensors.items() if tuple(tensor.shape) != sizes.get(name)} | (sizes.keys() - tensors.keys())
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    different = {name for name in expected.keys() | sizes.keys() if expected.get(name) != sizes.get(name)}
     if different:
         advice = ('the model has another shape; block_size cannot change with --checkpoint=sharded'
                   if any(name.startswith('model.') for name in different) else 'the run had another --optimizer')
