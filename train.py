@@ -28,8 +28,7 @@ from engine.health import HealthMonitor
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
 from engine.run import Progress, Run, TaskScorer
-from engine.tokenizer import GPT2, same_tokens
-from engine.tokenizer_files import pretrained_spec
+from engine.tokenizer_files import check_same_tokens
 from model import GPT, GPTConfig
 
 # input and output
@@ -182,11 +181,8 @@ def build_model(saved, data, overrides):
         shape = {name: globals()[name] for name in SHAPE}
         return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
-    spec = None if saved else pretrained_spec(init_from)
-    if (spec and not same_tokens(spec, data.tokenizer)
-            or not (saved or spec) and data.tokenizer['tokenizer'] == 'char' and data.vocab_size != model.config.vocab_size):
-        raise UserError(f'the tokens of {dataset} are not those of {init_from}; prepare its text with '
-                        f'data/text/prepare.py --tokenizer={"gpt2" if spec in (None, GPT2) else init_from}')
+    if not saved:
+        check_same_tokens(init_from, model.config.vocab_size, dataset, data.tokenizer)
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
     for name in SHAPE:
@@ -230,11 +226,7 @@ def start_run(saved, data, overrides, env):
         if saved and 'sharded' in saved:
             saved = sharded_checkpoint.load(saved, model, built, env)
         optim.load_state_dict(built, scaler, saved or {})
-        scorer = None
-        if eval_tasks:
-            scorer = TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar)
-    for note in scorer.notes if scorer else ():
-        print0(f'note: {note}')
+        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar, print0)
     run = Run(model, wrapped_model, built, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
               dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint), scorer)
     if checkpoint == 'sharded' and not eval_only:

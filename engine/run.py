@@ -142,15 +142,16 @@ class TaskScorer:
     """The tasks of evaluate.py, scored between steps. It moves no random numbers and leaves the model in evaluation mode.
 
     names, folder, limit: of evals.load_tasks. tokenizer: a spec. progress: wraps (text, items, total), as tqdm does.
-    notes: lines for the person. Raises UserError for what cannot be scored.
+    print_line: for a note on what is left out. Raises UserError for what cannot be scored.
     """
 
-    def __init__(self, names, folder, limit, tokenizer, model, progress):
+    def __init__(self, names, folder, limit, tokenizer, model, progress, print_line):
         self.progress = progress
         self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size,
                                                     limit, progress)
-        self.notes = [f'{task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}'
-                      for task in self.tasks if task.skipped]
+        for task in self.tasks:
+            if task.skipped:
+                print_line(f'note: {task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}')
 
     def __call__(self, model, env):
         """{'hellaswag_acc': 0.29, ...} over all ranks, or None if a signal reached any rank."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine import hf_tokenizer
 from engine.errors import RunError, UserError
 from engine.hf_tokenizer import HFTokenizer
-from engine.tokenizer import END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, char_spec, check_spec, load_gpt2_encoding, read_meta
+from engine.tokenizer import END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, char_spec, check_spec, load_gpt2_encoding, read_meta, same_tokens
 
 END = '<|endoftext|>'
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'tekken.json')
@@ -41,6 +41,17 @@ def pretrained_spec(source):
         return GPT2
     folder, revision = find_folder(source)
     return spec_of_files(folder, source, revision) if has_vocabulary(folder) else None
+
+
+def check_same_tokens(source, vocab_size, dataset, spec):
+    """UserError where the weights `source`, with vocab_size tokens, were trained on other tokens than a dataset has.
+
+    dataset, spec: its name and its tokenizer's spec. Without a tokenizer beside the weights only characters are told apart.
+    """
+    known = pretrained_spec(source)
+    if (not same_tokens(known, spec) if known else spec['tokenizer'] == 'char' and spec['vocab_size'] != vocab_size):
+        raise UserError(f'the tokens of {dataset} are not those of {source}; prepare its text with '
+                        f'data/text/prepare.py --tokenizer={"gpt2" if known in (None, GPT2) else source}')
 
 
 def named_spec(source):

@@ -280,7 +280,7 @@ def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
     (dict(n_kv_head=True), 'n_kv_head=True should be'), (dict(n_inner=2.5), 'n_inner=2.5 should be a whole number'),
     (dict(rope_theta=0), 'rope_theta=0 should be'), (dict(norm=['rmsnorm']), 'norm='),
     (dict(position=torch.ones(2)), 'position='),
-    (dict(position='rotary', n_embd=36), 'gives 9 in each head; try --n_embd=72')])
+    (dict(position='rotary', n_embd=36), 'is 9; try --n_embd=72')])
 def test_an_impossible_option_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         tiny_gpt(**changes)
