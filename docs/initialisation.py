@@ -93,11 +93,11 @@ def draw(variances, losses, layers):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
     for i, name in enumerate(VARIANTS):
         if (name, layers[-1]) in variances:
-            left.semilogy([value / variances[name, layers[-1]][0] for value in variances[name, layers[-1]]], f'C{i}', label=name)
+            left.semilogy(variances[name, layers[-1]], f'C{i}', label=name)
         values = [losses[name, n_layer] for n_layer in layers]
         right.errorbar(range(len(layers)), [mean(v) for v in values], [stdev(v) if len(v) > 1 else 0 for v in values],
                        color=f'C{i}', marker='o', capsize=3, label=name)
-    left.set(xlabel='block', ylabel='mean square of the residual stream / at its start', title=f'{layers[-1]} layers of {WIDE}')
+    left.set(xlabel='block', ylabel='mean square of the residual stream', title=f'{layers[-1]} layers of {WIDE}')
     right.set(xticks=range(len(layers)), xticklabels=layers, xlabel='layers', ylabel='val loss, nats per character',
               title=f'{n_embd} wide, {iters} iterations, {seeds} seeds')
     for axes in (left, right):
@@ -115,8 +115,9 @@ def main():
     same_at_768 = [name for name in VARIANTS if not name.endswith('by width')]
     variances = {(name, n_layer): stream_variances(build(name, n_layer, 0, WIDE, data.vocab_size), idx)
                  for n_layer in layers for name in same_at_768}
-    print_table(['mean square at the end / at the start', *map(str, layers)],
-                [[name, *(f'{variances[name, n][-1] / variances[name, n][0]:,.1f}' for n in layers)] for name in same_at_768])
+    print0(f'mean square of what the first block reads: {variances["GPT-2", layers[0]][0]:.5f}')
+    print_table(['mean square after the last block', *map(str, layers)],
+                [[name, *(f'{variances[name, n][-1]:.5f}' for n in layers)] for name in same_at_768])
     losses = {(name, n_layer): [] for name in VARIANTS for n_layer in layers}
     for seed in range(seeds):
         for name, n_layer in losses:

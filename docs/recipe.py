@@ -36,7 +36,7 @@ GPT2 = '''config/train_shakespeare_char.py --device=cpu --compile=False --eval_i
 FAST = ['config/train_shakespeare_fast.py']
 ABLATION = {'all parts': '', 'AdamW for Muon': '--optimizer=adamw --learning_rate=3e-3', 'learned positions': '--position=learned',
             'no QK-norm': '--qk_norm=False', 'GELU': '--activation=gelu', 'tied head': '--tied=True', 'no softcap': '--softcap=0',
-            'no zero_init': '--zero_init=False', 'cosine': '--lr_schedule=cosine'}
+            'no zero_init': '--zero_init=False', 'constant, then linear over 40%': '--lr_schedule=wsd'}
 
 
 def start(name, arguments, seed):
@@ -102,7 +102,7 @@ def compare():
 
 def ablate():
     short = [*FAST, '--sample_tokens=0', f'--max_iters={iters}', f'--lr_decay_iters={iters}', f'--eval_interval={iters}',
-             f'--cooldown_iters={iters * 2 // 5}']
+             f'--cooldown_iters={max(1, iters * 2 // 5)}']
     losses = {name: [] for name in ABLATION}
     for n in range(seed, seed + seeds):
         for name, flags in ABLATION.items():
