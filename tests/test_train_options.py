@@ -10,16 +10,16 @@ def flags(workspace, out_dir, *more):
 
 
 def test_a_modern_run_with_muon_resumes_exactly(workspace):
-    workspace.run('train.py', *flags(workspace, 'out-straight'))
-    workspace.run('train.py', *flags(workspace, 'out-stopped', '--max_iters=10'))
-    workspace.run('train.py', '--init_from=resume', '--out_dir=out-stopped', '--max_iters=20', '--device=cpu', '--compile=False')
-    straight, stopped = workspace.records('out-straight'), workspace.records('out-stopped')
+    workspace.run('train.py', *flags(workspace, 'out-modern'))
+    workspace.run('train.py', *flags(workspace, 'out-modern-stopped', '--max_iters=10'))
+    workspace.run('train.py', '--init_from=resume', '--out_dir=out-modern-stopped', '--max_iters=20', '--device=cpu', '--compile=False')
+    straight, stopped = workspace.records('out-modern'), workspace.records('out-modern-stopped')
     assert stopped[-1] == straight[-1] and straight[-1]['val_loss'] < 2
 
 
 def test_a_resumed_run_keeps_its_optimizer_and_may_read_further(workspace):
-    workspace.run('train.py', *flags(workspace, 'out-kept', '--max_iters=5'))
-    resume = ['train.py', '--init_from=resume', '--out_dir=out-kept', '--max_iters=6', '--device=cpu', '--compile=False']
+    workspace.run('train.py', *flags(workspace, 'out-modern-kept', '--max_iters=5'))
+    resume = ['train.py', '--init_from=resume', '--out_dir=out-modern-kept', '--max_iters=6', '--device=cpu', '--compile=False']
     result = workspace.run(*resume, '--optimizer=adamw', code=2)
     assert result.stderr.count('\n') == 1 and 'trained with optimizer=muon' in result.stderr
     result = workspace.run(*resume, '--block_size=40', '--tied=True')
@@ -28,7 +28,7 @@ def test_a_resumed_run_keeps_its_optimizer_and_may_read_further(workspace):
 
 
 def test_two_ranks_train_a_modern_shape_with_muon_as_one(workspace):
-    workspace.run('train.py', *flags(workspace, 'out-one', '--dropout=0'))
-    workspace.run('train.py', *flags(workspace, 'out-two', '--dropout=0'), ranks=2)
-    for one, two in zip(workspace.records('out-one'), workspace.records('out-two'), strict=True):
+    workspace.run('train.py', *flags(workspace, 'out-modern-one', '--dropout=0'))
+    workspace.run('train.py', *flags(workspace, 'out-modern-two', '--dropout=0'), ranks=2)
+    for one, two in zip(workspace.records('out-modern-one'), workspace.records('out-modern-two'), strict=True):
         assert two == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
