@@ -97,7 +97,8 @@ def write_config(config, kind):
 # Weights
 
 def names_in(kind, n_layer):
-    """{our name: their names}; their weights, one below the other, are ours. GPT-2 needs no table: it has our names."""
+    """{name in GPT: names in transformers}. The weights of those names, one below the other, make the one weight of GPT.
+    GPT-2 needs no table, as its names are the same."""
     layer = {'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm'], 'attn.q_norm': ['self_attn.q_norm'],
              'attn.k_norm': ['self_attn.k_norm'], 'attn.c_attn': [f'self_attn.{part}_proj' for part in 'qkv'],
              'attn.c_proj': ['self_attn.o_proj'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
@@ -105,55 +106,55 @@ def names_in(kind, n_layer):
         layer.update({'mlp.c_fc': ['mlp.fc1'], 'mlp.c_proj': ['mlp.fc2']})
     names = {'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head']}
     for i in range(n_layer):
-        names.update({f'transformer.h.{i}.{ours}': [f'model.layers.{i}.{name}' for name in theirs]
-                      for ours, theirs in layer.items()})
-    return {f'{ours}.weight': [f'{name}.weight' for name in theirs] for ours, theirs in names.items()}
+        names.update({f'transformer.h.{i}.{own}': [f'model.layers.{i}.{name}' for name in hf_names]
+                      for own, hf_names in layer.items()})
+    return {f'{own}.weight': [f'{name}.weight' for name in hf_names] for own, hf_names in names.items()}
 
 
 def swap_halves(weight, head_size):
     """Queries or keys, (H D, C), with the two halves of each head's channels in the other order. NanoChat turns
-    pairs of channels the other way round, which is the same as our way for swapped channels."""
+    pairs of channels the other way round, which is the same for swapped channels."""
     return weight.view(-1, 2, head_size // 2, weight.size(1)).flip(1).reshape(weight.shape)
 
 
-def read_weights(kind, theirs, n_layer, head_size):
-    """Our weights of a state_dict of transformers. UserError where it has one that GPT does not have."""
+def read_weights(kind, hf_weights, n_layer, head_size):
+    """The weights of GPT, {name: tensor}, of a state_dict of transformers. UserError where it has one that GPT does not have."""
     if kind == 'gpt2':
         return {name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-                for name, tensor in theirs.items() if not name.endswith(('.attn.bias', '.masked_bias'))}
-    weights, left = {}, dict(theirs)
-    for ours, names in names_in(kind, n_layer).items():
+                for name, tensor in hf_weights.items() if not name.endswith(('.attn.bias', '.masked_bias'))}
+    weights, left = {}, dict(hf_weights)
+    for own, names in names_in(kind, n_layer).items():
         if all(name in left for name in names):         # a missing weight is reported by GPT.from_weights
             parts = [left.pop(name) for name in names]
             if kind == 'nanochat' and len(parts) == 3:
                 parts[:2] = [swap_halves(part, head_size) for part in parts[:2]]
-            weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            weights[own] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if left:
         raise UserError(f'its weight {min(left)} has no place in a {kind} here')
     return weights
 
 
 def write_weights(kind, weights, shapes, head_size, n_layer):
-    """Their weights, as in `shapes` {name: shape}, of our state_dict. GPT-2 there always has biases, which are
-    zeros if ours has none. UserError where either has a weight that the other lacks."""
-    theirs, left = {}, dict(weights)
+    """The weights that transformers loads, with the names in `shapes` {name: shape}, of a GPT's state_dict. GPT-2 there
+    always has biases, which are zeros if GPT has none. UserError where either has a weight that the other lacks."""
+    hf_weights, left = {}, dict(weights)
     if kind == 'gpt2':
         for name, shape in shapes.items():
             if name in left:
                 weight = left.pop(name)
-                theirs[name] = weight.t() if name.endswith(TRANSPOSED) else weight
+                hf_weights[name] = weight.t() if name.endswith(TRANSPOSED) else weight
             elif name.endswith('.bias'):
-                theirs[name] = torch.zeros(shape)
+                hf_weights[name] = torch.zeros(shape)
     else:
-        for ours, names in names_in(kind, n_layer).items():
-            if ours in left:
-                parts = left.pop(ours).split([shapes[name][0] for name in names])
+        for own, names in names_in(kind, n_layer).items():
+            if own in left:
+                parts = left.pop(own).split([shapes[name][0] for name in names])
                 if kind == 'nanochat' and len(parts) == 3:
                     parts = [*(swap_halves(part, head_size) for part in parts[:2]), parts[2]]
-                theirs.update(zip(names, parts))
+                hf_weights.update(zip(names, parts))
     title = 'GPT-2' if kind == 'gpt2' else kind
     if left:
         raise UserError(f"transformers' {title} has no weight {min(left)}")
-    if missing := sorted(set(shapes) - set(theirs)):
+    if missing := sorted(set(shapes) - set(hf_weights)):
         raise UserError(f'the model has no weight {missing[0]}, which a {title} of transformers needs')
-    return theirs
+    return hf_weights

@@ -104,7 +104,7 @@ class StepLog:
 def short_number(count):
     """1234567 as '1.23M'."""
     for limit, unit in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-        if count >= limit:
+        if count >= 0.9995 * limit:                     # what rounds to 1000 of a unit is 1 of the next
             return f'{count / limit:.3g}{unit}'
     return str(count)
 

@@ -200,3 +200,9 @@ def test_a_fifo_in_the_place_of_the_metrics_warns_and_is_not_waited_for(tmp_path
     warnings = []
     write_run(tmp_path, 0, False, 3, warnings)
     assert len(warnings) == 1 and 'it is not a regular file' in warnings[0]
+
+
+@pytest.mark.parametrize('count, text', [(999, '999'), (1000, '1k'), (9990, '9.99k'), (999_400, '999k'), (999_936, '1M'),
+                                         (1_234_567, '1.23M'), (3_840_000_000, '3.84B')])
+def test_large_counts_have_three_digits_and_a_unit(count, text):
+    assert metrics.short_number(count) == text
