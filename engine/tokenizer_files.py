@@ -11,7 +11,7 @@ from pathlib import Path
 from engine import hf_tokenizer
 from engine.errors import RunError, UserError
 from engine.hf_tokenizer import HFTokenizer
-from engine.tokenizer import END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, char_spec, check_spec, load_gpt2_encoding, read_meta, same_tokens
+from engine.tokenizer import END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, check_spec, load_gpt2_encoding, read_meta, same_tokens
 
 END = '<|endoftext|>'
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'tekken.json')

@@ -284,9 +284,9 @@ def test_muon_agrees_with_pytorchs_where_a_weight_is_one_matrix():
     model, reference = tiny_gpt(), tiny_gpt()
     optimizer, names = new_optimizer(model, name='muon'), ('attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
     matrices = [p for name, p in reference.named_parameters() if name.endswith(names)]
-    theirs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
+    pytorchs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
     for _ in range(3):
-        for m, o in ((model, optimizer), (reference, theirs)):
+        for m, o in ((model, optimizer), (reference, pytorchs)):
             backward(m)
             o.step()
             m.zero_grad()

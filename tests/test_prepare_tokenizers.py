@@ -88,13 +88,13 @@ def save_tokenizer(path, eos='</s>', size=None):
 
 
 def test_the_tokenizer_of_a_folder_encodes_whole_documents(workspace, folder):
-    save_tokenizer(folder / 'theirs')
-    prepare(workspace, '--tokenizer=theirs')
-    reference = transformers.AutoTokenizer.from_pretrained(folder / 'theirs')
+    save_tokenizer(folder / 'foreign')
+    prepare(workspace, '--tokenizer=foreign')
+    reference = transformers.AutoTokenizer.from_pretrained(folder / 'foreign')
     for split in ('train', 'val'):
         expected = [i for part, text in split_documents() if part == split for i in [*reference(text).input_ids, 2]]
         assert tokens(folder, split) == expected
-    assert read_meta(folder / 'data' / 'mine')['tokenizer_name'] == 'theirs'
+    assert read_meta(folder / 'data' / 'mine')['tokenizer_name'] == 'foreign'
 
 
 def test_another_dataset_takes_the_tokenizer_of_a_first(workspace, folder):
