@@ -49,6 +49,12 @@ def safe_pieces(texts):
     yield rest, True
 
 
+def document_pieces(texts, tokenizer):
+    """(piece, is_last) of the document that `texts` make up: safe pieces, or all of it where another tokenizer than
+    GPT-2's might encode the pieces differently."""
+    return safe_pieces(texts) if tokenizer.splits_like_gpt2 else [(''.join(texts), True)]
+
+
 def in_order(function, items, cores):
     """function(item) of each item, in their order, computed by `cores` threads (0: one per core).
 

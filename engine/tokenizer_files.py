@@ -11,7 +11,8 @@ from pathlib import Path
 from engine import hf_tokenizer
 from engine.errors import RunError, UserError
 from engine.hf_tokenizer import HFTokenizer
-from engine.tokenizer import END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, check_spec, load_gpt2_encoding, read_meta, same_tokens
+from engine.tokenizer import (END_OF_TEXT, GPT2, MAX_VOCAB_SIZE, Tokenizer, check_spec, load_gpt2_encoding, read_meta,
+                              same_tokens)
 
 END = '<|endoftext|>'
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'tekken.json')
@@ -54,13 +55,23 @@ def check_same_tokens(source, vocab_size, dataset, spec):
                         f'data/text/prepare.py --tokenizer={"gpt2" if known in (None, GPT2) else source}')
 
 
-def named_spec(source):
-    """The spec of --tokenizer=SOURCE: a folder of transformers' tokenizer files, a dataset of this project, or a hub
-    name. UserError where there is no such tokenizer, RunError where the hub is out of reach."""
+def document_tokenizer(source):
+    """The Tokenizer of --tokenizer=SOURCE for a dataset of documents, which needs a token between them."""
+    tokenizer = Tokenizer(named_spec(source))
+    if tokenizer.end_of_text is None:
+        raise UserError(f'the tokenizer {source} has no token that ends a document; name another --tokenizer=')
+    return tokenizer
+
+
+def named_spec(source, others=''):
+    """The spec of --tokenizer=SOURCE: gpt2, a folder of transformers' tokenizer files, a dataset of this project, or a
+    hub name. UserError where there is no such tokenizer, RunError where the hub is out of reach. others: to name in it."""
+    if source == 'gpt2':
+        return GPT2
     if source and Path(source, 'meta.json').is_file():
         return read_meta(Path(source))
     if not source or not Path(source).is_dir() and source.count('/') != 1:
-        raise UserError(f'tokenizer={source!r} is unknown; try --tokenizer=gpt2, --tokenizer=char, --tokenizer=bpe, a '
+        raise UserError(f'tokenizer={source!r} is unknown; try --tokenizer=gpt2, {others}a '
                         f'folder that holds a tokenizer.json, or a hub name such as openai-community/gpt2')
     folder, revision = find_folder(source)
     if not has_vocabulary(folder):

@@ -379,7 +379,8 @@ class Stoppable:
         self.whole = contents(self.folder)
         self.encode, self.encoded, self.stop_at = Tokenizer(GPT2).encode_to_numpy, [], None
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
+        self.spec, self.splits_like_gpt2 = GPT2, True
+        monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
         monkeypatch.setattr(tokenfiles, 'PIECE', 30)
 
     def encode_to_numpy(self, text):

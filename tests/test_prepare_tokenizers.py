@@ -6,8 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from test_prepare import data, load, write_jsonl  # noqa: F401
 
-from engine import textfiles
+from engine import textfiles, tokenfiles
 from engine.errors import UserError
 from engine.tokenizer import Tokenizer, read_meta
 from engine.tokenizer_files import train_bpe
@@ -95,6 +96,41 @@ def test_the_tokenizer_of_a_folder_encodes_whole_documents(workspace, folder):
         expected = [i for part, text in split_documents() if part == split for i in [*reference(text).input_ids, 2]]
         assert tokens(folder, split) == expected
     assert read_meta(folder / 'data' / 'mine')['tokenizer_name'] == 'foreign'
+
+
+@pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb_edu'])
+def test_datasets_of_documents_take_a_tokenizer(data, tmp_path, monkeypatch, dataset):      # noqa: F811
+    """The reference reads each document whole: cut as GPT-2's tokens may be, these would differ."""
+    monkeypatch.setattr(tokenfiles, 'PIECE', 20)
+    save_tokenizer(tmp_path / 'foreign')
+    texts = [f'{DOCUMENTS[i % 4]} {i}' for i in range(12)]
+    options = dict(shard_tokens=500) if dataset == 'fineweb_edu' else {}
+    load(data, dataset, monkeypatch, input=str(write_jsonl(tmp_path / 'a.jsonl', texts)), num_proc=2,
+         tokenizer=str(tmp_path / 'foreign'), **options).main()
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / 'foreign' / 'tokenizer.json'))
+    documents = [reference.encode(text, add_special_tokens=False).ids for text in texts]
+    found = {path.name: np.fromfile(path, '<u2').tolist() for path in sorted((data / dataset).glob('*.bin'))}
+    if dataset == 'fineweb_edu':
+        assert sum(found.values(), []) != [] and len(found) > 2
+        assert found['val_000000.bin'] + sum((found[name] for name in sorted(found) if name.startswith('train')), []) == [
+            i for ids in documents for i in (2, *ids)]
+    else:
+        val = [i for i in range(12) if found['val.bin'] == [*documents[i], 2]]
+        assert len(val) == 1 and found['train.bin'] == [
+            i for number, ids in enumerate(documents) if number != val[0] for i in (*ids, 2)]
+    assert read_meta(data / dataset)['tokenizer_name'] == 'foreign'
+
+
+@pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb_edu'])
+def test_a_tokenizer_without_an_end_of_text_is_refused_for_documents(data, tmp_path, monkeypatch, dataset):     # noqa: F811
+    save_tokenizer(tmp_path / 'foreign', eos=None)
+    script = load(data, dataset, monkeypatch, input=str(write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)),
+                  tokenizer=str(tmp_path / 'foreign'))
+    with pytest.raises(UserError, match='has no token that ends a document'):
+        script.main()
+    script.tokenizer = 'gpt3'
+    with pytest.raises(UserError, match="'gpt3' is unknown; try --tokenizer=gpt2, a folder"):
+        script.main()
 
 
 def test_another_dataset_takes_the_tokenizer_of_a_first(workspace, folder):

@@ -98,7 +98,8 @@ class Stoppable:
         self.path, self.folder, self.monkeypatch = write_jsonl(path, self.texts), data / 'fineweb_edu', monkeypatch
         self.script = load(data, 'fineweb_edu', monkeypatch, input=str(path), num_proc=1, shard_tokens=300)
         self.encode, self.encoded, self.stop_at = Tokenizer(GPT2).encode_to_numpy, [], None
-        monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
+        self.spec, self.splits_like_gpt2 = GPT2, True
+        monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
         monkeypatch.setattr(tokenfiles, 'PIECE', 30)
 
     def encode_to_numpy(self, text):

@@ -1,4 +1,4 @@
-"""FineWeb-Edu, or documents of your own, as shards of GPT-2 tokens, <|endoftext|> before each document.
+"""FineWeb-Edu, or documents of your own, as shards of tokens, with an end-of-text token before each document.
 
     python data/fineweb_edu/prepare.py                          # sample-10BT: 10 billion tokens, 20 GB
     python data/fineweb_edu/prepare.py --input=docs             # .parquet, .jsonl or .txt, or a folder of them
@@ -19,11 +19,12 @@ from console import print0, report_errors
 from engine import textfiles, tokenfiles
 from engine.errors import RunError, UserError
 from engine.shardwriter import ShardWriter
-from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer_files import document_tokenizer
 
 input = ''                      # .parquet or .jsonl with a field `text`, .txt as one document, or a folder
                                 # of them; '' downloads FineWeb-Edu from the Hugging Face hub
 sample = 'sample-10BT'          # sample-10BT, sample-100BT, sample-350BT, a crawl such as CC-MAIN-2024-10, or all
+tokenizer = 'gpt2'              # gpt2, a folder with a tokenizer, such as one that export.py wrote, or a hub name
 shard_tokens = 100_000_000      # tokens per shard; the last one may be shorter
 part = '0/1'                    # i/n does one of n equal parts of the work, and the last part to finish publishes
 num_proc = 0                    # cores that encode, 0 for all; the result is the same
@@ -61,7 +62,7 @@ def identify(files):
     return str([(path.name, path.resolve().name, path.stat().st_size) for path in files])
 
 
-def read_pieces(files, begin, end):
+def read_pieces(files, begin, end, encoder):
     """(document, text, begins_document) of the documents from `begin` on, up to `end`. A document is the number of
     its file and its position there."""
     for number in range(begin[0], min(end[0] + 1, len(files))):
@@ -69,7 +70,7 @@ def read_pieces(files, begin, end):
             if (number, position) >= end:
                 return
             begins = True
-            for text, _ in tokenfiles.safe_pieces(document):
+            for text, _ in tokenfiles.document_pieces(document, encoder):
                 yield (number, position), text, begins
                 begins = False
 
@@ -89,17 +90,18 @@ def main():
         raise UserError(f'part={part!r} should be i/n with i from 0 to n - 1, such as --part=0/4')
     configurator.check_range(globals(), 'shard_tokens', 1, 2 ** 40)
     number, parts = int(match[1]), int(match[2])
+    encoder = document_tokenizer(tokenizer)
     files = textfiles.find_files(input, textfiles.DOCUMENT_ENDINGS, print0) if input else download()
-    key, encode = identify(files), Tokenizer(GPT2).encode_to_numpy
+    key = identify(files)
     begin, end = (textfiles.split_position(files, i, parts) for i in (number, number + 1))
 
     def read(document):
-        yield from read_pieces(files, document or begin, end)
+        yield from read_pieces(files, document or begin, end, encoder)
         if identify(files) != key:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
 
-    writer, started = ShardWriter(FOLDER, GPT2, key, shard_tokens, number, parts, print0), time.monotonic()
-    complete = writer.write(read, encode, num_proc)
+    writer, started = ShardWriter(FOLDER, encoder.spec, key, shard_tokens, number, parts, print0), time.monotonic()
+    complete = writer.write(read, encoder.encode_to_numpy, num_proc)
     seconds, megabytes = time.monotonic() - started, writer.text_bytes / 1e6
     if megabytes:
         print0(f'{megabytes:,.0f} MB of text in {seconds:,.0f} s, {megabytes / seconds:.2f} MB/s{peak_memory()}')

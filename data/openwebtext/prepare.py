@@ -1,4 +1,4 @@
-"""OpenWebText, or documents of your own, as GPT-2 tokens, each document followed by <|endoftext|>.
+"""OpenWebText, or documents of your own, as tokens, each document followed by the end-of-text token.
 
     python data/openwebtext/prepare.py                          # downloads 24 GB, writes 18 GB
     python data/openwebtext/prepare.py --input=docs.jsonl       # or .parquet, .txt, a folder of them
@@ -20,11 +20,12 @@ import configurator
 from console import print0, report_errors
 from engine import textfiles, tokenfiles
 from engine.errors import RunError, UserError
-from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer_files import document_tokenizer
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
                     # them; '' downloads OpenWebText from the Hugging Face hub
 max_docs = 0        # documents to use, from the first on; 0 uses all
+tokenizer = 'gpt2'  # gpt2, a folder with a tokenizer, such as one that export.py wrote, or a hub name
 num_proc = 0        # cores that encode, 0 for all; the result is the same
 
 DOCUMENTS = 8_013_769               # in all of OpenWebText
@@ -45,7 +46,7 @@ def download():
                        f'if you have the parquet files, use --input=FOLDER') from None
 
 
-def read_pieces(files, counts, start, stop, val_documents):
+def read_pieces(files, counts, start, stop, val_documents, encoder):
     """(split, text, ends_document) of the documents numbered start to stop."""
     first = 0                               # the number of the file's first document
     for path, count in zip(files, counts):
@@ -54,7 +55,7 @@ def read_pieces(files, counts, start, stop, val_documents):
             documents = islice(textfiles.read_documents(path), skip, stop - first)
             for number, (_, document) in enumerate(documents, first + skip):
                 split = 'val' if number in val_documents else 'train'
-                yield from ((split, text, is_last) for text, is_last in tokenfiles.safe_pieces(document))
+                yield from ((split, text, is_last) for text, is_last in tokenfiles.document_pieces(document, encoder))
         first += count
 
 
@@ -68,6 +69,7 @@ def choose_val_documents(total):
 def main():
     if max_docs < 0 or max_docs == 1:
         raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, or 0 for all')
+    encoder = document_tokenizer(tokenizer)
     files = textfiles.find_files(input, textfiles.DOCUMENT_ENDINGS, print0) if input else download()
     before = textfiles.fingerprint(files)
     with tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1, disable=None) as bar:
@@ -80,12 +82,12 @@ def main():
     if total < 2:
         raise UserError(f'train and val need a document each, and there is {total}; to split one text, '
                         f'run: python data/text/prepare.py --input={input or "PATH"}')
-    val_documents, encode = choose_val_documents(total), Tokenizer(GPT2).encode_to_numpy
-    with tokenfiles.dataset_writer(FOLDER, GPT2, print0, key=f'{before}, {total} documents') as writer:
+    val_documents, key = choose_val_documents(total), f'{before}, {total} documents, {encoder.spec.get("tokenizer_sha256", "gpt2")}'
+    with tokenfiles.dataset_writer(FOLDER, encoder.spec, print0, key) as writer:
         if writer.documents:
             print0(f'continuing after {writer.documents:,} of {total:,} documents')
-        writer.write(read_pieces(files, counts, writer.documents, total, val_documents),
-                     encode, total, 'documents', num_proc)
+        writer.write(read_pieces(files, counts, writer.documents, total, val_documents, encoder),
+                     encoder.encode_to_numpy, total, 'documents', num_proc)
         if textfiles.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
     print0(f'{total:,} documents, {len(val_documents):,} of them held out')

@@ -22,7 +22,7 @@ import configurator
 from console import print0, report_errors
 from engine import textfiles, tokenfiles
 from engine.errors import UserError
-from engine.tokenizer import GPT2, MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
+from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
 from engine.tokenizer_files import named_spec, train_bpe
 
 input = ''              # the file or folder; hidden files in a folder are skipped
@@ -114,7 +114,7 @@ def next_command(dataset):
 
 def main():
     # A name that leads nowhere fails here, before the text is read.
-    spec = GPT2 if tokenizer == 'gpt2' else None if tokenizer in ('char', 'bpe') else named_spec(tokenizer)
+    spec = None if tokenizer in ('char', 'bpe') else named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
     if spec and spec['tokenizer'] == 'char':
         raise UserError(f'{tokenizer} has a vocabulary of characters, which may lack those of this text; try --tokenizer=char')
     configurator.check_range(globals(), 'vocab_size', 257, MAX_VOCAB_SIZE)
