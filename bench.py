@@ -25,6 +25,7 @@ from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.limits import CHOICES
 from engine.run import Progress, Run
+from engine.tokenizer import padded_vocab_size
 from model import GPT, GPTConfig
 from train import train_step            # the one script that another imports: a copy would drift
 
@@ -111,7 +112,7 @@ def bench_train(env):
     size = vocab_size
     if data:
         data.set_block_size(block_size)
-        size = 50304 if data.vocab_size == 50257 else data.vocab_size
+        size = padded_vocab_size(data.vocab_size)
     model, reference, reference_dtype = build(env, size)
     micro_steps = gradient_accumulation_steps
     wrapped_model = parallel.wrap(model, env, strategy, recompute).train()

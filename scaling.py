@@ -22,7 +22,7 @@ from engine.dataloader import TokenDataset
 from engine.errors import RunError, UserError
 from engine.files import atomic_write
 from engine.metrics import read_metrics
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, padded_vocab_size
 
 # what to train
 out_dir = 'out-scaling'                     # of one study; another dataset or batch size needs another folder
@@ -97,7 +97,7 @@ def bytes_per_token(data):
 
 def train(budget, n_layer, n_embd, data, bytes_each):
     """Train one model in a process of its own. Returns its line of the CSV."""
-    vocab_size = 50304 if data.vocab_size == 50257 else data.vocab_size
+    vocab_size = padded_vocab_size(data.vocab_size)
     parameters = scaling_laws.count_parameters(n_layer, n_embd, vocab_size, block_size)
     # As GPT.flops_per_token counts them: without the position embedding, with attention.
     flops_per_token = 6 * (parameters['total'] - parameters['position']) + 12 * n_layer * n_embd * block_size

@@ -28,6 +28,7 @@ from engine.health import HealthMonitor
 from engine.limits import check_training
 from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
 from engine.run import Progress, Run, TaskScorer
+from engine.tokenizer import padded_vocab_size
 from engine.tokenizer_files import check_same_tokens
 from model import GPT, GPTConfig
 
@@ -175,11 +176,9 @@ def estimate_loss(run, data, env):
 def build_model(saved, data, overrides):
     """The model to train: new, of a saved run, or of pretrained weights."""
     if not saved and init_from in ('scratch', 'auto'):
-        # GPT-2's 50257 tokens are padded to 50304, which multiplies faster; 65 characters are 65.
-        vocab_size = 50304 if data.vocab_size == 50257 else data.vocab_size
         torch.manual_seed(seed)
         shape = {name: globals()[name] for name in SHAPE}
-        return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
+        return GPT(GPTConfig(block_size, padded_vocab_size(data.vocab_size), dropout=dropout, **shape))
     model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
     if not saved:
         check_same_tokens(init_from, model.config.vocab_size, dataset, data.tokenizer)

@@ -149,6 +149,12 @@ def end_of_text(spec):
     return END_OF_TEXT if spec['tokenizer'] == 'gpt2' else spec.get('end_of_text')
 
 
+def padded_vocab_size(vocab_size):
+    """The vocabulary of a new model for that many tokens: GPT-2's 50257 are padded to 50304, which multiplies faster.
+    65 characters stay 65."""
+    return 50304 if vocab_size == GPT2['vocab_size'] else vocab_size
+
+
 def same_tokens(spec, other):
     """True where both specs give every text the same ids, wherever they came from."""
     return all(spec.get(key) == other.get(key) for key in ('tokenizer', 'vocab_size', 'chars', 'tokenizer_sha256'))
