@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from console import print0, progress_bar, report_errors         # before torch: see console.py
+import torch
 
 import configurator
 from engine import evals, run_folder
@@ -83,6 +84,8 @@ def main(overrides):
     configurator.check_range(globals(), 'rank_timeout', 1, 10 ** 7)
     began = time.perf_counter()
     env = start(device, dtype, timeout=rank_timeout)
+    if env.dtype == 'float32':
+        torch.set_float32_matmul_precision('highest')   # training takes TF32, which rounds to 11 bits
     print0(f'{configurator.describe_settings(overrides)}\n{env.summary}', file=sys.stderr)
     with env.raise_on_all_ranks():
         model, spec, iter_num = load_model()

@@ -25,8 +25,8 @@ from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.generate import TextSampler
 from engine.health import HealthMonitor
-from engine.limits import check_training
-from engine.metrics import MetricsWriter, StepLog, short_number, write_run_json
+from engine.limits import check_training, training_notes
+from engine.metrics import MetricsWriter, StepLog, write_run_json
 from engine.run import Progress, Run, TaskScorer
 from engine.tokenizer import padded_vocab_size
 from engine.tokenizer_files import check_same_tokens
@@ -41,9 +41,10 @@ eval_only = False                   # evaluate once, write nothing, and end
 checkpoint = 'gathered'             # gathered: ckpt.pt and state.pt, written by rank 0; sharded: a folder state/, to
                                     # which each rank writes its shards while training goes on
 always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
-init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), a model of the hub (gpt2, gpt2-medium,
+init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), a hub model (gpt2, gpt2-medium,
                                     # gpt2-large, gpt2-xl, OWNER/NAME), or a folder of Hugging Face weights
 overwrite = False                   # True replaces the run that out_dir holds
+# at evaluations; none of these changes the weights, but patience may end the run
 sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
 sample_prompt = '\n'                # text that the sample continues
 eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
@@ -63,7 +64,7 @@ sampling = 'windows'                # windows, spread evenly over the text; epoc
 documents = 'any'                   # any: a sequence starts anywhere; whole: at the start of a document
 gradient_accumulation_steps = 40    # micro-batches per iteration, over all ranks together
 batch_size = 12                     # sequences per micro-batch, at most; lower it where memory is short
-block_size = 1024                   # tokens of context
+block_size = 1024                   # tokens of context; weights of --init_from that read more are cut to it
 batch_ramp_start = 0                # tokens of the first batch, which then grows to the full one; 0 is no ramp
 batch_ramp_tokens = 0               # tokens of training over which it grows; lr_decay_iters then counts full batches
 # model; loaded weights keep their own shape
@@ -111,9 +112,10 @@ recompute = False                   # True recomputes activations in backward: l
 seed = 1337                         # of the initial weights, the batches and dropout
 rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
 
-# settings of the machine and of this command: a resumed run takes all others from its saved ones
-NOT_RESTORED = ('device', 'dtype', 'compile', 'backend', 'out_dir', 'init_from', 'overwrite', 'eval_only',
-                'rank_timeout', 'wandb_log', 'accept_dataset_change')
+# A resumed run takes its settings from the saved ones, except these of the machine and of the command. The first ones are
+# repeated in the command that a stopped run prints.
+REPEATED = ('device', 'dtype', 'compile', 'backend', 'wandb_log')
+NOT_RESTORED = (*REPEATED, 'out_dir', 'init_from', 'overwrite', 'eval_only', 'rank_timeout', 'accept_dataset_change')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'activation', 'position', 'norm', 'qk_norm', 'embedding_norm', 'n_kv_head',
          'n_inner', 'tied', 'softcap', 'zero_init')         # fields of GPTConfig, which loaded weights decide
 
@@ -188,11 +190,25 @@ def build_model(saved, data, overrides):
         value = getattr(model.config, name)
         if overrides.get(name, value) != value:
             print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
-    if overrides.get('block_size', model.config.block_size) != model.config.block_size:
-        if block_size > model.config.block_size:
-            print0(f'note: the weights have seen contexts of {model.config.block_size} tokens, and now read {block_size}')
+    context = model.config.block_size
+    if block_size != context and ('block_size' in overrides or not saved and block_size < context):
+        print0(f'note: the weights have read contexts of {context} tokens, and now read {block_size}')
         model.crop_block_size(block_size)
     return model
+
+
+def resume_or_start(overrides, env):
+    """(the saved state to go on from or None, the lock of out_dir). Takes over the settings of a saved run."""
+    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
+    if saved:
+        changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
+        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
+        if batch_ramp_start and {'batch_size', 'gradient_accumulation_steps', 'block_size'} & set(changes):
+            notes.append('the learning rate counts full batches, and the full batch has changed')
+    check_training(globals())
+    for note in notes + training_notes(globals(), saved, env):
+        print0(f'note: {note}')
+    return saved, run_lock
 
 
 def start_run(saved, data, overrides, env):
@@ -204,36 +220,37 @@ def start_run(saved, data, overrides, env):
                             f"try --sample_tokens=0 --eval_tasks=''")
         # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
         model = None if sharded and not env.is_main else build_model(saved, data, overrides)
-    shape = model.config if model else None
+    model_config = model.config if model else None
     if sharded:
-        shape = env.all_gather(shape)[0]
+        model_config = env.all_gather(model_config)[0]
         with torch.device('meta'):
-            model = model or GPT(shape)
+            model = model or GPT(model_config)
     with env.raise_on_all_ranks():
-        batch_schedule = BatchSchedule(gradient_accumulation_steps, batch_size, shape.block_size, env.world_size,
+        batch_schedule = BatchSchedule(gradient_accumulation_steps, batch_size, model_config.block_size, env.world_size,
                                        batch_ramp_start, batch_ramp_tokens)
         scaler = grad_scaler(env.device, env.dtype)
-        data.set_block_size(shape.block_size)
+        data.set_block_size(model_config.block_size)
         if saved:
             data.check_same(saved, accept_dataset_change)
-    config, progress = configurator.snapshot(globals()), Progress.of(saved, batch_schedule.full, shape.block_size)
-    config.update({name: value for name, value in asdict(shape).items() if name in config})     # as the weights have it
-    env.assert_same_on_all_ranks({**config, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
+    settings, progress = configurator.snapshot(globals()), Progress.of(saved, batch_schedule.full, model_config.block_size)
+    settings.update({name: value for name, value in asdict(model_config).items() if name in settings})      # of the weights
+    env.assert_same_on_all_ranks({**settings, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
     with env.raise_on_all_ranks():                      # each rank finds the same mistakes, and rank 0 prints them
         wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
-        built = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+        built_optimizer = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
         if saved and 'sharded' in saved:
-            saved = sharded_checkpoint.load(saved, model, built, env)
-        optim.load_state_dict(built, scaler, saved or {})
+            saved = sharded_checkpoint.load(saved, model, built_optimizer, env)
+        optim.load_state_dict(built_optimizer, scaler, saved or {})
         scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar, print0)
-    run = Run(model, wrapped_model, built, scaler, batch_schedule, grad_clip, seed, progress, out_dir,
-              dict(config=config, tokenizer=data.tokenizer, fingerprint=data.fingerprint), scorer)
+    description = dict(config=settings, tokenizer=data.tokenizer, fingerprint=data.fingerprint, dtype=env.dtype)
+    run = Run(model=model, wrapped_model=wrapped_model, optimizer=built_optimizer, scaler=scaler, batch_schedule=batch_schedule,
+              grad_clip=grad_clip, seed=seed, progress=progress, out_dir=out_dir, description=description, scorer=scorer)
     if checkpoint == 'sharded' and not eval_only:
         run.saver = sharded_checkpoint.ShardedSaver(out_dir, env)
     if env.is_main and not eval_only:
         run_folder.clean_out_dir(out_dir, saved)
-        write_run_json(out_dir, sys.argv, config, env)
-        wandb_run = dict(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, resume='allow')
+        write_run_json(out_dir, sys.argv, settings, env)
+        wandb_run = dict(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir, resume='allow')
         run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0,
                                    wandb_log and wandb_run, (saved or {}).get('wandb_id'))
     return run
@@ -243,32 +260,23 @@ def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     check_training(globals(), combinations=init_from not in ('resume', 'auto'))
     env = start(device, dtype, compile, backend, rank_timeout)
-    env.catch_signals(signal.SIGTERM)                   # takes effect in the loop; Ctrl-C still ends the start-up
-    print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
+    try:
+        env.catch_signals(signal.SIGTERM)               # takes effect in the loop; Ctrl-C still ends the start-up
+        print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
+        saved, run_lock = resume_or_start(overrides, env)       # out_dir is locked until main ends
+        data = open_dataset(dataset, env, sampling, documents)
+        sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
+        run = start_run(saved, data, overrides, env)
+        del saved                                       # unmaps the checkpoint file
+        train(run, data, sampler, overrides, env)
+    finally:
+        env.restore_signals()
 
-    # the run, the dataset, the model
-    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
-    if saved:
-        changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
-        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
-        if batch_ramp_start and {'batch_size', 'gradient_accumulation_steps', 'block_size'} & set(changes):
-            notes.append('the learning rate counts full batches, and the full batch has changed')
-    check_training(globals())
-    if env.world_size == 1 and strategy != 'ddp':
-        notes.append(f'strategy={strategy} shards nothing here, as there is one rank; torchrun starts several')
-    if decay_lr and max_iters < lr_decay_iters and not batch_ramp_start:
-        notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
-    for note in notes:
-        print0(f'note: {note}')
-    data = open_dataset(dataset, env, sampling, documents)
-    sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
-    run = start_run(saved, data, overrides, env)
-    saved, progress, batch_schedule = None, run.progress, run.batch_schedule        # unmaps the checkpoint file
-    tokens = batch_schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
-    print0(f'{run.model.get_num_params():,} parameters, {run.micro_steps * env.world_size} micro-batches of '
-           f'{batch_schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
-           f'{dataset}: {len(data.tokens["train"]):,} tokens to train on; '
-           f'{max(max_iters, progress.iter_num):,} iterations read {short_number(tokens)}, {tokens / len(data.tokens["train"]):.3g} epochs')
+
+def train(run, data, sampler, overrides, env):
+    """Train until max_iters, a stop signal, or the end of patience. sampler: of the sample at evaluations, or None."""
+    progress, batch_schedule = run.progress, run.batch_schedule
+    print0(run.summary(data, max_iters, env))
     iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
     batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
@@ -284,7 +292,7 @@ def main(overrides):
         if eval_only or run.evaluation_is_due(eval_interval, max_iters):
             log.flush()
             losses, scores = estimate_loss(run, data, env), {}
-            if losses and run.scores_are_due(eval_tasks_interval or eval_interval, max_iters):
+            if losses and run.scorer and (eval_only or run.scores_are_due(eval_tasks_interval or eval_interval, max_iters)):
                 scores = run.scorer(run.model, env)
             run.wrapped_model.train()
             if losses is None or scores is None:
@@ -318,8 +326,8 @@ def main(overrides):
         if log.stop_signal and not eval_only:
             run.save(env)
         run.wait_for_save()
-    same_machine = ''.join(f' --{name}={overrides[name]}' for name in NOT_RESTORED[:4] if name in overrides)
-    run.finish(log.stop_signal, max_iters, same_machine, eval_only, env, print0)
+    repeated = ''.join(f' --{name}={overrides[name]}' for name in REPEATED if name in overrides)
+    run.finish(log.stop_signal, max_iters, repeated, eval_only, env, print0)
 
 
 if __name__ == '__main__':

@@ -65,6 +65,7 @@ class Environment:
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self.is_main = rank == 0
         self.received_signal = 0                        # number of the first stop signal that this rank received
+        self.handlers = {}                              # {signal: what handled it before catch_signals}
 
     @property
     def local_world_size(self):
@@ -136,7 +137,12 @@ class Environment:
             self.received_signal = self.received_signal or number
         for number in names or STOP_SIGNALS:
             if not (number == getattr(signal, 'SIGHUP', None) and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, note)
+                self.handlers.setdefault(number, signal.signal(number, note))
+
+    def restore_signals(self):
+        """Undo catch_signals."""
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def stop_flags(self):
         """(len(STOP_SIGNALS),) float32 on the device: 1 for the signal that this rank received."""

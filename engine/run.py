@@ -61,6 +61,15 @@ class Run:
         """Micro-batches of this rank in the iteration that comes next."""
         return self.batch_schedule.micro_steps(self.progress.tokens)
 
+    def summary(self, data, max_iters, env):
+        """Two lines to show the user: what an iteration computes, and how much text the run reads of `data`."""
+        progress, schedule, available = self.progress, self.batch_schedule, len(data.tokens['train'])
+        tokens = schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
+        return (f'{self.model.get_num_params():,} parameters, {self.micro_steps * env.world_size} micro-batches of '
+                f'{schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
+                f'{data.folder.name}: {available:,} tokens to train on; {max(max_iters, progress.iter_num):,} iterations read '
+                f'{short_number(tokens)}, {tokens / available:.3g} epochs')
+
     def count_iteration(self):
         """Note that one more iteration is done."""
         n_sequences = self.batch_schedule.n_sequences(self.progress.tokens)
@@ -73,7 +82,7 @@ class Run:
         return self.progress.last_eval != iter_num and (iter_num % eval_interval == 0 or iter_num >= max_iters)
 
     def scores_are_due(self, interval, max_iters):
-        return self.scorer and (self.progress.iter_num % interval == 0 or self.progress.iter_num >= max_iters)
+        return self.progress.iter_num % interval == 0 or self.progress.iter_num >= max_iters
 
     def is_out_of_patience(self, eval_interval, patience):
         """True at an evaluation where the last `patience` ones, at multiples of eval_interval, did not improve the best
@@ -97,18 +106,18 @@ class Run:
 
     def save(self, env, model_too=False):
         """Write state.pt, and with model_too ckpt.pt; or begin to write state/. RunError where that fails."""
-        moments = optim.state_dict(self.optimizer, self.scaler)
+        optimizer_state = optim.state_dict(self.optimizer, self.scaler)
         rest = dict(asdict(self.progress), wandb_id=self.writer and self.writer.wandb_id, **self.description)
         if self.saver:
             contents = self.model.to_checkpoint()
             del contents['model']
-            self.saver.save(self.model, moments, {**contents, **rest})
+            self.saver.save(self.model, optimizer_state, {**contents, **rest})
             return
-        model, moments = parallel.gather_model(self.model), parallel.gather(moments)
+        model, optimizer_state = parallel.gather_model(self.model), parallel.gather(optimizer_state)
         if env.is_main:
             if model_too:
                 checkpoint.save_model(self.out_dir, model, **rest)
-            checkpoint.save_state(self.out_dir, model, **rest, **moments)
+            checkpoint.save_state(self.out_dir, model, **rest, **optimizer_state)
 
     def wait_for_save(self):
         """Wait until the last save is on disk. RunError where it failed."""

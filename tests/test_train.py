@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -204,6 +206,40 @@ def test_a_resumed_run_goes_on_with_its_own_settings(trained):
     assert [line for line in shown.splitlines() if line.startswith('note:')] == ['note: max_iters 10 -> 20']
 
 
+def test_a_resume_in_another_precision_says_so(trained):
+    """The restored settings leave dtype to the machine, so only the saved precision can tell."""
+    trained.train('out-precision', '--dtype=bfloat16', '--max_iters=4')
+    resume = ['train.py', '--out_dir=out-precision', '--init_from=resume', '--device=cpu']
+    shown = trained.run(*resume, '--max_iters=5').stdout
+    assert 'note: the run was trained in bfloat16, and goes on in float32; to go on exactly, add --dtype=bfloat16' in shown
+    assert 'was trained in' not in trained.run(*resume, '--max_iters=6').stdout
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
+def test_a_stopped_run_prints_the_flags_to_repeat(trained):
+    fault = dict(kind='signal', number=signal.SIGUSR1, iteration=7, micro_steps=3)
+    result = trained.launcher.run('train.py', *trained.flags('out-stopped'), '--wandb_log=True', WANDB_MODE='offline', fault=fault)
+    assert result.codes == [128 + signal.SIGUSR1]
+    line, = [line for line in result.stdout.splitlines() if 'saved at iteration' in line]
+    assert line.endswith('--init_from=resume --out_dir=out-stopped --device=cpu --compile=False --wandb_log=True')
+
+
+@pytest.mark.parametrize('block_size', [0, -5])
+def test_no_context_is_refused(trained, block_size):
+    refused = trained.train('out-toy', '--init_from=resume', f'--block_size={block_size}', code=2).stderr
+    assert f'block_size={block_size} should be at least 1' in refused and refused.count('\n') == 1
+
+
+def test_signals_are_those_from_before_after_a_run(workspace):
+    """For a program that calls main: its Ctrl-C works again."""
+    script = 'import signal, sys, train; before = signal.getsignal(signal.SIGINT); ' \
+             'train.main(train.configurator.configure(vars(train), sys.argv[1:])); ' \
+             'assert signal.getsignal(signal.SIGINT) is before and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL'
+    done = subprocess.run([sys.executable, '-c', script, *workspace.flags('out-called', max_iters=2)], cwd=workspace.folder,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_lower_precision_trains_to_nearly_the_same_loss(trained, dtype):
     trained.train(f'out-{dtype}', f'--dtype={dtype}', '--max_iters=4')
@@ -247,6 +283,8 @@ def test_it_finetunes_and_evaluates_a_folder_of_weights(workspace):
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size')
     flags = ['--init_from=weights', '--out_dir=out-hf', *(f'--{k}={v}' for k, v in SETTINGS.items() if k not in shape)]
     shown = workspace.run('train.py', *flags, '--eval_only=True', '--dropout=0').stdout
+    cut = workspace.run('train.py', *flags, '--eval_only=True', '--dropout=0', '--block_size=16').stdout
+    assert 'x 16 tokens' in cut and 'note: the weights have read contexts of 64 tokens, and now read 16' in cut
     assert 'x 64 tokens' in shown and not (workspace.folder / 'out-hf').exists()
     workspace.run('train.py', *flags)
     losses = [r['val_loss'] for r in workspace.records('out-hf') if 'val_loss' in r]
@@ -292,6 +330,10 @@ def test_tasks_are_scored_at_evaluations_and_move_nothing(trained, ranks):
     assert 'step 20: exact_acc ' in run.stdout
     if ranks == 1:
         assert records == trained.records('out-toy')
+        trained.train('out-tasks-later', '--max_iters=7')       # no multiple of the interval
+        shown = trained.train('out-tasks-later', '--init_from=resume', '--eval_only=True', '--eval_tasks=exact',
+                              f'--eval_tasks_data={tasks}').stdout
+        assert 'step 7: exact_acc ' in shown
 
 
 def test_tasks_of_a_sharded_run_are_refused(trained):

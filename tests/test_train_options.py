@@ -23,7 +23,7 @@ def test_a_resumed_run_keeps_its_optimizer_and_may_read_further(workspace):
     result = workspace.run(*resume, '--optimizer=adamw', code=2)
     assert result.stderr.count('\n') == 1 and 'trained with optimizer=muon' in result.stderr
     result = workspace.run(*resume, '--block_size=40', '--tied=True')
-    assert 'note: the weights have seen contexts of 32 tokens, and now read 40' in result.stdout
+    assert 'note: the weights have read contexts of 32 tokens, and now read 40' in result.stdout
     assert 'note: tied=True has no effect, the weights have tied=False' in result.stdout
 
 
