@@ -18,12 +18,12 @@ from console import print0, progress_bar, report_errors         # before torch: 
 import torch
 
 import configurator
-from engine import evals, run_folder
+from engine import evals
 from engine.distributed import hard_exit, report_first_failure, start
-from engine.errors import RunError, UserError
+from engine.errors import RunError
 from engine.files import atomic_write
-from engine.tokenizer import GPT2, Tokenizer
-from engine.tokenizer_files import checkpoint_spec, pretrained_spec
+from engine.sources import load_model
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 # model
@@ -39,14 +39,6 @@ examples = ''               # file to write the log-likelihoods of every example
 device = 'auto'             # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'              # auto, float32, bfloat16 or float16; published figures are mostly float32
 rank_timeout = 600          # seconds that ranks wait for a lost one before they give up
-
-
-def load_model():
-    """(model, its tokenizer's spec, iteration): of out_dir's checkpoint, or of pretrained weights, with no iteration."""
-    if init_from != 'resume':
-        return GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2, None
-    saved = run_folder.load_newest_model(out_dir)
-    return GPT.from_checkpoint(saved), checkpoint_spec(saved), saved['iter_num']
 
 
 def format_table(results):
@@ -88,10 +80,7 @@ def main(overrides):
         torch.set_float32_matmul_precision('highest')   # training takes TF32, which rounds to 11 bits
     print0(f'{configurator.describe_settings(overrides)}\n{env.summary}', file=sys.stderr)
     with env.raise_on_all_ranks():
-        model, spec, iter_num = load_model()
-        if spec['vocab_size'] > model.config.vocab_size:
-            raise UserError(f'the tokenizer has {spec["vocab_size"]} tokens and the model {model.config.vocab_size}; '
-                            f'prepare the dataset that the model was trained on in data/ first')
+        model, spec, iter_num = load_model(GPT, init_from, out_dir)
         loaded, missing = evals.load_tasks(tasks, Path(data), Tokenizer(spec), model.config.block_size, limit, progress_bar)
     for task in loaded:
         if task.skipped:

@@ -103,11 +103,11 @@ def test_a_mistake_is_one_line(scored):
 def test_hugging_face_weights_are_scored_as_their_checkpoint(workspace, scored, monkeypatch, tmp_path):
     """By way of GPT-2's tokenizer, for which a few characters are enough here."""
     pytest.importorskip('transformers')
-    from engine import hf
+    from engine import hf, sources
     model = make_model()
     hf.to_transformers(model.config, model.state_dict()).save_pretrained(tmp_path / 'weights')
     _, expected = run(scored)
-    monkeypatch.setattr(evaluate, 'GPT2', SPEC)
+    monkeypatch.setattr(sources, 'GPT2', SPEC)
     flags = [f'--init_from={tmp_path / "weights"}', f'--data={scored.folder / "tasks"}', '--device=cpu', f'--tasks={NAMES}']
     for named in ([], [f'--out_dir={tmp_path / "new"}']):
         with script_settings(evaluate, *flags, *named) as overrides:
