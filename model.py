@@ -3,7 +3,8 @@
 Parameter names and shapes are nanoGPT's (`transformer.wte.weight`,
 `transformer.h.0.attn.c_attn.weight`, ...), so checkpoints load in both projects.
 
-Shapes: B sequences, T positions, C channels, H heads, D = C / H, G heads of keys and values, V vocabulary.
+Shapes: B sequences, T positions, C channels, H heads, D = C / H, G heads of keys and values, V vocabulary,
+F = mlp_width.
 Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017 (tied embedding, arXiv:1608.05859).
 """
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two Linears, wider between them. engine.cpu may replace forward, for the same result."""
+    """Two Linears, with F channels between them."""
 
     def __init__(self, config):
         super().__init__()
@@ -98,7 +99,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):                                       # (B, T, C)
-        h = self.activation(self.c_fc(x))                       # (B, T, 4C)
+        h = self.activation(self.c_fc(x))                       # (B, T, F)
         return self.dropout(self.c_proj(h))
 
 
@@ -141,6 +142,7 @@ def residual_projection(n_in, config):
 
 
 class GPT(nn.Module):
+    """Token ids to the logits of the next token. config: GPTConfig. The weights are drawn from torch's global generator."""
 
     def __init__(self, config):
         super().__init__()
@@ -209,8 +211,7 @@ class GPT(nn.Module):
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def loss_fn(self, x, targets):
-        """(logits, mean cross-entropy in nats) of hidden's x (B, T, C). engine.chunked_loss replaces
-        this function by one that returns None for the logits and never holds all of them."""
+        """(logits, mean cross-entropy in nats) of hidden's x (B, T, C). A replacement may return None for the logits."""
         logits = self.logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -267,7 +268,7 @@ class GPT(nn.Module):
         GPTConfig. So a field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
-        if self.config.activation.startswith('gelu'):           # either is near enough to nanoGPT's
+        if self.config.activation.startswith('gelu'):           # nanoGPT loads either, and computes the exact one
             model_args.pop('activation', None)
         return dict(activation=self.config.activation, model_args=model_args, model=self.state_dict())
 
