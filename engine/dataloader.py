@@ -8,6 +8,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from engine.tokenizer import GPT2, end_of_text, read_meta, same_tokens
 
 DATA = Path(__file__).resolve().parent.parent / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
+
+
+class BatchRequest(NamedTuple):
+    """The arguments of TokenDataset.batch."""
+    seed: int
+    stream: str
+    first: int
+    count: int
 
 
 class TokenDataset:
@@ -154,18 +163,21 @@ def open_dataset(name, env, sampling='windows', documents='any'):
         return data or TokenDataset(name, sampling, documents)
 
 
-def train_batches(data, seed, iterations, micro_batch_size, env):
+def train_batches(data, seed, iterations, *rest):
     """This rank's micro-batches on its device. The ranks share the global batch.
-    iterations: (number of the first sequence, micro-batches of each rank) of each one."""
-    return prefetch(data.batch, ((seed, 'train', first + (env.rank * micro_steps + m) * micro_batch_size, micro_batch_size)
-                                 for first, micro_steps in iterations for m in range(micro_steps)), env.device)
+    iterations: (number of its first sequence, micro_steps, micro_batch_size) of each; see BatchSchedule."""
+    env = rest[-1]
+    requests = (BatchRequest(seed, 'train', first + (env.rank * micro_steps + m) * size, size)
+                for first, micro_steps, size in iterations for m in range(micro_steps))
+    return prefetch(data.batch, requests, env.device)
 
 
 def eval_batches(data, split, count, batch_size, env):
     """This rank's share of the `count` evaluation batches, which are the same for every run. Every rank gets
     the same number, because the ranks of a sharded model compute together; a rank's last batch may repeat another."""
     numbers = (min(first + env.rank, count - 1) for first in range(0, count, env.world_size))
-    return prefetch(data.batch, ((0, f'eval {split}', number * batch_size, batch_size) for number in numbers), env.device)
+    requests = (BatchRequest(0, f'eval {split}', number * batch_size, batch_size) for number in numbers)
+    return prefetch(data.batch, requests, env.device)
 
 
 def dataset_folder(name):

@@ -65,6 +65,7 @@ class Environment:
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self.is_main = rank == 0
         self.received_signal = 0                        # number of the first stop signal that this rank received
+        self.replaced_handlers = {}                     # by number of the signal
 
     @property
     def local_world_size(self):
@@ -136,7 +137,14 @@ class Environment:
             self.received_signal = self.received_signal or number
         for number in names or STOP_SIGNALS:
             if not (number == getattr(signal, 'SIGHUP', None) and signal.getsignal(number) == signal.SIG_IGN):
+                self.replaced_handlers.setdefault(number, signal.getsignal(number) or signal.SIG_DFL)
                 signal.signal(number, note)
+
+    def restore_signals(self):
+        """Put back the handlers that catch_signals replaced, for a program that goes on after the run. One rank of
+        several keeps them: it ends next, and torchrun's SIGTERM must not change its exit code."""
+        while self.replaced_handlers and self.world_size == 1:
+            signal.signal(*self.replaced_handlers.popitem())
 
     def stop_flags(self):
         """(len(STOP_SIGNALS),) float32 on the device: 1 for the signal that this rank received."""
