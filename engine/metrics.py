@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections import deque
@@ -180,17 +181,19 @@ class MetricsWriter:
 def write_run_json(out_dir, command, settings, env):
     """Write run.json: what was started, when, with which settings, versions and device. For people;
     nothing reads it."""
-    head = Path(__file__).resolve().parent.parent / '.git' / 'HEAD'
-    commit = None
-    with suppress(OSError, UnicodeDecodeError):
-        commit = head.read_text(encoding='utf-8').strip()
-        if commit.startswith('ref: '):
-            commit = (head.parent / commit[5:]).read_text(encoding='utf-8').strip()
     content = dict(command=command, started=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
                    device=env.summary, ranks=env.world_size, python=sys.version.split()[0], torch=torch.__version__,
-                   commit=commit, settings=settings)
+                   commit=git_commit(Path(__file__).resolve().parent.parent), settings=settings)
     with suppress(OSError), atomic_write(Path(out_dir) / 'run.json') as file:
         json.dump(content, file, indent=2)
+
+
+def git_commit(folder):
+    """The commit that is checked out in the repository `folder`, or None where git finds none."""
+    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(folder.parent))      # no repository around the folder counts
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(['git', 'rev-parse', '--verify', 'HEAD'], cwd=folder, env=environment,
+                                       stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
 
 
 def one_line(error):
