@@ -22,7 +22,7 @@ from engine.files import atomic_write
 from engine.journal import complete_shards, hash_start, ready_folder, replace_with_shards
 from engine.shards import DTYPES, SHARD, TokenFile, TokenStream, find_token_files, token_dtype
 from engine.tokenfiles import batch_pieces, in_order, write_lock
-from engine.tokenizer import END_OF_TEXT
+from engine.tokenizer import end_of_text
 
 COPIED_TOKENS = 1 << 20         # tokens copied at once
 
@@ -78,7 +78,9 @@ class ShardWriter:
         self.folder, self.spec, self.shard_tokens = folder, spec, shard_tokens
         self.key = hashlib.sha256(json.dumps([key, spec, shard_tokens]).encode()).hexdigest()
         self.part, self.parts, self.log, self.text_bytes = part, parts, log, 0
-        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], end_of_text(spec)
+        if self.end_of_text is None:
+            raise UserError(f'{folder}: the vocabulary has no end-of-text token, which goes before each document of a shard')
         self.unfinished = folder / 'unfinished'
 
     def work(self, part):

@@ -27,7 +27,7 @@ from engine.files import atomic_write, sync
 from engine.journal import (JOURNAL, SPLITS, complete_replacement, describe_dataset, hash_start, read_journal,
                             remove_unfinished, replace_dataset, write_meta_parts)
 from engine.shards import DTYPES, token_dtype
-from engine.tokenizer import END_OF_TEXT
+from engine.tokenizer import end_of_text
 
 PIECE = 1 << 18             # characters encoded at once: about 20 ms of work for a core
 SAVE_SECONDS = 30           # a killed run that can be continued loses at most this much work
@@ -95,7 +95,7 @@ class DatasetWriter:
 
     def __init__(self, folder, spec, key, log):
         self.folder, self.key, self.log = folder, key, log
-        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], end_of_text(spec)
         self.documents, self.saved_at = 0, time.monotonic()     # documents that are written
         self.files, self.digests = {}, {}                       # one of each per split
         completed = complete_replacement(folder)
@@ -136,6 +136,8 @@ class DatasetWriter:
         def encode_batch(batch):
             arrays = {split: [] for split in SPLITS}
             for split, text, ends in batch:
+                if ends and self.end_of_text is None:
+                    raise UserError(f'{self.folder}: the vocabulary has no end-of-text token, so ends_document should be False')
                 arrays[split] += [encode(text), [self.end_of_text]] if ends else [encode(text)]
             return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe')
                            for split, ids in arrays.items() if ids}

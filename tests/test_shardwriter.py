@@ -322,3 +322,23 @@ def test_ids_beyond_65535_are_written_and_read_with_32_bits(tmp_path, monkeypatc
         assert (x[:, 0] == 69_999).all() and x.max() < 70_000 and (x[:, 1] > 65_535).any()
     stream = np.concatenate([dataset.tokens['val'][:], dataset.tokens['train'][:]])
     assert stream.tolist() == sum([[69_999, *text[:-1]] for text in ids], [])
+
+
+CHARACTERS = dict(tokenizer='char', vocab_size=3, chars='abc')
+NO_END = dict(tokenizer='hf', vocab_size=300, end_of_text=None)
+
+
+@pytest.mark.parametrize('spec', [CHARACTERS, NO_END])
+def test_a_vocabulary_without_an_end_of_text_token_takes_no_documents(tmp_path, spec):
+    """Instead of GPT-2's id in another vocabulary."""
+    def encode(text):
+        return np.array(['abc'.index(character) for character in text])
+    folder = tmp_path / 'files'
+    with tokenfiles.dataset_writer(folder, CHARACTERS, lambda line: None) as writer:
+        writer.write([('train', 'abc', False), ('val', 'cab', False)], encode, 6)
+    with pytest.raises(UserError, match='no end-of-text token, so ends_document should be False'):
+        with tokenfiles.dataset_writer(folder, spec, lambda line: None) as writer:
+            writer.write([('train', 'abc', False), ('val', 'cab', True)], encode, 6)
+    assert np.fromfile(folder / 'val.bin', '<u2').tolist() == [2, 0, 1]             # the dataset of before
+    with pytest.raises(UserError, match='no end-of-text token, which goes before each document'):
+        shardwriter.ShardWriter(tmp_path / 'shards', spec, 'key', 37, 0, 1, lambda line: None)
