@@ -33,7 +33,8 @@ class BatchSchedule:
                             f'batch has; try --batch_ramp_start={fitting * block_size}')
         self.full_tokens = self.full * block_size
         try:
-            self.smallest_split, self.full_split = (split_batch(n, batch_size, world_size) for n in (self.smallest, self.full))
+            self.smallest_split = split_batch(self.smallest, batch_size, world_size)
+            self.full_split = split_batch(self.full, batch_size, world_size)
         except UserError as error:
             nearest = -(-gradient_accumulation_steps // world_size) * world_size
             fitting = next((n for n in range(self.smallest, self.full + 1) if self.full % n == 0 and n % world_size == 0), 0)

@@ -56,7 +56,7 @@ def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize('seconds', ['', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"',
                                      ', "seconds": 1e300', ', "seconds": true'])
 def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path, seconds):
-    """A damaged clock, or one that earlier versions did not write, is no clock."""
+    """A damaged clock, or one that earlier versions did not write, is not a clock."""
     (tmp_path / 'metrics.jsonl').write_text('{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000))
     write_run(tmp_path, 1, False, 3)
     records = read_metrics(tmp_path / 'metrics.jsonl')
