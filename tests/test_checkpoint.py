@@ -413,5 +413,5 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
 def test_a_fifo_in_the_place_of_a_state_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'state.pt')
-    with pytest.raises(UserError, match='state.pt cannot be read: it is no regular file'):
+    with pytest.raises(UserError, match='state.pt cannot be read: it is not a regular file'):
         run_folder.load_state(tmp_path)

@@ -69,7 +69,7 @@ def test_an_impossible_value_is_refused(flag, words):
     ('--device=gpu', "device='gpu' is unknown"), ('--dtype=float8', "dtype='float8' is unknown"),
     ('--compile=maybe', "compile='maybe' should be"), ('--n_layer=0', 'n_layer=0 should be'),
     ('--n_head=3', 'n_embd=32 does not divide over n_head=3'),
-    ('--init_from=gpt3', "init_from='gpt3' should be scratch, resume"),
+    ('--init_from=gpt3', "'gpt3' is neither a folder nor a hub model"),
     ('--dataset=nowhere', "dataset 'nowhere' has no train.bin"),
     ('--block_size=1000', 'val.bin has 1,000 tokens, and a block takes 1001'),
     ('--init_from=resume', 'holds no run to resume')])
