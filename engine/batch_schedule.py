@@ -19,8 +19,8 @@ class BatchSchedule:
     ramp_start, ramp_tokens: begin with ramp_start tokens, and grow linearly over the first ramp_tokens,
     in steps of ramp_start (GPT-3, arXiv:2005.14165, appendix B). 0 is no ramp. A batch depends only on the
     tokens before it, so a resumed run and any number of ranks take the same ones.
-    The micro-batches have one size on the ramp, where they make up ramp_start, and one after it: torch.compile
-    compiles each size anew.
+    Micro-batches have one size during the ramp, as ramp_start allows, and another after it: torch.compile
+    compiles each of the two.
     Raises UserError for numbers that do not divide, with settings that do.
     """
 
@@ -49,7 +49,7 @@ class BatchSchedule:
         return self.smallest * (1 + (self.full // self.smallest - 1) * tokens // self.ramp_tokens)
 
     def split(self, tokens):
-        """(micro_steps, micro_batch_size) of this rank in that iteration."""
+        """(micro_steps, micro_batch_size) of this rank in the iteration that follows `tokens` tokens of training."""
         if tokens >= self.ramp_tokens:
             return self.full_split
         micro_steps, micro_batch_size = self.smallest_split

@@ -156,6 +156,6 @@ def validate(payload, path, also_needed=()):
     # torch.compile and DDP put prefixes before the names; old models of nanoGPT contain attention masks.
     weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value
                for name, value in weights.items() if not name.endswith('.attn.bias')}
-    # What run_folder and sharded_checkpoint add names files to open and to move away, so no file may bring it along.
+    # Only run_folder and sharded_checkpoint may set these: they name files that are read or moved away.
     payload = {name: value for name, value in payload.items() if name not in ('sharded', 'damaged')}
     return {**payload, 'model': weights, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'path': str(path)}

@@ -121,7 +121,7 @@ class TokenDataset:
             starts = weyl_starts(first, count, n_starts) * step
         elif self.sampling == 'windows':
             starts = weyl_starts(first, count, n_starts, seed) * step
-        elif self.record:       # in records for tokens, with blocks of one; an epoch has a window less than that, hence + 1
+        elif self.record:       # counted in records; epoch_starts cuts n + 1 of them into n windows of one
             starts = epoch_starts(first, count, n_starts + 1, 1, seed) * step
         else:
             starts = epoch_starts(first, count, len(tokens), self.block_size, seed)

@@ -65,7 +65,7 @@ class Environment:
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self.is_main = rank == 0
         self.received_signal = 0                        # number of the first stop signal that this rank received
-        self.replaced_handlers = {}                     # by number of the signal
+        self.replaced_handlers = {}                     # {number of a signal: its handler before catch_signals}
 
     @property
     def local_world_size(self):
@@ -141,8 +141,8 @@ class Environment:
                 signal.signal(number, note)
 
     def restore_signals(self):
-        """Put back the handlers that catch_signals replaced, for a program that goes on after the run. One rank of
-        several keeps them: it ends next, and torchrun's SIGTERM must not change its exit code."""
+        """Put back the handlers that catch_signals replaced, for a program that goes on after the run. With several
+        ranks this does nothing: the process ends next, and a SIGTERM of torchrun must not change its exit code."""
         while self.replaced_handlers and self.world_size == 1:
             signal.signal(*self.replaced_handlers.popitem())
 

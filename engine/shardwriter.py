@@ -80,7 +80,8 @@ class ShardWriter:
         self.part, self.parts, self.print_line, self.text_bytes = part, parts, print_line, 0
         self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], end_of_text(spec)
         if self.end_of_text is None:
-            raise UserError(f'{folder}: the vocabulary has no end-of-text token, which goes before each document of a shard')
+            raise UserError(f'{folder}: the vocabulary has no end-of-text token, and shards have one before each document; '
+                            f'choose another tokenizer')
         self.unfinished = folder / 'unfinished'
 
     def work(self, part):

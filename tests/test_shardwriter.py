@@ -340,5 +340,5 @@ def test_a_vocabulary_without_an_end_of_text_token_takes_no_documents(tmp_path, 
         with tokenfiles.dataset_writer(folder, spec, lambda line: None) as writer:
             writer.write([('train', 'abc', False), ('val', 'cab', True)], encode, 6)
     assert np.fromfile(folder / 'val.bin', '<u2').tolist() == [2, 0, 1]             # the dataset of before
-    with pytest.raises(UserError, match='no end-of-text token, which goes before each document'):
+    with pytest.raises(UserError, match='no end-of-text token, and shards have one before each document'):
         shardwriter.ShardWriter(tmp_path / 'shards', spec, 'key', 37, 0, 1, lambda line: None)
