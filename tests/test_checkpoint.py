@@ -294,10 +294,10 @@ def contains_itself(payload):
 
 
 DAMAGED = {
-    'cut': (replaced_by(lambda content: content[:5000]), 'not a checkpoint of PyTorch, or truncated'),
+    'cut': (replaced_by(lambda content: content[:5000]), 'not a PyTorch checkpoint, or truncated'),
     'one bit': (flipped_bit, 'fails its checksum'),
     'empty': (replaced_by(b''), 'truncated'),
-    'text': (replaced_by(b'a plain text\n' * 99), 'not a checkpoint of PyTorch'),
+    'text': (replaced_by(b'a plain text\n' * 99), 'not a PyTorch checkpoint'),
     'pickle': (replaced_by(pickle.dumps(Evil())), 'cannot be read'),
     'code': (changed(lambda payload: {'model': Evil()}), r'it asks to run \w+.system'),
     'list': (changed(lambda payload: [1, 2]), 'it holds a list, not a checkpoint'),
