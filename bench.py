@@ -157,7 +157,7 @@ def bench_train(env):
     mfu = model.estimate_mfu(n_sequences, seconds, peak)
     print0(f'loss         {losses[0]:.4f} first, {losses[-1]:.4f} last')
     print0('mfu          ' + (f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, the peak' if mfu else 'n/a, as the peak is not known')
-           + ' measured here' * (env.device.type == 'cpu'))
+           + (' measured here' if env.device.type == 'cpu' else ''))
     if not reference:
         weights, moments = (sum(parallel.local_part(tensor).nbytes for tensor in tensors) / 2 ** 30 for tensors in (
             model.parameters(), (value for moment in run.optimizer.state.values() for value in moment.values())))

@@ -9,6 +9,8 @@ Or draw what one run measured in its layers as heat maps.
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import configurator
 from console import print0, report_errors
 from engine.errors import UserError
@@ -46,6 +48,23 @@ def import_pyplot():
     return plt
 
 
+def check_picture(path):
+    """UserError where matplotlib cannot write a file of that name."""
+    from matplotlib.backend_bases import FigureCanvasBase
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix('.') not in endings:
+        raise UserError(f'picture={picture!r} should end in .{", .".join(sorted(endings))}')
+
+
+def add_tokens(records):
+    """The records with `tokens`, those of training before their iteration; None where no record counts them. The
+    records of losses count them after their iteration, and those of evaluations do not count them."""
+    records = [r for r in records if is_number(r['iter'])]
+    counts = {r['iter'] + 1: r['tokens'] for r in records if is_number(r.get('tokens'))}
+    known = sorted({0: 0, **counts}.items())
+    return [{**r, 'tokens': float(np.interp(r['iter'], *zip(*known))) if counts else None} for r in records]
+
+
 def draw(runs, path):
     """Write a picture to `path`. runs: {label: records of read_metrics}. One color a run, validation with dots."""
     plt = import_pyplot()
@@ -53,9 +72,7 @@ def draw(runs, path):
     rows = 1 + len(scores)
     figure, panels = plt.subplots(rows, 3, figsize=(14, 4.5 * rows), sharey='row', layout='constrained', squeeze=False)
     for color, (name, records) in enumerate(runs.items()):
-        tokens = {r['iter']: r['tokens'] for r in records if is_number(r.get('tokens'))}
-        per_iter = min((count / (i + 1) for i, count in tokens.items()), default=None)
-        records = [{**r, 'tokens': per_iter and r['iter'] * per_iter} for r in records]
+        records = add_tokens(records)
         for column, x, unit in zip(panels.T, ('iter', 'tokens', 'seconds'), (1, 1e6, 60)):
             dots = dict(marker='o', ms=3)
             curves = [(column[0], 'loss', 'train', dict(lw=0.8, alpha=0.5)), (column[0], 'val_loss', 'val', dots)]
@@ -108,6 +125,8 @@ def main(folders):
         raise UserError('name the folders of the runs, as in: python plot.py out-shakespeare-char')
     if health and len(folders) > 1:
         raise UserError('--health=True draws one run; name one folder')
+    path = Path(picture or Path(folders[0]) / ('health.png' if health else 'loss.png'))
+    check_picture(path)
     runs = {}
     for folder in folders:
         records = read_metrics(Path(folder) / FILE)
@@ -116,7 +135,6 @@ def main(folders):
         if not health and not any(is_number(record.get('seconds')) for record in records):
             print0(f'note: {folder} has no times, so only its iterations are drawn')
         runs[Path(folder).name if Path(folder).name not in runs else folder] = records
-    path = Path(picture or Path(folders[0]) / ('health.png' if health else 'loss.png'))
     draw_health(records, path) if health else draw(runs, path)
     print0(f'wrote {path}')
 

@@ -155,10 +155,10 @@ def draw(grouped, parabolas, path):
 
 
 def main():
+    configurator.check_range(globals(), 'batch_size block_size head_size eval_iters', 1, 2 ** 20)
     shapes, targets = parse_list('sizes', sizes, parse_size), parse_list('budgets', budgets, parse_budget)
     if counting not in ('total', 'non_embedding'):
         raise UserError(f"counting={counting!r} should be 'total' or 'non_embedding'")
-    configurator.check_range(globals(), 'batch_size block_size head_size eval_iters', 1, 2 ** 20)
     configurator.check_range(globals(), 'learning_rate', above=0, below=math.inf)
     configurator.check_range(globals(), 'flops', 0, below=math.inf)
     data = TokenDataset(dataset)
@@ -181,7 +181,7 @@ def main():
         for name, (exponent, low, high) in scaling_laws.fit_exponents(grouped).items():
             print0(f'{name} grows with C^{exponent:.2f} ({low:.2f} to {high:.2f}, 80% of a bootstrap)')
     draw(grouped, parabolas, Path(out_dir) / 'scaling.png')
-    print0(f'{path}, {Path(out_dir) / "scaling.png"}')
+    print0(f'wrote {path} and {Path(out_dir) / "scaling.png"}')
     N, D, losses = ([value for lists in grouped.values() for value in lists[i]] for i in range(3))
     law = scaling_laws.fit_loss_law(N, D, losses)
     print0(f'L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}')

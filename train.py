@@ -270,7 +270,7 @@ def main(overrides):
         del saved                                       # unmaps the checkpoint file
         train(run, data, sampler, overrides, env)
     finally:
-        env.restore_signals()
+        env.restore_signals()                           # for a program that called main, and goes on
 
 
 def train(run, data, sampler, overrides, env):
@@ -278,7 +278,7 @@ def train(run, data, sampler, overrides, env):
     progress, batch_schedule = run.progress, run.batch_schedule
     print0(run.summary(data, max_iters, env))
     iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
-    batches = train_batches(data, seed, iterations, batch_schedule.micro_batch_size, env)
+    batches = train_batches(data, seed, iterations, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters,
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',

@@ -16,12 +16,12 @@
 
 cd "$SLURM_SUBMIT_DIR" || exit 1
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Each start has a store of its own, so that a machine may also join later.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+# Each start has a store of its own, so that a machine may also join later. A rank gets 240 seconds to save.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 srun --kill-on-bad-exit=1 torchrun --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" --nnodes="$SLURM_NNODES" \
     --rdzv_backend=c10d --rdzv_endpoint="$head_node:29500" --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    --max-restarts=3 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout=240 \
+    --max-restarts=3 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 \
     train.py "$@" --init_from=auto &
 step=$!
 

@@ -19,7 +19,8 @@ class BatchSchedule:
     ramp_start, ramp_tokens: begin with ramp_start tokens, and grow linearly over the first ramp_tokens,
     in steps of ramp_start (GPT-3, arXiv:2005.14165, appendix B). 0 is no ramp. A batch depends only on the
     tokens before it, so a resumed run and any number of ranks take the same ones.
-    micro_batch_size: sequences in a micro-batch of this rank, the same in every iteration.
+    Micro-batches have one size during the ramp, as ramp_start allows, and another after it: torch.compile
+    compiles each of the two.
     Raises UserError for numbers that do not divide, with settings that do.
     """
 
@@ -32,7 +33,8 @@ class BatchSchedule:
                             f'batch has; try --batch_ramp_start={fitting * block_size}')
         self.full_tokens = self.full * block_size
         try:
-            self.micro_steps_of_smallest, self.micro_batch_size = split_batch(self.smallest, batch_size, world_size)
+            self.smallest_split = split_batch(self.smallest, batch_size, world_size)
+            self.full_split = split_batch(self.full, batch_size, world_size)
         except UserError as error:
             nearest = -(-gradient_accumulation_steps // world_size) * world_size
             fitting = next((n for n in range(self.smallest, self.full + 1) if self.full % n == 0 and n % world_size == 0), 0)
@@ -46,14 +48,20 @@ class BatchSchedule:
             return self.full
         return self.smallest * (1 + (self.full // self.smallest - 1) * tokens // self.ramp_tokens)
 
+    def split(self, tokens):
+        """(micro_steps, micro_batch_size) of this rank in the iteration that follows `tokens` tokens of training."""
+        if tokens >= self.ramp_tokens:
+            return self.full_split
+        micro_steps, micro_batch_size = self.smallest_split
+        return micro_steps * self.n_sequences(tokens) // self.smallest, micro_batch_size
+
     def micro_steps(self, tokens):
-        """The micro-batches of this rank in that iteration."""
-        return self.micro_steps_of_smallest * self.n_sequences(tokens) // self.smallest
+        return self.split(tokens)[0]
 
     def iterations(self, sequences, tokens):
-        """Yield (number of its first sequence, micro-batches of this rank) of each iteration after so much training."""
+        """Yield (number of its first sequence, micro_steps, micro_batch_size) of each iteration after so much training."""
         while True:
-            yield sequences, self.micro_steps(tokens)
+            yield sequences, *self.split(tokens)
             n_sequences = self.n_sequences(tokens)
             sequences, tokens = sequences + n_sequences, tokens + n_sequences * self.block_size
 

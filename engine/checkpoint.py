@@ -47,13 +47,13 @@ def read(path):
     """
     try:
         if not Path(path).is_file():
-            raise UserError('it is no regular file' if Path(path).exists() else 'it does not exist')
+            raise UserError('it is not a regular file' if Path(path).exists() else 'it does not exist')
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             # PyTorch stores without compression, so a small file cannot unpack to a large one.
             if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
                     sum(e.file_size for e in entries) > os.path.getsize(path)):
-                raise UserError('its contents are larger than the file, so it is no checkpoint of PyTorch')
+                raise UserError('its contents are larger than the file, so it is not a PyTorch checkpoint')
             damaged = archive.testzip()
             if damaged:
                 raise UserError(f'its part {damaged} fails its checksum')
@@ -69,9 +69,9 @@ def read(path):
         if code:
             text = f'it asks to run {code[1]}, which no checkpoint needs'
         elif isinstance(error, zipfile.BadZipFile):
-            text = f'not a checkpoint of PyTorch, or truncated ({text})'
+            text = f'not a PyTorch checkpoint, or truncated ({text})'
         elif not isinstance(error, (UserError, OSError)):   # PyTorch's text advises to run the file's code
-            text = 'it is no checkpoint of PyTorch'
+            text = 'it is not a PyTorch checkpoint'
         raise UserError(f'{path} cannot be read: {text[:200]}') from None
     return payload
 
@@ -133,7 +133,7 @@ def validate(payload, path, also_needed=()):
     """`payload` with the keys and types that every reader relies on, and its `path`; or UserError."""
     missing = [key for key in ('model', 'model_args', 'iter_num', 'best_val_loss', *also_needed) if key not in payload]
     if missing:
-        raise UserError(f'{path} lacks {", ".join(missing)}; it is no checkpoint of a training run')
+        raise UserError(f'{path} lacks {", ".join(missing)}; it is not a checkpoint of a training run')
     weights = payload['model']
     if not isinstance(weights, dict) or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
@@ -156,4 +156,6 @@ def validate(payload, path, also_needed=()):
     # torch.compile and DDP put prefixes before the names; old models of nanoGPT contain attention masks.
     weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): value
                for name, value in weights.items() if not name.endswith('.attn.bias')}
+    # Only run_folder and sharded_checkpoint may set these: they name files that are read or moved away.
+    payload = {name: value for name, value in payload.items() if name not in ('sharded', 'damaged')}
     return {**payload, 'model': weights, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'path': str(path)}

@@ -8,17 +8,26 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.errors import RunError, UserError
+from engine.limits import CHOICES, check_choice
 from engine.order import epoch_starts, weyl_starts
 from engine.shards import DTYPES, REPLACING, SPLITS, TokenStream, check_split, find_token_files, token_dtype
 from engine.tokenizer import GPT2, end_of_text, read_meta, same_tokens
 
 DATA = Path(__file__).resolve().parent.parent / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
+
+
+class BatchRequest(NamedTuple):     # for TokenDataset.batch
+    seed: int
+    stream: str
+    first: int
+    count: int
 
 
 class TokenDataset:
@@ -53,7 +62,7 @@ class TokenDataset:
             self.tokens[split] = TokenStream(self.folder, files[split], dtype)
             digests.append(check_split(self.tokens[split], split, self.vocab_size, expected))
         self.record = read_record(self.folder, meta, self.tokens)
-        facts = digests + [json.dumps(self.record, sort_keys=True)] * bool(self.record)
+        facts = digests + ([json.dumps(self.record, sort_keys=True)] if self.record else [])
         self.fingerprint = hashlib.sha256(''.join(facts).encode()).hexdigest()[:16]
 
     def set_block_size(self, block_size):
@@ -78,7 +87,7 @@ class TokenDataset:
 
     def next_document(self, start):
         """The position of the first end-of-text token of train at `start` or up to SEARCHED_TOKENS after, with a
-        block behind it; else None. The token separates documents, before or after each."""
+        block after it; else None. The token separates documents, before or after each."""
         last = len(self.tokens['train']) - self.block_size - 1
         token = end_of_text(self.tokenizer)
         return None if token is None else self.tokens['train'].find(token, start, min(start + SEARCHED_TOKENS, last + 1))
@@ -99,7 +108,6 @@ class TokenDataset:
 
         Returns (x, y), each (count, block_size) int64; y is x one token later. engine.order has the orders
         of 'train'. Evaluation windows depend on no setting, so all runs are judged by the same text.
-
         In a dataset of records, windows start at records, and y is -1 where the target lies in a prompt.
 
         With documents='whole' a window moves forward to the next end-of-text token, and from the end of the
@@ -108,13 +116,13 @@ class TokenDataset:
         """
         tokens = self.tokens['val' if stream == 'eval val' else 'train']
         step = self.record['length'] if self.record else 1
-        positions = (len(tokens) - self.block_size - 1) // step + 1
+        n_starts = (len(tokens) - self.block_size - 1) // step + 1
         if stream != 'train':
-            starts = weyl_starts(first, count, positions) * step
+            starts = weyl_starts(first, count, n_starts) * step
         elif self.sampling == 'windows':
-            starts = weyl_starts(first, count, positions, seed) * step
-        elif self.record:                               # each record once an epoch
-            starts = epoch_starts(first, count, positions + 1, 1, seed) * step
+            starts = weyl_starts(first, count, n_starts, seed) * step
+        elif self.record:       # counted in records; epoch_starts cuts n + 1 of them into n windows of one
+            starts = epoch_starts(first, count, n_starts + 1, 1, seed) * step
         else:
             starts = epoch_starts(first, count, len(tokens), self.block_size, seed)
         if stream == 'train' and self.documents == 'whole':
@@ -136,10 +144,8 @@ class TokenDataset:
 
 def check_order(sampling, documents):
     """UserError where `sampling` or `documents` is unknown, or the two do not fit each other."""
-    if sampling not in ('windows', 'epoch'):
-        raise UserError(f"sampling={sampling!r} is unknown; try 'windows' or 'epoch'")
-    if documents not in ('any', 'whole'):
-        raise UserError(f"documents={documents!r} is unknown; try 'any' or 'whole'")
+    for name in ('sampling', 'documents'):
+        check_choice(dict(sampling=sampling, documents=documents), name, CHOICES[name])
     if sampling == 'epoch' and documents == 'whole':
         raise UserError('sampling=epoch reads each window once, and documents=whole moves windows, so that some coincide; '
                         'try --sampling=windows or --documents=any')
@@ -154,18 +160,20 @@ def open_dataset(name, env, sampling='windows', documents='any'):
         return data or TokenDataset(name, sampling, documents)
 
 
-def train_batches(data, seed, iterations, micro_batch_size, env):
+def train_batches(data, seed, iterations, env):
     """This rank's micro-batches on its device. The ranks share the global batch.
-    iterations: (number of the first sequence, micro-batches of each rank) of each one."""
-    return prefetch(data.batch, ((seed, 'train', first + (env.rank * micro_steps + m) * micro_batch_size, micro_batch_size)
-                                 for first, micro_steps in iterations for m in range(micro_steps)), env.device)
+    iterations: (number of its first sequence, micro_steps, micro_batch_size) of each; see BatchSchedule."""
+    requests = (BatchRequest(seed, 'train', first + (env.rank * micro_steps + m) * size, size)
+                for first, micro_steps, size in iterations for m in range(micro_steps))
+    return prefetch(data.batch, requests, env.device)
 
 
 def eval_batches(data, split, count, batch_size, env):
     """This rank's share of the `count` evaluation batches, which are the same for every run. Every rank gets
     the same number, because the ranks of a sharded model compute together; a rank's last batch may repeat another."""
     numbers = (min(first + env.rank, count - 1) for first in range(0, count, env.world_size))
-    return prefetch(data.batch, ((0, f'eval {split}', number * batch_size, batch_size) for number in numbers), env.device)
+    requests = (BatchRequest(0, f'eval {split}', number * batch_size, batch_size) for number in numbers)
+    return prefetch(data.batch, requests, env.device)
 
 
 def dataset_folder(name):
@@ -200,7 +208,7 @@ def read_fields(folder):
 
 
 def read_record(folder, meta, tokens):
-    """The field `record` of meta.json, {'length': tokens of each record, 'prompt': those at its start that are no
+    """The field `record` of meta.json, {'length': tokens of each record, 'prompt': those at its start that are not
     targets}, or None. UserError where that does not fit the token files."""
     record = meta.get('record')
     if record is None:
@@ -212,7 +220,7 @@ def read_record(folder, meta, tokens):
     length, prompt = numbers
     for split, stream in tokens.items():
         if len(stream) % length:
-            raise UserError(f'{folder}: the {len(stream):,} tokens of {split} are no whole records of {length:,}; '
+            raise UserError(f'{folder}: the {len(stream):,} tokens of {split} are not whole records of {length:,}; '
                             f'prepare the dataset again')
     return dict(length=length, prompt=prompt)
 

@@ -68,7 +68,7 @@ def choose_dtype(dtype, device):
             return (('bfloat16', f'capability {number}') if capability >= (8, 0) else
                     ('float16', f'capability {number} has no bfloat16'))
         faster = device.type == 'cpu' and cpu_multiplies_bfloat16()
-        return 'float32', f'default on {device.type}' + '; this CPU has fast --dtype=bfloat16' * faster
+        return 'float32', f'default on {device.type}' + ('; this CPU has fast --dtype=bfloat16' if faster else '')
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown; try 'auto', {', '.join(map(repr, DTYPES))}")
     if dtype == 'bfloat16' and capability and capability < (8, 0):
@@ -82,7 +82,7 @@ def choose_dtype(dtype, device):
 
 def cpu_multiplies_bfloat16():
     """True where the CPU has instructions for bfloat16 products: training is then about 2.5 times as fast."""
-    return any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    return any(getattr(torch.cpu, name, lambda: False)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
 
 def choose_compile(compile, device):

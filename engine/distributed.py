@@ -65,7 +65,7 @@ class Environment:
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
         self.is_main = rank == 0
         self.received_signal = 0                        # number of the first stop signal that this rank received
-        self.handlers = {}                              # {signal: what handled it before catch_signals}
+        self.replaced_handlers = {}                     # {number of a signal: its handler before catch_signals}
 
     @property
     def local_world_size(self):
@@ -137,12 +137,14 @@ class Environment:
             self.received_signal = self.received_signal or number
         for number in names or STOP_SIGNALS:
             if not (number == getattr(signal, 'SIGHUP', None) and signal.getsignal(number) == signal.SIG_IGN):
-                self.handlers.setdefault(number, signal.signal(number, note))
+                self.replaced_handlers.setdefault(number, signal.getsignal(number) or signal.SIG_DFL)
+                signal.signal(number, note)
 
     def restore_signals(self):
-        """Undo catch_signals."""
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+        """Put back the handlers that catch_signals replaced, for a program that goes on after the run. With several
+        ranks this does nothing: the process ends next, and a SIGTERM of torchrun must not change its exit code."""
+        while self.replaced_handlers and self.world_size == 1:
+            signal.signal(*self.replaced_handlers.popitem())
 
     def stop_flags(self):
         """(len(STOP_SIGNALS),) float32 on the device: 1 for the signal that this rank received."""

@@ -23,7 +23,7 @@ from engine.scoring import Encoder, Unreadable, common_prefix, score, windows
 
 ROOT = Path(__file__).resolve().parent.parent
 LM_EVAL = 'as lm-evaluation-harness'
-PROTOCOLS = {       # (kind, metric): how the value comes about
+PROTOCOLS = {       # (kind, metric): how the value is computed
     ('multiple_choice', 'acc'): f'summed log-likelihood, {LM_EVAL}',
     ('multiple_choice', 'acc_norm'): f'log-likelihood per character, {LM_EVAL}',
     ('multiple_choice', 'acc_tok'): 'log-likelihood per token, as llm.c and build-nanogpt',

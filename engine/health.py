@@ -88,7 +88,7 @@ class HealthMonitor:
         """{(layer, quantity): scalar tensor} of one forward pass."""
         model, found, handles = self.run.model, {}, []
         T = self.data.block_size
-        count = max(1, min(self.run.batch_schedule.micro_batch_size, MAX_TOKENS // T))
+        count = max(1, min(self.run.batch_schedule.split(self.run.progress.tokens)[1], MAX_TOKENS // T))
         tokens = self.data.batch(self.run.seed, 'train', self.run.progress.sequences, count)[0]     # (B, T)
         probes = [AttentionProbe() for _ in model.transformer.h]
         names = {layer: name for name, layer in self.layers.items()}

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face, in and out: GPT-2, and what hf_shapes.py has beyond it."""
+"""Hugging Face weights, in and out: GPT-2, and what hf_shapes.py has beyond it."""
 
 import re
 from pathlib import Path
@@ -15,12 +15,12 @@ def load(source):
     """(GPTConfig's arguments, weights by our names) of a hub model or a folder.
 
     source: one of NAMES, owner/name on the hub, or a folder saved by transformers. Weights are float32.
-    Raises UserError for what GPT cannot be, RunError where the hub is out of reach.
+    Raises UserError for a model that GPT cannot represent, RunError where the hub is out of reach.
     """
     is_folder = bool(source) and Path(source).is_dir()
     if not is_folder and source not in NAMES and not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source):
-        raise UserError(f'init_from={source!r} should be scratch, resume, auto, {", ".join(NAMES)}, a model on the hub '
-                        f'by its owner/name, or a folder of weights')
+        raise UserError(f'{source!r} is neither a folder nor a hub model ({", ".join(NAMES)}, OWNER/NAME); '
+                        f'--help lists what else --init_from takes')
     import huggingface_hub
     import transformers
     transformers.logging.set_verbosity_error()

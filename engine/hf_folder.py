@@ -1,4 +1,4 @@
-"""A model and its tokenizer as a folder of Hugging Face: weights, configurations, tokenizer, model card."""
+"""A model and its tokenizer as a Hugging Face folder: weights, configurations, tokenizer, model card."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['genera
 
 
 def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False):
-    """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes for the person, a list of lines.
+    """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes to show the user, a list of lines.
 
     saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer.
     dtype: of the weights. trim_vocab: drop the rows of ids that the tokenizer lacks.
@@ -81,7 +81,7 @@ def read_tokenizer_config(text):
     try:
         return {key: value for key, value in json.loads(text).items() if key != 'auto_map'}
     except (ValueError, AttributeError, RecursionError):
-        raise UserError("the checkpoint's tokenizer_config is no JSON object; prepare its dataset again") from None
+        raise UserError("the checkpoint's tokenizer_config is not a JSON object; prepare its dataset again") from None
 
 
 def complete_config(path):

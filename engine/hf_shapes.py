@@ -1,4 +1,4 @@
-"""The models of transformers that GPT can be: their settings as GPTConfig's, and their weights by our names.
+"""The transformers models whose shape GPT covers: their settings as GPTConfig's, and their weights by our names.
 
 `gpt2`, `nanochat`, `llama` and `qwen3` are the names that transformers gives them (model_type). Weights are dicts of
 names and tensors. C channels, H heads, D = C / H, G heads of keys and values.

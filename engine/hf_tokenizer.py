@@ -63,7 +63,7 @@ class HFTokenizer:
             return self.added.get(i, '').encode()
         if self.bytes_of_letters and not set(token) - self.bytes_of_letters.keys():
             return bytes(self.bytes_of_letters[letter] for letter in token)
-        # Decoders treat the first token of a text in ways of their own, so this one is decoded behind another.
+        # Decoders treat the first token of a text in ways of their own, so this one is decoded after another.
         alone, both = (self.tokenizer.decode([*self.token_before, *ids], skip_special_tokens=False) for ids in ((), (i,)))
         return both.removeprefix(alone).encode()
 
@@ -78,7 +78,7 @@ def load(tokenizer_json):
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:                              # the library's own panics are no Exception
+    except BaseException as error:                              # the library's own panics are not Exceptions
         raise UserError(f'the tokenizer.json cannot be used: {" ".join(str(error).split())[:200]}') from None
 
 

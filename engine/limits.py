@@ -5,7 +5,8 @@ import math
 from engine.errors import UserError
 
 CHOICES = dict(lr_schedule=('cosine', 'linear', 'wsd'), optimizer=('adamw', 'muon'), strategy=('ddp', 'fsdp', 'hsdp'),
-               reduce_dtype=('float32', 'bfloat16'), checkpoint=('gathered', 'sharded'))
+               reduce_dtype=('float32', 'bfloat16'), checkpoint=('gathered', 'sharded'), sampling=('windows', 'epoch'),
+               documents=('any', 'whole'))
 
 
 def check_range(settings, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):

@@ -4,11 +4,14 @@ import datetime
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +21,14 @@ from engine.errors import RunError
 from engine.files import atomic_write
 
 FILE = 'metrics.jsonl'
+
+
+class FinishedStep(NamedTuple):
+    iteration: int
+    names: list             # of the numbers that the device computed
+    read: Callable          # waits for those, summed over the ranks, and for the stop flags: a list of floats
+    tokens: int             # of training so far
+    host_numbers: dict
 
 
 class StepLog:
@@ -35,7 +46,7 @@ class StepLog:
         self.log_interval, self.max_iters, self.health = log_interval, max_iters, health
         self.advice, self.before_error = advice, before_error
         self.stop_signal = 0                            # number of a signal that reached any rank
-        self.pending = deque()                          # (iteration, names, reader of values, tokens, host numbers)
+        self.pending = deque()                          # FinishedSteps, the oldest first
         self.seconds_per_iter = None                    # smoothed, for the time that is left
         self.lines = self.skipped_steps = 0
         self.peak = None
@@ -59,22 +70,22 @@ class StepLog:
         """
         values = torch.cat([torch.stack(list(numbers.values())), self.env.stop_flags()])
         read = read_async(self.env.all_reduce(values))
-        self.pending.append((iteration, list(numbers), read, tokens, host_numbers))
+        self.pending.append(FinishedStep(iteration, list(numbers), read, tokens, host_numbers))
         return self.flush(leave=1 if is_asynchronous(self.env.device) else 0)
 
     def flush(self, leave=0):
         """Read all steps but the newest `leave`. Raises RunError where a loss is not finite."""
         while len(self.pending) > leave:
-            iteration, names, read, self.tokens, host_numbers = self.pending.popleft()
-            values = read()
-            self.stop_signal = self.stop_signal or signal_number(values[len(names):])
-            numbers = {name: value / self.env.world_size for name, value in zip(names, values)}
-            self.check(iteration, **numbers)
+            step = self.pending.popleft()
+            values, self.tokens = step.read(), step.tokens
+            self.stop_signal = self.stop_signal or signal_number(values[len(step.names):])
+            numbers = {name: value / self.env.world_size for name, value in zip(step.names, values)}
+            self.check(step.iteration, **numbers)
             self.steps += 1
-            if iteration % self.log_interval == 0:
-                self.log(iteration, {**numbers, **host_numbers})
+            if step.iteration % self.log_interval == 0:
+                self.log(step.iteration, {**numbers, **step.host_numbers})
             if self.health:
-                self.health.report(iteration, numbers['grad_norm'])
+                self.health.report(step.iteration, numbers['grad_norm'])
         return bool(self.stop_signal)
 
     def check(self, iteration, loss, grad_norm, **_):
@@ -113,18 +124,18 @@ class MetricsWriter:
     """Writes numbers to metrics.jsonl and wandb. A failure of either warns once and never stops training.
 
     iter_num, evaluated: where the run starts or resumes, and whether it was evaluated there already.
-    warn: takes a line for the person. wandb_run: keyword arguments of wandb.init, or None.
+    print_line: prints one line. wandb_run: keyword arguments of wandb.init, or None.
     wandb_id: of the run so far, kept for a later resume where this one does not use wandb.
     """
 
-    def __init__(self, out_dir, iter_num, evaluated, warn, wandb_run=None, wandb_id=None):
-        self.warn, self.file, self.wandb, self.wandb_id = warn, None, None, wandb_id
+    def __init__(self, out_dir, iter_num, evaluated, print_line, wandb_run=None, wandb_id=None):
+        self.print_line, self.file, self.wandb, self.wandb_id = print_line, None, None, wandb_id
         self.seconds = 0.0                              # that the run took before this process
         try:
             self.seconds = drop_records_from(Path(out_dir) / FILE, iter_num, evaluated)
             self.file = open(Path(out_dir) / FILE, 'a', encoding='utf-8')
         except OSError as error:
-            warn(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
+            print_line(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
         if wandb_run:
             terminal, sys.stdin = sys.stdin, open(os.devnull, encoding='utf-8')
             try:                                        # without a terminal, wandb does not ask to log in
@@ -132,7 +143,7 @@ class MetricsWriter:
                 self.wandb = wandb.init(id=wandb_id, **wandb_run)
                 self.wandb_id = self.wandb.id
             except Exception as error:                  # missing, not logged in, no network, ...
-                warn(f'wandb is off ({one_line(error)}); training goes on without it')
+                print_line(f'wandb is off ({one_line(error)}); training goes on without it')
             finally:
                 sys.stdin.close()
                 sys.stdin = terminal
@@ -150,7 +161,7 @@ class MetricsWriter:
                 self.file.write(json.dumps(dict(iter=iter_num, seconds=seconds, **numbers)) + '\n')
                 self.file.flush()
             except OSError as error:
-                self.warn(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
+                self.print_line(f'{FILE} cannot be written ({error.strerror}); training goes on without it')
                 with suppress(OSError):                 # closing writes what is left, to the same disk
                     self.file.close()
                 self.file = None
@@ -158,7 +169,7 @@ class MetricsWriter:
             try:
                 self.wandb.log(numbers, step=iter_num)
             except Exception as error:
-                self.warn(f'wandb is off ({one_line(error)}); training goes on without it')
+                self.print_line(f'wandb is off ({one_line(error)}); training goes on without it')
                 self.wandb = None
 
     def elapsed(self):
@@ -169,28 +180,30 @@ class MetricsWriter:
         return f'{minutes:,} min {seconds} s'
 
     def close(self):
-        for thing, close in ((self.file, 'close'), (self.wandb, 'finish')):
+        for close in (self.file and self.file.close, self.wandb and self.wandb.finish):
             try:
-                if thing:
-                    getattr(thing, close)()
+                if close:
+                    close()
             except Exception as error:
-                self.warn(f'closing the metrics failed ({one_line(error)}); the run itself is saved')
+                self.print_line(f'closing the metrics failed ({one_line(error)}); the run itself is saved')
 
 
 def write_run_json(out_dir, command, settings, env):
     """Write run.json: what was started, when, with which settings, versions and device. For people;
     nothing reads it."""
-    head = Path(__file__).resolve().parent.parent / '.git' / 'HEAD'
-    commit = None
-    with suppress(OSError, UnicodeDecodeError):
-        commit = head.read_text(encoding='utf-8').strip()
-        if commit.startswith('ref: '):
-            commit = (head.parent / commit[5:]).read_text(encoding='utf-8').strip()
     content = dict(command=command, started=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
                    device=env.summary, ranks=env.world_size, python=sys.version.split()[0], torch=torch.__version__,
-                   commit=commit, settings=settings)
+                   commit=git_commit(Path(__file__).resolve().parent.parent), settings=settings)
     with suppress(OSError), atomic_write(Path(out_dir) / 'run.json') as file:
         json.dump(content, file, indent=2)
+
+
+def git_commit(folder):
+    """The commit that is checked out in the repository `folder`, or None where git finds none."""
+    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(folder.parent))      # no repository around the folder counts
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(['git', 'rev-parse', '--verify', 'HEAD'], cwd=folder, env=environment,
+                                       stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
 
 
 def one_line(error):
@@ -215,7 +228,7 @@ def read_metrics(path):
 
 def drop_records_from(path, iter_num, evaluated):
     """Drop the records that a run resumed at iter_num will write again. Returns the seconds that
-    the run took until then, or None if its records have none. OSError where `path` is no regular file."""
+    the run took until then, or None if its records have none. OSError where `path` is not a regular file."""
     if not path.exists():
         return 0.0
     if not path.is_file():
@@ -229,5 +242,5 @@ def drop_records_from(path, iter_num, evaluated):
 
 
 def is_number(value):
-    """True for a usable number. A damaged file may also hold True, 10**400 and NaN, which are none."""
+    """True for a usable number. A damaged file may also hold True, 10**400 and NaN, which are not usable."""
     return type(value) in (int, float) and abs(value) < 1e15

@@ -10,8 +10,8 @@ ROUNDS = 2      # of the permutation, over rows and columns each: four halves su
 CHUNK = 8192                                    # sequences whose starts are computed together
 
 
-def weyl_starts(first, count, positions, seed=None):
-    """`count` starts below `positions`, of the sequences from number `first` on. (count,) int64.
+def weyl_starts(first, count, n_starts, seed=None):
+    """`count` starts below n_starts, of the sequences from number `first` on. (count,) int64.
 
     The starts follow a golden-ratio (Weyl) sequence, so consecutive windows cover the text evenly;
     independent draws would leave a third of an epoch unseen. The seed sets where the sequence
@@ -19,7 +19,7 @@ def weyl_starts(first, count, positions, seed=None):
     """
     offset = 0 if seed is None else np.random.Philox(key=seed).random_raw()     # stable over NumPy versions
     fractions = np.arange(first, first + count, dtype=np.uint64) * GOLDEN_RATIO + np.uint64(offset)
-    return ((fractions >> np.uint64(11)) * (2.0 ** -53 * positions)).astype(np.int64)
+    return ((fractions >> np.uint64(11)) * (2.0 ** -53 * n_starts)).astype(np.int64)
 
 
 def windows_per_epoch(tokens, block_size):

@@ -18,23 +18,30 @@ from engine.device import DTYPES
 from engine.files import atomic_write
 
 
-def run(command, timeout=1200):
-    """The figures of a command, or {'failed': the reason}: of bench.py what its last line has as JSON, of
-    train.py the best loss and the minutes of the whole process."""
+def run(command, read_figures, timeout=1200):
+    """The figures of a command, {name: number}, or {'failed': the reason}. read_figures: bench_figures or train_figures."""
     began = time.perf_counter()
     try:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout, encoding='utf-8')
-        loss = re.search(r'best val loss ([\d.]+)', done.stdout)
-        figures = None
-        if done.returncode == 0:
-            figures = {'best_val_loss': float(loss[1])} if loss else json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run([sys.executable, *command], capture_output=True, timeout=timeout, encoding='utf-8', errors='replace')
     except subprocess.TimeoutExpired:
         return {'failed': f'over {timeout // 60:.0f} minutes'}
+    figures = read_figures(done.stdout, time.perf_counter() - began) if done.returncode == 0 else None
+    return figures or {'failed': (done.stderr.strip().splitlines() or ['no figures'])[-1][:200]}
+
+
+def bench_figures(output, seconds):
+    """What the last line of bench.py has as JSON, or None."""
+    try:
+        figures = json.loads(output.splitlines()[-1])
+        return figures if isinstance(figures, dict) else None
     except (ValueError, IndexError):
-        figures = None
-    if not isinstance(figures, dict):
-        return {'failed': (done.stderr.strip().splitlines() or ['no figures'])[-1][:200]}
-    return dict(figures, minutes=(time.perf_counter() - began) / 60) if loss else figures
+        return None
+
+
+def train_figures(output, seconds):
+    """The best loss that train.py prints and the minutes of the whole process, or None."""
+    loss = re.search(r'best val loss ([\d.]+)', output)
+    return loss and dict(best_val_loss=float(loss[1]), minutes=seconds / 60)
 
 
 def format_figures(figures):
@@ -46,32 +53,34 @@ def format_figures(figures):
 
 
 def rows(folder, device, on_cpu, out_dir):
-    """[(what, command)] of everything that a report times. folder: of the scripts. out_dir: of a run for the while."""
+    """[(what, command, function that reads its figures)] of everything that a report times. folder: of the scripts.
+    out_dir: of a run for the while."""
     common = [str(folder / 'bench.py'), f'--device={device}', '--figures=True', '--compile=auto']
     step = '--batch_size=4 --block_size=256 --warmup_steps=1 --steps=5'.split() if on_cpu else []
     smaller = ('--eval_iters=20 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 '
                '--lr_decay_iters=2000 --dropout=0.0').split() if on_cpu else []
-    found = [(f'training step of GPT-2 124M, {name}', common + step + [f'--dtype={name}'])
-            for name in DTYPES if not (on_cpu and name == 'float16')]         # which takes minutes a step
-    found += [('the same, eager', common + step + ['--compile=False']),
-             ('the same, eager, activations recomputed', common + step + ['--compile=False', '--recompute=True'])]
-    found += [(f'generation, 124M, one sequence, {name}', common + ['--bench=sample', '--steps=8', f'--dtype={name}'])
-             for name in DTYPES]
-    return found + [("encoding with GPT-2's tokens", common + ['--bench=data']),
-                   ('config/train_shakespeare_char.py to its end', [str(folder / 'train.py'), 'train_shakespeare_char',
-                    f'--device={device}', f'--out_dir={out_dir}', '--sample_tokens=0', *smaller])]
+    steps = [(f'training step of GPT-2 124M, {name}', step + [f'--dtype={name}'])
+             for name in DTYPES if not (on_cpu and name == 'float16')]        # which takes minutes a step
+    steps += [('the same, eager', step + ['--compile=False']),
+              ('the same, eager, activations recomputed', step + ['--compile=False', '--recompute=True'])]
+    samples = [(f'generation, 124M, one sequence, {name}', ['--bench=sample', '--steps=8', f'--dtype={name}'])
+               for name in DTYPES]
+    encoding = [("encoding with GPT-2's tokens", ['--bench=data'])]
+    training = [str(folder / 'train.py'), 'train_shakespeare_char', f'--device={device}', f'--out_dir={out_dir}',
+                '--sample_tokens=0', *smaller]
+    return [*((what, common + flags, bench_figures) for what, flags in steps + samples + encoding),
+            ('config/train_shakespeare_char.py to its end', training, train_figures)]
 
 
-def write(path, title, rows, progress):
-    """Write the table to `path`. rows: [(what, command)]; command: a script and its flags. progress: takes a
-    line before each row."""
+def write(path, title, rows, print_line):
+    """Write the table to `path`. rows: those of rows(). print_line: prints a line, here one before each row."""
     lines = [f'# {title}', '',
              f'{datetime.date.today()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, '
              f'PyTorch {torch.__version__}, NumPy {np.__version__}.', '',
              '| what | figures | command |', '|---|---|---|']
-    for what, command in rows:
-        progress(f'{what} ...')
-        figures = format_figures(run(command))
+    for what, command, read_figures in rows:
+        print_line(f'{what} ...')
+        figures = format_figures(run(command, read_figures))
         typed = [Path(command[0]).name] + [flag for flag in command[1:] if not flag.startswith('--out_dir=')]
         lines.append(f'| {what} | {figures} | `python {shlex.join(typed)}` |')
     with atomic_write(path) as file:

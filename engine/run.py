@@ -65,8 +65,9 @@ class Run:
         """Two lines to show the user: what an iteration computes, and how much text the run reads of `data`."""
         progress, schedule, available = self.progress, self.batch_schedule, len(data.tokens['train'])
         tokens = schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
-        return (f'{self.model.get_num_params():,} parameters, {self.micro_steps * env.world_size} micro-batches of '
-                f'{schedule.micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
+        micro_steps, micro_batch_size = schedule.split(progress.tokens)
+        return (f'{self.model.get_num_params():,} parameters, {micro_steps * env.world_size} micro-batches of '
+                f'{micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
                 f'{data.folder.name}: {available:,} tokens to train on; {max(max_iters, progress.iter_num):,} iterations read '
                 f'{short_number(tokens)}, {tokens / available:.3g} epochs')
 
@@ -127,7 +128,7 @@ class Run:
     def finish(self, stop_signal, max_iters, resume_flags, read_only, env, print_line):
         """Say what the run made, once it is saved, and end together with the other ranks.
 
-        resume_flags: what a resume on this machine has to repeat. read_only: nothing was saved. print_line: for the person.
+        resume_flags: what a resume on this machine has to repeat. read_only: nothing was saved. print_line: prints one line.
         Raises SystemExit with 128 + stop_signal.
         """
         progress, out_dir = self.progress, shlex.quote(self.out_dir)

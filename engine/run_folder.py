@@ -60,7 +60,11 @@ def load_state(out_dir):
 def load_newest_model(out_dir):
     """The contents of ckpt.pt, or of the state where there is no ckpt.pt or a sharded state is newer."""
     has_model, is_sharded = (Path(out_dir) / MODEL).exists(), (Path(out_dir) / sharded_checkpoint.STATE).exists()
-    saved = checkpoint.load_model(out_dir) if has_model or not holds_run(out_dir) else None
+    try:
+        saved = checkpoint.load_model(out_dir) if has_model or not holds_run(out_dir) else None
+    except UserError as error:
+        state = next((name for name in STATES[0] + STATES[1] if (Path(out_dir) / name).exists()), None)
+        raise UserError(f'{error}; move it away, and {state} is read' if state else error) from None
     if saved is None or is_sharded:
         try:
             state, _ = load_state(out_dir)

@@ -43,7 +43,7 @@ def find_token_files(folder):
     """{'train': [TokenFile], 'val': ...} of the token files in `folder`, shards in the order of their numbers.
 
     Raises UserError for a split that is both one file and shards, for shards of several prefixes, and for a name that
-    is no regular file.
+    is not a regular file.
     """
     found, keys = {split: [] for split in SPLITS}, {}
     for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -64,7 +64,7 @@ def find_token_files(folder):
 
 
 def read_header(path):
-    """(dtype, bytes before the tokens) of llm.c's files, else None. UserError where the header tells another size."""
+    """(dtype, bytes before the tokens) of llm.c's files, else None. UserError where the header gives another size."""
     with open(path, 'rb') as file:
         return parse_header(path, file.read(12), os.fstat(file.fileno()).st_size)
 

@@ -85,9 +85,9 @@ def find_task(folder, name):
 def read_bytes(path):
     try:
         if not path.is_file():
-            raise UserError(f'{path} is no regular file')
+            raise UserError(f'{path} is not a regular file')
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f'{path} has over {MAX_BYTES >> 30} GiB, which is no evaluation task')
+            raise UserError(f'{path} has over {MAX_BYTES >> 30} GiB, which is too large for an evaluation task')
         return path.read_bytes()
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from None
@@ -114,10 +114,10 @@ def read_records(path):
         if not kind:
             kind = next((kind for kind in FIELDS if isinstance(record, dict) and FIELDS[kind].keys() <= record.keys()), None)
             if not kind:
-                raise UserError(f'{path}, line {number:,} is no example of a task: it should have the fields '
+                raise UserError(f'{path}, line {number:,} is not an example of a task: it should have the fields '
                                 + ', or '.join(', '.join(fields) for fields in FIELDS.values()))
         if fault := find_fault(kind, record):
-            raise UserError(f'{path}, line {number:,} is no {kind.replace("_", " ")} example: {fault}')
+            raise UserError(f'{path}, line {number:,} is not a valid {kind.replace("_", " ")} example: {fault}')
         records.append(record)
     if not records:
         raise UserError(f'{path} is empty; prepare the task again')
@@ -135,7 +135,7 @@ def find_fault(kind, record):
     if options is not None and not (2 <= len(options) <= 1000 and all(type(o) is str and o for o in options)):
         return 'its options should be 2 to 1000 texts'
     if options is not None and not 0 <= record['gold'] < len(options):
-        return f'gold={record["gold"]} is no number of its {len(options)} options'
+        return f'gold={record["gold"]} is not one of its {len(options)} options'
     for name in ('continuation', 'answer'):
         if name in FIELDS[kind] and not record[name]:
             return f'{name} is empty'

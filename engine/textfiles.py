@@ -28,11 +28,11 @@ def input_path(path):
     raise UserError(f'there is no file or folder {path}; --input= takes a path to text')
 
 
-def find_files(path, endings=(), log=None):
+def find_files(path, endings=(), print_line=None):
     """The file `path`, or all files below the folder `path`, sorted by path, without hidden ones.
 
     endings: the file name endings to accept, such as ('.txt',); () accepts every file.
-    log: called with a line that counts the files that were skipped.
+    print_line: called with a line that counts the files that were skipped.
     """
     path = input_path(path)
     if path.is_file():
@@ -47,8 +47,8 @@ def find_files(path, endings=(), log=None):
     if not accepted:
         raise UserError(f'the folder {path} holds no {" or ".join(endings) or "file"}; --input= '
                         f'takes a folder that does')
-    if log and len(accepted) < len(names):
-        log(f'{path}: reading {len(accepted):,} files, skipping {len(names) - len(accepted):,} that are '
+    if print_line and len(accepted) < len(names):
+        print_line(f'{path}: reading {len(accepted):,} files, skipping {len(names) - len(accepted):,} that are '
             f'hidden or of another type')
     return [path / name for name in accepted]
 
@@ -172,7 +172,7 @@ def document_position(path, byte, size):
     if path.suffix.lower() == '.parquet':           # as if all rows had the same size
         return -(-open_parquet(path).metadata.num_rows * byte // size)
     if path.suffix.lower() == '.txt':
-        return 1                                    # behind its only document
+        return 1                                    # after its only document
     with open(path, 'rb') as file:
         file.seek(byte - 1)
         file.readline()

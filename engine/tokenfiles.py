@@ -27,7 +27,7 @@ from engine.files import atomic_write, sync
 from engine.journal import (JOURNAL, SPLITS, complete_replacement, describe_dataset, hash_start, read_journal,
                             remove_unfinished, replace_dataset, write_meta_parts)
 from engine.shards import DTYPES, token_dtype
-from engine.tokenizer import END_OF_TEXT
+from engine.tokenizer import end_of_text
 
 PIECE = 1 << 18             # characters encoded at once: about 20 ms of work for a core
 SAVE_SECONDS = 30           # a killed run that can be continued loses at most this much work
@@ -93,14 +93,14 @@ def batch_pieces(pieces):
 class DatasetWriter:
     """The files of a dataset while they are written; see dataset_writer()."""
 
-    def __init__(self, folder, spec, key, log):
-        self.folder, self.key, self.log = folder, key, log
-        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], spec.get('end_of_text', END_OF_TEXT)
+    def __init__(self, folder, spec, key, print_line):
+        self.folder, self.key, self.print_line = folder, key, print_line
+        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], end_of_text(spec)
         self.documents, self.saved_at = 0, time.monotonic()     # documents that are written
         self.files, self.digests = {}, {}                       # one of each per split
         completed = complete_replacement(folder)
         if completed:
-            log(f'{folder}: the last run stopped while it replaced the dataset; the replacement is now complete')
+            print_line(f'{folder}: the last run stopped while it replaced the dataset; the replacement is now complete')
         # The journal of the finished dataset, if the last run had the same key: nothing is left to write.
         self.finished = completed if completed and key and completed['key'] == key else None
         if self.finished:
@@ -122,7 +122,7 @@ class DatasetWriter:
                     file.seek(journal['bytes'][split])
                     file.truncate()
                 return
-            self.log(f'{self.folder}: the saved progress is damaged; starting from the beginning')
+            self.print_line(f'{self.folder}: the saved progress is damaged; starting from the beginning')
         remove_unfinished(self.folder)
         for split, path in paths.items():
             self.files[split], self.digests[split] = open(path, 'xb'), hashlib.sha256()
@@ -136,6 +136,8 @@ class DatasetWriter:
         def encode_batch(batch):
             arrays = {split: [] for split in SPLITS}
             for split, text, ends in batch:
+                if ends and self.end_of_text is None:
+                    raise UserError(f'{self.folder}: the vocabulary has no end-of-text token; leave ends_document False')
                 arrays[split] += [encode(text), [self.end_of_text]] if ends else [encode(text)]
             return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe')
                            for split, ids in arrays.items() if ids}
@@ -182,7 +184,7 @@ class DatasetWriter:
             for file in self.files.values():
                 file.close()
             replace_dataset(self.folder)
-        self.log(f'{self.folder}: train.bin has {meta["tokens"]["train"]:,} tokens, val.bin '
+        self.print_line(f'{self.folder}: train.bin has {meta["tokens"]["train"]:,} tokens, val.bin '
                  f'{meta["tokens"]["val"]:,}; vocabulary {meta["vocab_size"]:,} ({meta["tokenizer"]})')
 
     def clean_up(self, error):
@@ -191,19 +193,19 @@ class DatasetWriter:
             with suppress(OSError):                     # closing flushes, and the disk may be full
                 file.close()
         if (self.folder / JOURNAL).exists() and not isinstance(error, UserError):
-            self.log(f'{self.folder / JOURNAL}: the work so far is kept; the same command continues it')
+            self.print_line(f'{self.folder / JOURNAL}: the work so far is kept; the same command continues it')
         else:
             remove_unfinished(self.folder)
 
 
 @contextmanager
-def dataset_writer(folder, spec, log, key=''):
+def dataset_writer(folder, spec, print_line, key=''):
     """Yield a DatasetWriter. When the block ends without an exception, its files replace the dataset in `folder`.
 
     Until then, and after a failure or a signal, an earlier dataset stays whole. A run that was killed
     between two renames is completed here first.
 
-    spec: the tokenizer. log: called with lines to print. key: '' removes all work after a failure.
+    spec: the tokenizer. print_line: called with lines to print. key: '' removes all work after a failure.
     Otherwise progress is saved every SAVE_SECONDS, and `documents` of a later writer with the same key
     is the number of documents to skip.
     """
@@ -211,7 +213,7 @@ def dataset_writer(folder, spec, log, key=''):
     folder.mkdir(exist_ok=True)
     try:
         with write_lock(folder / 'prepare.lock'):
-            writer = DatasetWriter(folder, spec, key, log)
+            writer = DatasetWriter(folder, spec, key, print_line)
             try:
                 yield writer
                 writer.finish(spec)

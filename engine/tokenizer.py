@@ -68,7 +68,7 @@ class Tokenizer:
         """An array of ids, with special tokens as ordinary text. GPT-2's equal tiktoken's encode_ordinary.
 
         A character tokenizer expects characters of its own only. as_document: with what a tokenizer of
-        Hugging Face puts around a text, such as `<s>`, and with end_of_text behind it.
+        Hugging Face puts around a text, such as `<s>`, and with end_of_text after it.
         """
         if self.hf:
             ids = np.array(self.hf.encode_ordinary(text, as_document), self.dtype)

@@ -106,7 +106,7 @@ def spec_of_files(folder, name, revision):
     try:
         for file in DOWNLOADED:
             if (folder / file).exists() and not (folder / file).is_file():
-                raise UserError(f'{file} is no regular file')
+                raise UserError(f'{file} is not a regular file')
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with tempfile.TemporaryDirectory() as written:
             tokenizer.save_pretrained(written)
@@ -117,7 +117,7 @@ def spec_of_files(folder, name, revision):
         return known_spec(text) or hf_spec(text, json.dumps(config, indent=2), end, name, revision)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:                      # many kinds; panics of the tokenizers library are no Exception
+    except BaseException as error:                      # many kinds; panics of the tokenizers library are not Exceptions
         raise UserError(f'the tokenizer of {name} cannot be used: {" ".join(str(error).split())[:300]}') from None
 
 

@@ -1,6 +1,11 @@
+from itertools import chain, islice
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from engine.batch_schedule import BatchSchedule, split_batch
+from engine.dataloader import train_batches
 from engine.errors import UserError
 
 
@@ -25,9 +30,10 @@ def test_a_ramp_grows_linearly_and_takes_the_same_sequences_on_any_number_of_ran
         schedule = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000)
         tokens = sequences = 0
         sizes = []
-        for number, (first, micro_steps) in zip(range(60), schedule.iterations(0, 0)):
+        for number, (first, micro_steps, micro_batch_size) in zip(range(60), schedule.iterations(0, 0)):
             assert first == sequences and schedule.tokens_after(number) == tokens
-            n_sequences = micro_steps * schedule.micro_batch_size * ranks
+            assert micro_batch_size <= 8
+            n_sequences = micro_steps * micro_batch_size * ranks
             # the published rule: linear from the first batch to the full one; here in steps of the first batch
             linear = 4 + (128 - 4) * min(1, tokens / 20_000)
             assert n_sequences % 4 == 0 and linear - 4 < n_sequences <= linear
@@ -38,11 +44,41 @@ def test_a_ramp_grows_linearly_and_takes_the_same_sequences_on_any_number_of_ran
     assert plans[0] == plans[1] == plans[2]
 
 
-def test_a_ramp_goes_on_where_it_was():
+def first_iterations(schedule, count, sequences=0, tokens=0):
+    return list(islice(schedule.iterations(sequences, tokens), count))
+
+
+@pytest.mark.parametrize('done', [0, 1, 6, 11, 12, 13, 30])
+def test_a_ramp_goes_on_where_it_was(done):
+    """On the ramp, over its end, and after it."""
     schedule = BatchSchedule(16, 8, 64, 2, ramp_start=4 * 64, ramp_tokens=20_000)
-    plan = [step for _, step in zip(range(40), schedule.iterations(0, 0))]
-    resumed = schedule.iterations(plan[15][0], schedule.tokens_after(15))
-    assert [step for _, step in zip(range(25), resumed)] == plan[15:]
+    plan = first_iterations(schedule, 40)
+    assert schedule.tokens_after(11) < 20_000 <= schedule.tokens_after(12)
+    assert first_iterations(schedule, 40 - done, plan[done][0], schedule.tokens_after(done)) == plan[done:]
+
+
+@pytest.mark.parametrize('ranks, on_the_ramp, after_it', [(1, (2, 8), (32, 8)), (8, (1, 2), (4, 8)), (16, (1, 1), (2, 8))])
+def test_micro_batches_are_full_after_a_ramp(ranks, on_the_ramp, after_it):
+    schedule = BatchSchedule(32, 8, 2048, ranks, ramp_start=16 * 2048, ramp_tokens=4 * 10 ** 9)
+    assert schedule.split(0) == on_the_ramp
+    assert schedule.split(4 * 10 ** 9 - 1)[1] == on_the_ramp[1]
+    assert schedule.split(4 * 10 ** 9) == after_it == BatchSchedule(32, 8, 2048, ranks).split(0)
+
+
+def test_the_ranks_together_take_each_sequence_once_on_a_ramp_and_after_it():
+    """By the requests of train_batches, which are the numbers of sequences."""
+    data = SimpleNamespace(batch=lambda seed, stream, first, count: (torch.arange(first, first + count), torch.zeros(count)))
+    plans = []
+    for ranks in (1, 2, 4):
+        schedule, taken = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000), []
+        for rank in range(ranks):
+            iterations = first_iterations(schedule, 35)
+            batches = train_batches(data, 1, iterations, SimpleNamespace(rank=rank, device=torch.device('cpu')))
+            taken.append([torch.cat([next(batches)[0] for _ in range(micro_steps)]).tolist() for _, micro_steps, _ in iterations])
+            assert next(batches, None) is None
+        plans.append([sorted(chain(*parts)) for parts in zip(*taken)])
+    assert plans[0] == plans[1] == plans[2]
+    assert list(chain(*plans[0])) == list(range(sum(map(len, plans[0])))) and len(plans[0][0]) == 4 and len(plans[0][-1]) == 128
 
 
 def test_a_ramp_that_the_ranks_cannot_share_is_refused_with_one_that_they_can():

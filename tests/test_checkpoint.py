@@ -294,10 +294,10 @@ def contains_itself(payload):
 
 
 DAMAGED = {
-    'cut': (replaced_by(lambda content: content[:5000]), 'not a checkpoint of PyTorch, or truncated'),
+    'cut': (replaced_by(lambda content: content[:5000]), 'not a PyTorch checkpoint, or truncated'),
     'one bit': (flipped_bit, 'fails its checksum'),
     'empty': (replaced_by(b''), 'truncated'),
-    'text': (replaced_by(b'a plain text\n' * 99), 'not a checkpoint of PyTorch'),
+    'text': (replaced_by(b'a plain text\n' * 99), 'not a PyTorch checkpoint'),
     'pickle': (replaced_by(pickle.dumps(Evil())), 'cannot be read'),
     'code': (changed(lambda payload: {'model': Evil()}), r'it asks to run \w+.system'),
     'list': (changed(lambda payload: [1, 2]), 'it holds a list, not a checkpoint'),
@@ -351,6 +351,38 @@ def test_tokenizer_of_another_type_is_refused(out_dir):
         checkpoint.load_model(out_dir)
 
 
+def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_path):
+    """Only a state folder is read as one, and only a damaged state is moved away."""
+    for name in ('ckpt.pt', 'state.pt'):
+        content = torch.load(out_dir / name, weights_only=True)
+        torch.save(dict(content, sharded=str(tmp_path / 'elsewhere'), damaged='ckpt.pt'), out_dir / name)
+    state, notes = run_folder.load_state(out_dir)
+    assert 'sharded' not in state and state['damaged'] is None and not notes
+    model = run_folder.load_newest_model(out_dir)
+    assert 'sharded' not in model and 'damaged' not in model
+    for name in ('state.pt', 'state.prev.pt'):
+        (out_dir / name).unlink(missing_ok=True)
+    state, _ = run_folder.load_state(out_dir)           # of ckpt.pt alone
+    assert not state.keys() & {'sharded', 'damaged'}
+    run_folder.clean_out_dir(out_dir, state)
+    assert (out_dir / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('kept', ['state.pt', 'state.prev.pt', None])
+def test_a_damaged_model_names_the_state_that_is_read_without_it(tmp_path, kept):
+    model, optimizer = trained_gpt()
+    save_state(tmp_path, model, optimizer)
+    os.replace(tmp_path / 'state.pt', tmp_path / (kept or 'elsewhere.pt'))
+    (tmp_path / 'ckpt.pt').write_bytes(b'damaged')
+    with pytest.raises(UserError, match='ckpt.pt cannot be read') as refused:
+        run_folder.load_newest_model(tmp_path)
+    assert ('move it away' in str(refused.value)) == bool(kept)
+    if kept:
+        assert str(refused.value).endswith(f'; move it away, and {kept} is read')
+        (tmp_path / 'ckpt.pt').unlink()
+        assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
+
+
 def test_no_run_is_told_from_a_damaged_one(tmp_path):
     with pytest.raises(UserError, match='holds no run to resume'):
         run_folder.load_state(tmp_path)
@@ -381,5 +413,5 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
 def test_a_fifo_in_the_place_of_a_state_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'state.pt')
-    with pytest.raises(UserError, match='state.pt cannot be read: it is no regular file'):
+    with pytest.raises(UserError, match='state.pt cannot be read: it is not a regular file'):
         run_folder.load_state(tmp_path)

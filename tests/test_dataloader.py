@@ -163,6 +163,16 @@ def test_an_unknown_dataset_is_told_the_known_ones(folder):
         TokenDataset('nowhere')
 
 
+@pytest.mark.parametrize('order, words', [
+    (dict(sampling='random'), "sampling='random' is unknown; try 'windows' or 'epoch'"),
+    (dict(documents=True), "documents=True is unknown; try 'any' or 'whole'"),
+    (dict(sampling='epoch', documents='whole'), 'try --sampling=windows or --documents=any')])
+def test_an_unknown_order_is_refused(folder, order, words):
+    with pytest.raises(UserError, match=words) as refused:
+        TokenDataset('toy', **order)
+    assert '\n' not in str(refused.value)
+
+
 @pytest.mark.parametrize('name', ['', '..', '../toy', 'toy/', '/etc', 'a/b', '.hidden', 'a\\b', 'C:toy', 'a\0b', 7, None])
 def test_a_name_that_leaves_the_folder_is_refused(folder, name):
     with pytest.raises(UserError, match='dataset='):

@@ -103,6 +103,22 @@ def test_only_the_named_signals_are_caught(restored_handlers):
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
 
 
+def test_the_handlers_of_before_the_run_come_back(restored_handlers):
+    received = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    env = distributed.start(device='cpu')
+    env.catch_signals(signal.SIGTERM)
+    env.catch_signals()                                 # as in training; SIGTERM keeps the handler of before the first call
+    env.restore_signals()
+    assert {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS} == before
+    os.kill(os.getpid(), signal.SIGINT)
+    assert received == [signal.SIGINT] and not env.stop_signal()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    env.restore_signals()                               # nothing is left to put back
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
 # NCCL
 
 @pytest.mark.parametrize('error, first, line', [

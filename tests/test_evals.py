@@ -326,9 +326,9 @@ CHOICE = dict(query='a', choices=['b', 'c'], gold=1)
 
 @pytest.mark.parametrize('content, fault', [
     (b'', 'is empty'), (b'\n \n', 'is empty'), (b'{"query": ', 'line 1 is not JSON'), (b'[' * 10 ** 5, 'line 1 is not JSON'),
-    (b'\xff\xfe', 'line 1 is not JSON'), (b'17', 'is no example of a task'), (b'{"text": "a"}', 'is no example of a task'),
-    (json.dumps(CHOICE).encode() + b'\n{"context": "a", "continuation": "b"}', 'line 2 is no multiple choice example: query'),
-    (json.dumps(CHOICE).encode() + b'\n[]', 'line 2 is no multiple choice example: it is a list'),
+    (b'\xff\xfe', 'line 1 is not JSON'), (b'17', 'is not an example of a task'), (b'{"text": "a"}', 'is not an example of a task'),
+    (json.dumps(CHOICE).encode() + b'\n{"context": "a", "continuation": "b"}', 'line 2 is not a valid multiple choice example: query'),
+    (json.dumps(CHOICE).encode() + b'\n[]', 'line 2 is not a valid multiple choice example: it is a list'),
     (json.dumps(dict(CHOICE, gold=2)).encode(), 'gold=2'), (json.dumps(dict(CHOICE, gold=True)).encode(), 'gold'),
     (json.dumps(dict(CHOICE, choices=['b', 1])).encode(), 'options'), (json.dumps(dict(CHOICE, choices=['b', ''])).encode(), 'options'),
     (json.dumps(dict(CHOICE, choices=['b'])).encode(), 'options'),
@@ -354,7 +354,7 @@ def test_an_unknown_task_or_a_text_that_is_none_is_one_line(folder, tmp_path):
     with pytest.raises(UserError, match='too short'):
         evals.load_tasks('text', tmp_path, Tokenizer(SPEC), 64)
     (tmp_path / 'folder.jsonl').mkdir()
-    with pytest.raises(UserError, match='is no regular file'):
+    with pytest.raises(UserError, match='is not a regular file'):
         evals.load_tasks('folder', tmp_path, Tokenizer(SPEC), 64)
     with pytest.raises(UserError, match='holds no file of CORE'):
         evals.load_tasks('core', tmp_path, Tokenizer(SPEC), 64)

@@ -243,7 +243,7 @@ def test_a_model_card_holds_no_markup_of_a_setting(trained, tmp_path):
 
 @pytest.mark.parametrize('text', ['', '[]', '7', '{', '[' * 100_000])
 def test_a_damaged_tokenizer_config_is_refused(text):
-    with pytest.raises(UserError, match='is no JSON object'):
+    with pytest.raises(UserError, match='is not a JSON object'):
         hf_folder.read_tokenizer_config(text)
     assert hf_folder.read_tokenizer_config('{"eos_token": "a", "auto_map": {"AutoTokenizer": "b"}}') == {'eos_token': 'a'}
 

@@ -301,7 +301,7 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path):
     source = write(tmp_path / 'a', byte_level_bpe())
     (tmp_path / 'a' / 'tokenizer_config.json').unlink()
     os.mkfifo(tmp_path / 'a' / 'tokenizer_config.json')
-    with pytest.raises(UserError, match='tokenizer_config.json is no regular file'):
+    with pytest.raises(UserError, match='tokenizer_config.json is not a regular file'):
         named_spec(source)
 
 

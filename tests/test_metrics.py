@@ -1,7 +1,10 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import types
 
@@ -53,7 +56,7 @@ def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize('seconds', ['', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"',
                                      ', "seconds": 1e300', ', "seconds": true'])
 def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path, seconds):
-    """A damaged clock, or one that earlier versions did not write, is no clock."""
+    """A damaged clock, or one that earlier versions did not write, is not a clock."""
     (tmp_path / 'metrics.jsonl').write_text('{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000))
     write_run(tmp_path, 1, False, 3)
     records = read_metrics(tmp_path / 'metrics.jsonl')
@@ -206,3 +209,32 @@ def test_a_fifo_in_the_place_of_the_metrics_warns_and_is_not_waited_for(tmp_path
                                          (1_234_567, '1.23M'), (3_840_000_000, '3.84B')])
 def test_large_counts_have_three_digits_and_a_unit(count, text):
     assert metrics.short_number(count) == text
+
+
+def git(folder, *arguments):
+    identity = ['-c', 'user.name=a', '-c', 'user.email=a@b.c', '-c', 'commit.gpgsign=false']
+    return subprocess.check_output(['git', *identity, *arguments], cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+
+
+@pytest.mark.skipif(not shutil.which('git'), reason='git is not installed')
+def test_the_commit_is_known_with_packed_refs_and_in_a_worktree(tmp_path):
+    project = tmp_path / 'project'
+    project.mkdir()
+    git(project, 'init')
+    git(project, 'commit', '--allow-empty', '-m', 'one')
+    commit = re.fullmatch('[0-9a-f]{40}', git(project, 'log', '-1', '--format=%H'))[0]
+    assert metrics.git_commit(project) == commit
+    git(project, 'pack-refs', '--all')                  # as git gc does
+    git(project, 'worktree', 'add', '--detach', '../worktree')
+    assert metrics.git_commit(project) == metrics.git_commit(tmp_path / 'worktree') == commit
+
+
+def test_no_commit_is_known_without_git_or_a_repository(tmp_path, monkeypatch):
+    inside = tmp_path / 'inside'
+    inside.mkdir()
+    if shutil.which('git'):
+        git(tmp_path, 'init')
+        git(tmp_path, 'commit', '--allow-empty', '-m', 'of another project')
+    assert metrics.git_commit(inside) is None
+    monkeypatch.setenv('PATH', str(inside))
+    assert metrics.git_commit(tmp_path) is None

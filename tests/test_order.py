@@ -52,7 +52,7 @@ def test_an_epoch_has_every_window_once_over_all_ranks(folder, ranks):
     data, starts = open_dataset(sampling='epoch'), []
     for rank in range(ranks):
         env = SimpleNamespace(rank=rank, world_size=ranks, device=torch.device('cpu'))
-        starts += [(i, x[:, 0].tolist()) for i, (x, _) in enumerate(train_batches(data, 3, ((4 * i, 4 // ranks) for i in range(93)), 1, env))]
+        starts += [(i, x[:, 0].tolist()) for i, (x, _) in enumerate(train_batches(data, 3, ((4 * i, 4 // ranks, 1) for i in range(93)), env))]
     by_iteration = sorted((i // (4 // ranks), start) for i, batch in starts for start in batch)
     epochs = [{start for i, start in by_iteration if i // 31 == epoch} for epoch in range(3)]
     offsets = [min(epoch) for epoch in epochs]

@@ -32,6 +32,26 @@ def test_curves_are_the_records(tmp_path, monkeypatch):
     assert by_minute == {'a train': [[0.1, 2.5], [0.2, 2.0]], 'a val': [[0, 3.0]]}
 
 
+def test_a_batch_that_grows_moves_the_tokens_of_each_iteration(monkeypatch):
+    """The first evaluation lies at no tokens, one between two logged iterations between their counts, and a later one at
+    the last count."""
+    drawn = []
+    monkeypatch.setattr(plt.Figure, 'savefig', lambda figure, path, **options: drawn.append(figure))
+    losses = [dict(iter=i, loss=2.0, tokens=tokens) for i, tokens in ((0, 1e6), (1, 3e6), (3, 9e6))]
+    with script_settings(plot, '--smooth=0'):
+        plot.draw({'a': [*losses, *(dict(iter=i, val_loss=3.0) for i in (0, 1, 2, 3, 4, 50))]}, 'x.png')
+    train, val = ([float(x) for x in line.get_xdata()] for line in drawn[0].axes[1].lines)
+    assert train == [0, 1, 6]                           # million tokens before the iterations
+    assert val == [0, 1, 3, 6, 9, 9]
+
+
+@pytest.mark.parametrize('picture', ['x.xyz', 'x', 'a.b/x'])
+def test_a_picture_of_an_unknown_kind_is_refused_before_anything_is_read(picture):
+    with pytest.raises(UserError, match=f"picture='{picture}' should end in .*.pdf, .*.png"):
+        with script_settings(plot, f'--picture={picture}'):
+            plot.main(['nowhere'])
+
+
 def test_smoothing_averages_what_came_before():
     assert plot.smoothed([4.0] * 5, 0.9) == pytest.approx([4.0] * 5)
     assert plot.smoothed([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 3) / 0.75])

@@ -167,7 +167,7 @@ def test_gpt2_weights_of_a_folder_write_gpt2s_tokens(workspace):
     (['--top_k=-5'], 'top_k=-5 should be at least 0'), (['--top_p=0'], 'top_p=0.0 should be .*above 0'),
     (['--top_p=1.5'], 'top_p=1.5 should be at most 1'),
     (['--num_samples=0'], 'num_samples=0 should be at least 1'), (['--seed=-1'], 'seed=-1 should be at least 0'),
-    (['--out_dir=out-none'], 'ckpt.pt does not exist'), (['--init_from=gpt3'], "init_from='gpt3' should be"),
+    (['--out_dir=out-none'], 'ckpt.pt does not exist'), (['--init_from=gpt3'], "'gpt3' is neither a folder nor a hub model"),
     (['--device=gpu'], "device='gpu' is unknown"), (['--dtype=float8'], "dtype='float8' is unknown"),
     (['--temprature=1'], 'did you mean temperature?')])
 def test_a_mistake_is_refused_before_anything_is_written(trained, tmp_path, monkeypatch, capsys, flags, words):

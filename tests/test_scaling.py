@@ -111,7 +111,8 @@ def test_too_few_runs_are_refused():
 
 @pytest.mark.parametrize('flag, words', [
     ('--sizes=2x30', 'a multiple of head_size=16'), ('--sizes=two', "sizes='two' should be a list such as"),
-    ('--budgets=-1', "budgets='-1' should be a list"), ('--counting=all', "counting='all'")])
+    ('--budgets=-1', "budgets='-1' should be a list"), ('--counting=all', "counting='all'"),
+    ('--head_size=0', 'head_size=0 should be at least 1')])
 def test_impossible_settings_are_refused(flag, words):
     with script_settings(scaling, flag), pytest.raises(UserError, match=words):
         scaling.main()

@@ -117,7 +117,7 @@ class Stoppable:
         return ''.join(self.encoded)
 
     def state(self, part=0, parts=1):
-        """{name: (content, time of change)} of the finished pieces."""
+        """{name: (content, time of change)} of the finished chunks."""
         folder = self.folder / 'unfinished' / f'{part}_of_{parts}'
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob('*.bin')}
 
@@ -157,14 +157,14 @@ def test_the_earlier_dataset_stays_until_the_new_one_is_whole(stoppable, gpt2): 
     assert read_shards(stoppable.folder) == expected_shards(texts, 300, gpt2.encode_ordinary)    # it had more shards
 
 
-@pytest.mark.parametrize('damage', ['', '{', '[]', 'null', '{"key": 1}', '[' * 100000, 'skip', 'document', 'pieces', 'key', 'size', 'gone'])
+@pytest.mark.parametrize('damage', ['', '{', '[]', 'null', '{"key": 1}', '[' * 100000, 'skip', 'document', 'chunks', 'key', 'size', 'gone'])
 def test_damaged_work_starts_from_the_beginning(stoppable, gpt2, damage):      # noqa: F811
     stoppable.run(60)
     journal = stoppable.folder / 'unfinished' / '0_of_1' / 'journal.json'
-    fields, piece = json.loads(journal.read_text()), journal.with_name('000000.bin')
-    values = dict(skip=-1, document=[0], pieces=[['7', 'x']], key='other')
+    fields, chunk = json.loads(journal.read_text()), journal.with_name('000000.bin')
+    values = dict(skip=-1, document=[0], chunks=[['7', 'x']], key='other')
     if damage in ('size', 'gone'):
-        piece.write_bytes(piece.read_bytes()[:-2]) if damage == 'size' else piece.unlink()
+        chunk.write_bytes(chunk.read_bytes()[:-2]) if damage == 'size' else chunk.unlink()
         with pytest.raises(UserError, match='000000.bin is missing or damaged; run --part=0/1 again'):
             stoppable.run()
     else:
@@ -322,3 +322,23 @@ def test_ids_beyond_65535_are_written_and_read_with_32_bits(tmp_path, monkeypatc
         assert (x[:, 0] == 69_999).all() and x.max() < 70_000 and (x[:, 1] > 65_535).any()
     stream = np.concatenate([dataset.tokens['val'][:], dataset.tokens['train'][:]])
     assert stream.tolist() == sum([[69_999, *text[:-1]] for text in ids], [])
+
+
+CHARACTERS = dict(tokenizer='char', vocab_size=3, chars='abc')
+NO_END = dict(tokenizer='hf', vocab_size=300, end_of_text=None)
+
+
+@pytest.mark.parametrize('spec', [CHARACTERS, NO_END])
+def test_a_vocabulary_without_an_end_of_text_token_takes_no_documents(tmp_path, spec):
+    """Instead of GPT-2's id in another vocabulary."""
+    def encode(text):
+        return np.array(['abc'.index(character) for character in text])
+    folder = tmp_path / 'files'
+    with tokenfiles.dataset_writer(folder, CHARACTERS, lambda line: None) as writer:
+        writer.write([('train', 'abc', False), ('val', 'cab', False)], encode, 6)
+    with pytest.raises(UserError, match='no end-of-text token; leave ends_document False'):
+        with tokenfiles.dataset_writer(folder, spec, lambda line: None) as writer:
+            writer.write([('train', 'abc', False), ('val', 'cab', True)], encode, 6)
+    assert np.fromfile(folder / 'val.bin', '<u2').tolist() == [2, 0, 1]             # the dataset of before
+    with pytest.raises(UserError, match='no end-of-text token, and shards have one before each document'):
+        shardwriter.ShardWriter(tmp_path / 'shards', spec, 'key', 37, 0, 1, lambda line: None)

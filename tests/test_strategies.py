@@ -164,14 +164,15 @@ def test_machines_with_unequal_ranks_are_refused_for_hsdp(place):
 
 @pytest.mark.parametrize('options', [dict(ranks=1), dict(), dict(strategy='fsdp')])
 def test_a_batch_ramp_resumes_exactly(place, options):
-    ramp = ('--gradient_accumulation_steps=8', '--batch_size=2', '--batch_ramp_start=128', '--batch_ramp_tokens=3000', '--lr_decay_iters=20')
+    """From its middle to after its end, where two ranks go from one sequence per micro-batch to two."""
+    ramp = ('--gradient_accumulation_steps=8', '--batch_size=2', '--batch_ramp_start=64', '--batch_ramp_tokens=1500', '--lr_decay_iters=20')
     train(place, 'ramp', *ramp, '--max_iters=16', '--overwrite=True', **options)
     train(place, 'ramped', *ramp, '--max_iters=7', '--overwrite=True', **options)
     train(place, 'ramped', *ramp, '--max_iters=16', '--init_from=resume', **options)
     assert_same(tensors(place, 'ramped'), tensors(place, 'ramp'))
     records = [record for record in place.records('ramp') if 'loss' in record]
     steps = [b['tokens'] - a['tokens'] for a, b in zip(records, records[1:])]
-    assert records[0]['tokens'] == 128 and steps[-1] == 16 * 32 and set(steps) == {128, 256, 384, 512}
+    assert records[0]['tokens'] == 64 and steps[-1] == 16 * 32 and set(steps) == {64, 128, 192, 256, 320, 384, 512}
     # the learning rate counts full batches: it warms up over two of them
     warm = [record['lr'] for record in records if record['tokens'] <= 2 * 512]
     assert warm == sorted(warm) and len(warm) > 4

@@ -135,7 +135,7 @@ def make_task(name, source, path):
         try:
             lines.append(json.dumps(source.convert(row), ensure_ascii=False) + '\n')
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f'{path or source.hub["path"]}, row {number:,} is no example of {name} '
+            raise UserError(f'{path or source.hub["path"]}, row {number:,} is not an example of {name} '
                             f'({type(error).__name__}: {str(error)[:100]})') from None
     return f'{name}.jsonl', ''.join(lines), len(lines)
 
@@ -152,7 +152,7 @@ def main():
     if unknown := [name for name in names if name not in SOURCES]:
         raise UserError(f'there is no task {unknown[0]!r}; --tasks= takes {", ".join(SOURCES)}')
     if input and not Path(input).is_dir():
-        raise UserError(f'{input} is no folder; --input= takes one with the files that data/evals/readme.md names')
+        raise UserError(f'{input} is not a folder; --input= takes one with the files that data/evals/readme.md names')
     target = Path(output) if output else FOLDER
     written = 0
     for name in names:

@@ -123,7 +123,7 @@ def main():
     if not input:
         raise UserError('no text is named; type --input=PATH, a UTF-8 file or a folder of them')
     folder = dataset_folder()
-    files = textfiles.find_files(input, log=print0)
+    files = textfiles.find_files(input, print_line=print0)
     before = textfiles.fingerprint(files)
     counts, chars = count_characters(files)
     total = sum(counts)

@@ -1,0 +1,46 @@
+"""The lines of Python in docs/."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import ROOT
+
+BLOCKS = [(path.name, block) for path in sorted((ROOT / 'docs').glob('*.md'))
+          for block in re.findall(r'^```python\n(.*?)^```', path.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)]
+
+
+def run(name, words, **smaller):
+    """Run the block of a page that has these words, with other numbers in it. Returns its variables."""
+    (block,) = (block for page, block in BLOCKS if page == name and words in block)
+    for old, new in smaller.items():
+        assert old in block
+        block = block.replace(old, new)
+    variables = {}
+    exec(compile(block, name, 'exec'), variables)
+    return variables
+
+
+def test_every_block_compiles():
+    assert len(BLOCKS) > 4
+    for name, block in BLOCKS:
+        compile(block, name, 'exec')
+
+
+@pytest.mark.skipif(not hasattr(F, 'linear_cross_entropy'), reason='this PyTorch has no linear_cross_entropy')
+def test_the_losses_that_are_timed_are_equal(capsys):
+    losses = run('benchmarks.md', 'LinearCrossEntropy', **{'1024': '40', '768': '16', '50304': '97'})['losses']
+    values = {name: loss().item() for name, loss in losses.items()}
+    assert values == pytest.approx(dict.fromkeys(values, values['whole logits']), rel=1e-5)
+    assert set(eval(capsys.readouterr().out)) == set(losses)
+
+
+def test_the_layouts_of_weights_that_are_timed_compute_the_same(capsys):
+    variables = run('benchmarks.md', 'TransposedLinear', **{'GPTConfig()': 'GPTConfig(64, 97, 2, 2, 64)'})
+    assert [line.split(' ')[0] for line in capsys.readouterr().out.splitlines()] == [
+        'torch.float32', 'torch.bfloat16', 'torch.float16']
+    for layers in variables['layouts'].values():        # the last ones, of float16
+        for layer, linear in zip(layers, variables['linears']):
+            x = torch.randn(1, 1, linear.in_features, dtype=linear.weight.dtype)
+            torch.testing.assert_close(layer(x), F.linear(x, linear.weight, linear.bias), rtol=1e-2, atol=1e-2)
