@@ -48,7 +48,7 @@ SHARE = 32
 BASE = [*MACHINE, *'''--dataset=shakespeare_part --batch_size=8 --gradient_accumulation_steps=1 --max_iters=20 --eval_interval=20
         --eval_iters=4 --log_interval=1 --decay_lr=False --dropout=0 --overwrite=True'''.split()]
 RATES = ('3e-4', '1e-3', '3e-3', '1e-2')
-RATE = '3e-3'           # the best constant one
+RATE = '1e-3'           # the best of them
 LONG = '--max_iters=60 --eval_interval=5'
 DECAY = '--decay_lr=True --lr_decay_iters=20 --min_lr=0 --warmup_iters=0'
 RUNS = {**{f'constant, {rate}': f'--learning_rate={rate}' for rate in RATES},       # name: flags beside BASE
@@ -61,6 +61,7 @@ RUNS = {**{f'constant, {rate}': f'--learning_rate={rate}' for rate in RATES},   
         'layer-wise decay 0.9': '--layer_decay=0.9',
         'layer-wise decay 0.7': '--layer_decay=0.7',
         'from scratch': f'--init_from=scratch {" ".join(SHAPE)}',
+        'from scratch, 3e-3': f'--init_from=scratch --learning_rate=3e-3 {" ".join(SHAPE)}',
         '60 iterations': LONG,
         '60 iterations, dropout 0.2': f'{LONG} --dropout=0.2'}
 

@@ -134,7 +134,7 @@ def draw(variances, losses, names, layers):
               title=f'After {iters} iterations: {n_embd} channels, {seeds} seeds')
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=len(names))
     figure.savefig(ROOT / picture, dpi=100)
 
 

@@ -42,11 +42,13 @@ def built_like_train(seed, **options):
     return GPT(GPTConfig(64, 65, 3, 2, 32, bias=False, **options))
 
 
-@pytest.mark.parametrize('variant, options', [('GPT-2', {}), ('zero', dict(zero_init=True))])
+@pytest.mark.parametrize('variant, options', [
+    ('GPT-2', {}), ('zero', dict(zero_init=True)), ('GPT-2, by width', dict(init_std=0.02 * math.sqrt(24))),
+    ('zero, by width', dict(zero_init=True, init_std=0.02 * math.sqrt(24)))])
 def test_a_variant_that_train_py_has_starts_with_the_weights_that_train_py_draws(initialisation, variant, options):
     ours, other = initialisation.build(variant, 3, 5, 32, 65), built_like_train(5, **options)
     for (name, a), b in zip(ours.named_parameters(), other.parameters()):
-        assert torch.allclose(a, b, rtol=1e-6), name
+        assert torch.allclose(a, b), name
 
 
 @pytest.mark.parametrize('variant, others, residual', [
@@ -163,7 +165,7 @@ def test_the_study_finetunes_the_weights_and_repeats_no_run(workspace, monkeypat
     assert len(folders) == 6 and not list(study.OUT.glob('*/*.pt'))
     settings = {folder.name: json.loads((folder / 'run.json').read_text())['settings'] for folder in folders}
     assert {s['seed'] for s in settings.values()} == {study.seed, study.seed + 1}
-    assert settings[f'from-scratch-{study.seed}']['n_layer'] == 1 and settings[f'constant-3e-3-{study.seed}']['n_layer'] == 2
+    assert settings[f'from-scratch-{study.seed}']['n_layer'] == 1 and settings[f'constant-{study.RATE}-{study.seed}']['n_layer'] == 2
     monkeypatch.setattr(study, 'train', None)                   # a run would fail
     study.main()
     assert capsys.readouterr().out == first
