@@ -49,6 +49,7 @@ class GPTConfig:
     tied: bool = True           # the embedding is also the head
     softcap: float = 0.0        # squeezes logits into (-softcap, softcap) by a tanh (arXiv:2408.00118); 0: never
     zero_init: bool = False     # each block starts as the identity, an untied head with equal probabilities
+    init_std: float = 0.02      # of the initial weights; narrow models learn faster with 0.02 sqrt(768 / n_embd)
 
     def __post_init__(self):
         check_config(self)
@@ -137,7 +138,7 @@ def residual_projection(n_in, config):
     """A Linear whose output is added to the residual stream. Its initial weights are scaled by
     1/sqrt(2 n_layer), so that the variance of the stream does not grow with depth (GPT-2, 2.3)."""
     layer = nn.Linear(n_in, config.n_embd, bias=config.bias)
-    layer.init_std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+    layer.init_std = 0.0 if config.zero_init else config.init_std / math.sqrt(2 * config.n_layer)
     return layer
 
 
@@ -162,7 +163,7 @@ class GPT(nn.Module):
             self.lm_head.init_std = 0.0
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(layer.weight, std=getattr(layer, 'init_std', 0.02))
+                nn.init.normal_(layer.weight, std=getattr(layer, 'init_std', config.init_std))
                 if getattr(layer, 'bias', None) is not None:
                     nn.init.zeros_(layer.bias)
 
