@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from engine import cpu, run_folder
+from engine import run_folder
+from engine.cpu_generation import optimize_for_generation
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
 from engine.errors import UserError
@@ -116,7 +117,7 @@ def main(overrides):
     sys.stdout.reconfigure(errors='replace')            # a pipe on Windows lacks some characters
     model.to(env.device, DTYPES[env.dtype]).eval()
     if env.device.type == 'cpu' and not env.compile:    # the compiler chooses layouts itself
-        cpu.optimize_for_generation(model, min(num_samples, max_batch))
+        optimize_for_generation(model, min(num_samples, max_batch))
 
     is_live = sys.stdout.isatty() and num_samples == 1
     bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=True if is_live else None)

@@ -1,13 +1,10 @@
-"""What makes a CPU faster or leaner. It is put on a model from outside; the model has no part in it.
+"""What makes training on a CPU faster or leaner. It is put on a model from outside; the model has no part in it.
 
-`optimize_for_training` replaces the loss and the forward of each MLP and RMSNorm, `optimize_for_generation`
-the Linear layers. Neither changes the results beyond rounding.
+`optimize_for_training` replaces the loss and the forward of each MLP and RMSNorm. The results stay the same
+but for rounding. Generation has engine.cpu_generation.
 """
 
-import statistics
-import time
 from functools import partial
-from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -17,8 +14,6 @@ from engine import chunked_loss
 
 MIN_ACTIVATIONS = 2 ** 20       # numbers in an MLP, 4 MiB; below this, GELULinear makes a step slower
 
-
-# Training
 
 def optimize_for_training(model):
     """Save fewer activations for the backward pass, and never hold whole logits.
@@ -99,75 +94,3 @@ class FewPassRMSNorm(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         along_y = (d_y * y).mean(dim=-1, keepdim=True)
         return torch.addcmul(d_y, y, along_y, value=-1).mul_(scale), None
-
-
-# Generation: the layout of the weights
-
-class TransposedLinear(nn.Module):
-    """A Linear that stores its weight as (in, out), so that a product with one row reads memory in order."""
-
-    def __init__(self, linear, batch_size):
-        super().__init__()
-        self.weight, self.bias = linear.weight.detach().t().contiguous(), linear.bias
-
-    def forward(self, x):                                       # (B, T, in)
-        y = x @ self.weight
-        return y if self.bias is None else y + self.bias
-
-
-class PackedLinear(nn.Module):
-    """A Linear that stores its weight in oneDNN's blocks for products with batch_size rows.
-    torch.compile packs weights with the same operators; a PyTorch without them raises."""
-
-    def __init__(self, linear, batch_size):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), batch_size)
-        self.bias = linear.bias
-
-    def forward(self, x):                                       # (B, T, in)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-
-
-@torch.no_grad()
-def optimize_for_generation(model, batch_size):
-    """Store the weights of each shape in the layout that multiplies batch_size rows fastest,
-    as measured here. After this, the model can neither be trained nor saved."""
-    shapes = {}                                                 # shape: [(parent, name, Linear)]
-    for parent in model.modules():
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                shapes.setdefault(layer.weight.shape, []).append((parent, name, layer))
-    weights = {shape: [layer.weight for _, _, layer in places] for shape, places in shapes.items()}
-    for shape, places in shapes.items():
-        x = torch.ones(batch_size, 1, shape[1], dtype=places[0][2].weight.dtype)
-        others = [w for other, group in weights.items() if other != shape for w in group]
-        best, best_seconds = None, median_seconds([layer for _, _, layer in places], x, others)
-        for layout in (TransposedLinear, PackedLinear):
-            try:
-                layers = [layout(layer, batch_size) for _, _, layer in places]
-                seconds = median_seconds(layers, x, others)
-            except (RuntimeError, AttributeError):              # not on this platform or in this precision
-                continue
-            if seconds < 0.95 * best_seconds:
-                best, best_seconds = layers, seconds
-        for (parent, name, _), layer in zip(places, best or ()):
-            setattr(parent, name, layer)
-
-
-def median_seconds(layers, x, others):
-    """Median time of calling all layers of a shape in turn.
-
-    Before each measurement it reads about 128 MiB of the other weights: layers measured alone
-    may stay in the processor's cache, where every layout is fast.
-    """
-    bytes_so_far = list(accumulate(weight.nbytes for weight in others))
-    enough = others[:1 + sum(read < 2 ** 27 for read in bytes_so_far)]
-    seconds = []
-    while len(seconds) < 3 or len(seconds) < 10 and sum(seconds) < 0.1:
-        for weight in enough:
-            weight.sum()
-        began = time.perf_counter()
-        for layer in layers:
-            layer(x)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])                       # the first one also sets up

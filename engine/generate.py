@@ -40,10 +40,10 @@ class KVCache:
         T, end = q.size(2), self.length + q.size(2)
         # Several queries behind cached keys would need a mask; no caller does this.
         assert T == 1 or self.length == 0
-        self.keys[:, :, self.length:end] = k
-        self.values[:, :, self.length:end] = v
+        self.keys.narrow(2, self.length, T).copy_(k)
+        self.values.narrow(2, self.length, T).copy_(v)
         self.length = end
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
         return attention(q, keys, values, bias, is_causal=T > 1 and bias is None)
 
 

@@ -1,6 +1,5 @@
-"""What is put on a model for a CPU, and the chunked loss: the results of PyTorch's own operations, for less memory."""
-
-import copy
+"""What is put on a model to train it on a CPU, and the chunked loss: the results of PyTorch's own operations, for less
+memory."""
 
 import pytest
 import torch
@@ -35,8 +34,6 @@ def losses_and_gradients(model, idx, targets, dtype, scale=1.0):
         (losses[-1] * scale).backward()
     return [torch.stack(losses).detach()] + [p.grad for p in model.parameters()]
 
-
-# Training
 
 @pytest.mark.parametrize('chunk', [50, 350, 10 ** 6])           # 1, 7 and all positions at a time; bfloat16: 4, 28
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -238,37 +235,3 @@ def test_a_changed_model_keeps_what_it_computes(change):
         losses[name] = model(idx, idx)[1]
     assert abs(losses['plain'] - losses['changed']) > 0.01
     torch.testing.assert_close(losses['optimized'], losses['changed'])
-
-
-# Generation
-
-@pytest.mark.parametrize('layout', ['Linear', 'TransposedLinear', 'PackedLinear'])
-def test_layouts_change_no_text(monkeypatch, layout):
-    """Whichever layout the measurement prefers."""
-    model = build(optimized=False).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.15)              # far from uniform, so that mistakes show
-    idx = torch.randint(50, (2, 5))
-    expected = model.generate(idx, 10, temperature=0)
-    try:
-        cpu.PackedLinear(model.lm_head, 2)(torch.ones(2, 1, 32))
-    except (RuntimeError, AttributeError) as error:
-        if layout == 'PackedLinear':
-            pytest.skip(f'this PyTorch packs no weights: {error}')
-
-    def prefer_layout(layers, x, others):
-        layers[0](x)                                    # raises where this layout does not exist
-        return 0.0 if type(layers[0]).__name__ == layout else 1.0
-    monkeypatch.setattr(cpu, 'median_seconds', prefer_layout)
-    cpu.optimize_for_generation(model, 2)
-    kinds = {type(m).__name__ for m in model.modules() if hasattr(m, 'weight') and 'Linear' in type(m).__name__}
-    assert kinds == {layout}
-    assert torch.equal(model.generate(idx, 10, temperature=0), expected)
-
-
-def test_the_measurement_chooses_a_layout_and_keeps_the_results():
-    model = build(optimized=False).eval()
-    expected = copy.deepcopy(model)
-    cpu.optimize_for_generation(model, 3)
-    idx = torch.randint(50, (3, 5))
-    torch.testing.assert_close(model(idx)[0], expected(idx)[0])

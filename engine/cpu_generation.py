@@ -1,0 +1,229 @@
+"""What makes generation on a CPU faster. It is put on a model from outside; the model has no part in it.
+
+Most of a token's time goes into reading the weights from memory. `optimize_for_generation` stores them in the layout
+that is read fastest, in the model's precision. Everything else becomes float32, in which a CPU computes fastest.
+It also replaces how a Block reads one token.
+"""
+
+import statistics
+import time
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from engine.generate import KVCache
+from engine.positions import alibi_bias, rotary_angles, rotate
+
+PARTS = 8                       # of a SplitLinear's inputs; 2 to 16 were about as fast
+
+
+# Layouts of a weight. Each takes and returns float32. Where the platform or the precision does not have one, it
+# raises RuntimeError or AttributeError.
+
+class PlainLinear(nn.Module):
+    """A Linear with its weight as it is."""
+
+    def __init__(self, linear, batch_size):
+        super().__init__()
+        self.weight, self.bias = without_grad(linear)
+        self.dtype = self.weight.dtype
+
+    def forward(self, x):                                       # (..., in)
+        if self.dtype == torch.float32:
+            return product_of_rows(x, self.weight, self.bias)
+        if x.numel() == x.size(-1):
+            return self.row(x.reshape(-1).to(self.dtype)).float().view(*x.shape[:-1], -1)
+        if self.dtype == torch.float16:                         # few CPUs multiply several rows fast in float16
+            return product_of_rows(x, self.weight.float(), None if self.bias is None else self.bias.float())
+        return F.linear(x.bfloat16(), self.weight, self.bias).float()
+
+    def row(self, x):                                           # (in)
+        """The product with one row, by PyTorch's own code instead of oneDNN: it reads 16 bits twice as fast."""
+        was_enabled = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            return torch.mv(self.weight, x) if self.bias is None else torch.addmv(self.bias, self.weight, x)
+        finally:
+            torch.backends.mkldnn.enabled = was_enabled
+
+
+class SplitLinear(nn.Module):
+    """A Linear in float32 that stores its weight as (in, out). It multiplies one row in PARTS parts of the inputs
+    and adds the results, so that each core reads memory in order."""
+
+    def __init__(self, linear, batch_size):
+        super().__init__()
+        if linear.weight.dtype != torch.float32 or batch_size > 1 or linear.in_features % PARTS:
+            raise RuntimeError('a SplitLinear is for one row in float32')
+        weight, self.bias = without_grad(linear)
+        self.weight = weight.t().contiguous()
+        self.parts = self.weight.view(PARTS, -1, linear.out_features)
+
+    def forward(self, x):                                       # (..., in)
+        if x.numel() > x.size(-1):
+            return product_of_rows(x, self.weight.t(), self.bias)
+        y = torch.bmm(x.reshape(PARTS, 1, -1), self.parts).sum(0)  # (1, out)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
+
+
+class PackedLinear(nn.Module):
+    """A Linear that stores its weight in oneDNN's blocks for products with batch_size rows.
+    torch.compile packs weights with the same operators."""
+
+    def __init__(self, linear, batch_size):
+        super().__init__()
+        weight, self.bias = without_grad(linear)
+        self.dtype, self.weight = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, batch_size)
+
+    def forward(self, x):                                       # (..., in)
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, 'none', [], '').float()
+
+
+class Float16Linear(nn.Module):
+    """A Linear that stores its weight in float16 in FBGEMM's blocks, and multiplies float32 with it."""
+
+    def __init__(self, linear, batch_size):
+        super().__init__()
+        if linear.weight.dtype != torch.float16 or batch_size == 1:
+            raise RuntimeError('a Float16Linear is for several rows in float16')
+        weight, bias = without_grad(linear)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+
+    def forward(self, x):                                       # (..., in)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def without_grad(linear):
+    """Its weight and bias as plain tensors: a module finds them faster than parameters."""
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def product_of_rows(x, weight, bias):
+    """F.linear in float32, by oneDNN where PyTorch has it: faster than F.linear's MKL on AMD."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return F.linear(x, weight, bias)
+
+
+class Lookup(nn.Module):
+    """An Embedding that returns float32, whatever its weight is stored in."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.weight = embedding.weight
+
+    def forward(self, idx):
+        return F.embedding(idx, self.weight).float()
+
+
+@torch.no_grad()
+def optimize_for_generation(model, batch_size):
+    """Store the weights of each shape in the layout that multiplies batch_size rows fastest, as measured here, and
+    read one token in fewer operations. After this, the model can neither be trained nor saved nor moved."""
+    replace_linears(model, batch_size)
+    model.transformer.wte = Lookup(model.transformer.wte)
+    for module in model.modules():
+        if not isinstance(module, Lookup):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.float()
+    for block in model.transformer.h:
+        try:
+            step = one_token_step(block, model.config)
+        except (AttributeError, RuntimeError, TypeError):       # a block of other parts
+            step = None
+        if step:
+            block.forward = partial(block_forward, block, block.forward, step)
+
+
+def replace_linears(model, batch_size):
+    shapes = {}                                                 # shape: [(parent, name, Linear)]
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear:
+                shapes.setdefault(layer.weight.shape, []).append((parent, name, layer))
+    weights = {shape: [layer.weight for _, _, layer in places] for shape, places in shapes.items()}
+    for shape, places in shapes.items():
+        x = torch.ones(batch_size, 1, shape[1])
+        others = [w for other, group in weights.items() if other != shape for w in group]
+        best = [PlainLinear(layer, batch_size) for _, _, layer in places]
+        best_seconds = median_seconds(best, x, others)
+        for layout in (SplitLinear, PackedLinear, Float16Linear):
+            try:
+                layers = [layout(layer, batch_size) for _, _, layer in places]
+                seconds = median_seconds(layers, x, others)
+            except (RuntimeError, AttributeError):              # not on this platform or in this precision
+                continue
+            if seconds < 0.95 * best_seconds:
+                best, best_seconds = layers, seconds
+        for (parent, name, _), layer in zip(places, best):
+            setattr(parent, name, layer)
+
+
+def median_seconds(layers, x, others):
+    """Median time of calling all layers of a shape in turn.
+
+    Before each measurement it reads about 128 MiB of the other weights: layers measured alone
+    may stay in the processor's cache, where every layout is fast.
+    """
+    bytes_so_far = list(accumulate(weight.nbytes for weight in others))
+    enough = others[:1 + sum(read < 2 ** 27 for read in bytes_so_far)]
+    seconds = []
+    while len(seconds) < 3 or len(seconds) < 10 and sum(seconds) < 0.1:
+        for weight in enough:
+            weight.sum()
+        began = time.perf_counter()
+        for layer in layers:
+            layer(x)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])                       # the first one also sets up
+
+
+# One token through a Block, in fewer operations
+
+def one_token_step(block, config):
+    """A function (x, kv_cache, rotation, bias) with the result of Block.forward for one token of each sequence.
+    None if two tokens show that its result differs: a changed block keeps its own forward."""
+    attn, mlp = block.attn, block.mlp
+    ln_1, ln_2 = norm_function(block.ln_1), norm_function(block.ln_2)
+    # The forward of a module takes less time than a call of it.
+    c_attn, c_proj, c_fc, mlp_proj, activation = (getattr(layer, 'forward', layer) for layer in (
+        attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, mlp.activation))
+
+    def step(x, kv_cache, rotation, bias):                      # (B, 1, C)
+        heads = c_attn(ln_1(x)).view(x.size(0), -1, 1, config.head_size)
+        q, k, v = heads.split(attn.heads, dim=1)                # each (B, H or G, 1, D)
+        if config.qk_norm:
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        y = kv_cache.attend(q, k, v, bias)                      # (B, H, 1, D)
+        x = x + c_proj(y.reshape(x.shape))
+        return x + mlp_proj(activation(c_fc(ln_2(x))))
+
+    c, results = config, []
+    x = torch.linspace(-1, 1, 2 * c.n_embd).view(2, 1, 1, c.n_embd)     # two tokens of one sequence
+    for function in (step, block):
+        kv_cache = KVCache(1, c.kv_heads, 2, c.head_size, x)
+        for i in range(2):
+            position = torch.tensor([i])
+            rotation = rotary_angles(position, c.head_size, c.rope_theta) if c.position == 'rotary' else None
+            bias = alibi_bias(position, i + 1, c.n_head) if c.position == 'alibi' else None
+            results.append(function(x[i], kv_cache, rotation, bias))
+    return step if torch.allclose(torch.cat(results[:2]), torch.cat(results[2:]), 1e-4, 1e-5) else None
+
+
+def norm_function(norm):
+    """The forward of a norm. That of a LayerNorm skips the lookups of F.layer_norm."""
+    if type(norm) is not nn.LayerNorm:
+        return norm.forward
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def block_forward(block, plain_forward, step, x, kv_cache=None, rotation=None, bias=None):
+    if kv_cache is None or x.size(1) > 1 or block.training:
+        return plain_forward(x, kv_cache, rotation, bias)
+    return step(x, kv_cache, rotation, bias)
