@@ -39,12 +39,14 @@ def export_nanogpt(source, folder):
     if saved.get('activation', 'gelu') != 'gelu':
         raise UserError(f'{source} has the activation {saved["activation"]}, and nanoGPT only the exact GELU; '
                         f'its results would differ')
-    beyond = sorted(set(saved['model_args']) - set(NANOGPT_ARGS))
+    arguments = {name: value for name, value in saved['model_args'].items() if name not in ('init_std', 'zero_init')}
+    beyond = sorted(set(arguments) - set(NANOGPT_ARGS))         # not of the initial weights, which matter no longer
     if beyond or any('momentum' in group for group in saved.get('optimizer', {}).get('param_groups', ())):
         raise UserError(f'{source} has {", ".join(beyond) or "the optimizer Muon"}, which nanoGPT does not have')
     folder.mkdir()
     names = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
-    checkpoint.write(folder / checkpoint.MODEL, {name: saved[name] for name in names if name in saved})
+    kept = {name: saved[name] for name in names if name in saved}
+    checkpoint.write(folder / checkpoint.MODEL, dict(kept, model_args=arguments))
 
 
 def main(folders):

@@ -16,13 +16,12 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from engine import run_folder
 from engine.cpu_generation import optimize_for_generation
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
 from engine.errors import UserError
-from engine.tokenizer import GPT2, Tokenizer
-from engine.tokenizer_files import checkpoint_spec, pretrained_spec
+from engine.sources import load_model
+from engine.tokenizer import Tokenizer
 from model import GPT
 
 # model
@@ -50,21 +49,13 @@ compile = False             # True compiles the decoding step; worth its minute 
 MAX_PROMPT_BYTES = 1 << 26
 
 
-def load():
-    """The model, and the spec of its tokenizer."""
-    if init_from != 'resume':
-        return GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2
-    saved = run_folder.load_newest_model(out_dir)
-    return GPT.from_checkpoint(saved), checkpoint_spec(saved)
-
-
 def read_prompt(text):
     if not text.startswith('FILE:'):
         return text
     path = Path(text[5:])
     try:
         if not path.is_file():
-            raise UserError('it is no regular file' if path.exists() else 'there is no such file')
+            raise UserError('it is not a regular file' if path.exists() else 'there is no such file')
         if path.stat().st_size > MAX_PROMPT_BYTES:
             raise UserError(f'it has over {MAX_PROMPT_BYTES >> 20} MiB')
         return path.read_text(encoding='utf-8-sig')
@@ -101,12 +92,12 @@ def main(overrides):
     check(globals(), 'repetition_penalty', above=0, below=float('inf'))
     check(globals(), 'seed', 0, 2 ** 63 - 1)
     env = start_environment(device, dtype, compile)
-    model, spec = load()
-    if spec['vocab_size'] > model.config.vocab_size:
-        raise UserError(f'the tokenizer has {spec["vocab_size"]} tokens and the model {model.config.vocab_size}; '
-                        f'prepare the dataset that the model was trained on in data/ first')
+    model, spec, _ = load_model(GPT, init_from, out_dir)
     tokenizer, prompt = Tokenizer(spec), read_prompt(start)
-    ids = tokenizer.encode(prompt)
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f'start: {error}') from None
     if not ids and tokenizer.end_of_text is None:
         raise UserError('start is empty, and this model needs something to begin with; try --start="A"')
     ids = ids or [tokenizer.end_of_text]                # a document begins after this token

@@ -84,6 +84,7 @@ n_inner = 0                         # width of the MLP; 0: 4 n_embd, or 8/3 n_em
 tied = True                         # the embedding is also the head
 softcap = 0.0                       # logits stay within (-softcap, softcap); 0: no limit
 zero_init = False                   # start with residual projections, and an untied head, of zeros
+init_std = 0.02                     # of the other initial weights; 0.02 sqrt(768 / n_embd) is better for narrow models
 # optimizer
 optimizer = 'adamw'                 # adamw; or muon for the matrices of the blocks, and AdamW for the rest
 learning_rate = 6e-4                # the highest, after warm-up
@@ -112,12 +113,11 @@ recompute = False                   # True recomputes activations in backward: l
 seed = 1337                         # of the initial weights, the batches and dropout
 rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
 
-# A resumed run takes its settings from the saved ones, except these of the machine and of the command. The first ones are
-# repeated in the command that a stopped run prints.
+# A resumed run takes its saved settings, except these. The command that a stopped run prints repeats the first ones.
 REPEATED = ('device', 'dtype', 'compile', 'backend', 'wandb_log')
 NOT_RESTORED = (*REPEATED, 'out_dir', 'init_from', 'overwrite', 'eval_only', 'rank_timeout', 'accept_dataset_change')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'activation', 'position', 'norm', 'qk_norm', 'embedding_norm', 'n_kv_head',
-         'n_inner', 'tied', 'softcap', 'zero_init')         # fields of GPTConfig, which loaded weights decide
+         'n_inner', 'tied', 'softcap', 'zero_init', 'init_std')         # fields of GPTConfig, which loaded weights decide
 
 
 def get_lr(iteration):
@@ -280,9 +280,8 @@ def train(run, data, sampler, overrides, env):
     iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
     batches = train_batches(data, seed, iterations, env)
     log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
-                  log_interval=log_interval, max_iters=max_iters,
+                  log_interval=log_interval, max_iters=max_iters, before_error=run.wait_for_save,
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
-                  before_error=run.wait_for_save,
                   health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
     env.catch_signals()
 

@@ -5,7 +5,8 @@ import torch
 from engine.errors import UserError
 
 RANGES = dict(block_size=(1, 2 ** 24), vocab_size=(1, 2 ** 24), n_layer=(1, 1000), n_head=(1, 2 ** 17), n_embd=(1, 2 ** 17),
-              n_kv_head=(0, 2 ** 17), n_inner=(0, 2 ** 20), rope_theta=(1, 1e9), norm_eps=(0, 1), softcap=(0, 1e6), init_std=(1e-6, 1))
+              n_kv_head=(0, 2 ** 17), n_inner=(0, 2 ** 20), rope_theta=(1, 1e9), norm_eps=(0, 1), softcap=(0, 1e6),
+              init_std=(1e-6, 1))
 CHOICES = dict(activation=('gelu', 'gelu_tanh', 'relu2', 'swiglu'), position=('learned', 'rotary', 'alibi'),
                norm=('layernorm', 'rmsnorm', 'rmsnorm_gain'),
                **dict.fromkeys(('qk_norm', 'embedding_norm', 'tied', 'zero_init'), (True, False)))

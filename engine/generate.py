@@ -194,7 +194,10 @@ class TextSampler:
 
     def __init__(self, spec, prompt, max_new_tokens, seed):
         self.tokenizer, self.prompt = Tokenizer(spec), prompt
-        self.ids = self.tokenizer.encode(prompt)
+        try:
+            self.ids = self.tokenizer.encode(prompt)
+        except UserError as error:
+            raise UserError(f'sample_prompt: {error}; or print no sample, with --sample_tokens=0') from None
         if not self.ids:
             raise UserError('sample_prompt is empty; give it a character to begin with')
         self.noise = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed))

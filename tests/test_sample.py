@@ -60,7 +60,7 @@ def test_a_checkpoint_of_nanogpt_takes_the_tokenizer_of_its_dataset(trained):
     assert run(trained, '--num_samples=2', '--out_dir=out-nanogpt') == run(trained, '--num_samples=2')
     torch.save(dict(of_nanogpt, config=dict(dataset='elsewhere')), trained.folder / 'out-nanogpt' / 'ckpt.pt')
     refused = trained.run('sample.py', '--out_dir=out-nanogpt', '--device=cpu', code=2).stderr
-    assert 'the tokenizer has 50257 tokens and the model 17' in refused and refused.count('\n') == 1
+    assert 'out-nanogpt has 17 tokens, and its tokenizer 50257' in refused and refused.count('\n') == 1
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_is_sampled(trained, tmp_path):
@@ -161,7 +161,7 @@ def test_gpt2_weights_of_a_folder_write_gpt2s_tokens(workspace):
     (['--start=aXb'], "the character 'X' is not in the vocabulary of this model"),
     (['--start='], 'start is empty'),
     (['--start=FILE:nowhere.txt'], "the prompt 'nowhere.txt' cannot be read: there is no such file"),
-    (['--start=FILE:.'], "the prompt '.' cannot be read: it is no regular file"),
+    (['--start=FILE:.'], "the prompt '.' cannot be read: it is not a regular file"),
     (['--start=FILE:prompt.txt'], "the prompt 'prompt.txt' cannot be read: 'utf-8' codec"),
     (['--temperature=-1'], 'temperature=-1.0 should be at least 0'), (['--temperature=inf'], 'temperature='),
     (['--top_k=-5'], 'top_k=-5 should be at least 0'), (['--top_p=0'], 'top_p=0.0 should be .*above 0'),
@@ -186,7 +186,7 @@ def test_a_mistake_is_refused_before_anything_is_written(trained, tmp_path, monk
      'ckpt.pt: chars should be 17 different characters'),
     (dict(tokenizer=['a']), 'ckpt.pt: its tokenizer is a list'),
     (dict(tokenizer={'tokenizer': 'char', 'vocab_size': 18, 'chars': 'abcdefghijklmnopqr'}),
-     'the tokenizer has 18 tokens and the model 17'),
+     'has 17 tokens, and its tokenizer 18'),
     (dict(tokenizer=None, config={'dataset': '../../etc'}), "dataset='../../etc' should be the name of a folder"),
     (dict(tokenizer=None, config={'dataset': 7}), 'dataset=7 should be')])
 def test_a_damaged_tokenizer_of_a_checkpoint_is_refused(trained, tmp_path, monkeypatch, changes, words):
