@@ -71,7 +71,8 @@ def test_layouts_change_no_text(monkeypatch, layout):
 
 @pytest.mark.parametrize('batch_size', [1, 3])
 @pytest.mark.parametrize('changes', [
-    {}, dict(bias=False), dict(position='rotary'), dict(position='alibi'), dict(position='rotary', n_kv_head=2, qk_norm=True),
+    {}, dict(bias=False), dict(position='rotary'), dict(position='alibi'),
+    dict(position='rotary', n_kv_head=2, qk_norm=True),
     dict(activation='swiglu', norm='rmsnorm_gain'), dict(activation='relu2', norm='rmsnorm', tied=False, softcap=5.0),
     dict(activation='gelu_tanh', embedding_norm=True), dict(position='alibi', n_kv_head=1, n_inner=40)], ids=str)
 def test_every_option_keeps_its_text(changes, batch_size):
