@@ -18,7 +18,7 @@ from console import print0, report_errors       # before torch: see console.py
 import torch
 
 import configurator
-from engine import cpu, device as devices, optim, parallel
+from engine import cpu_generation, device as devices, optim, parallel
 from engine.batch_schedule import BatchSchedule
 from engine.dataloader import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
@@ -182,7 +182,7 @@ def bench_sample(env, n_sequences):
     model.to(devices.DTYPES[env.dtype]).eval()
     stored = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
     if env.device.type == 'cpu' and not env.compile:
-        cpu.optimize_for_generation(model, n_sequences)
+        cpu_generation.optimize_for_generation(model, n_sequences)
     prompt = torch.randint(vocab_size, (n_sequences, prompt_tokens), device=env.device)
     functions = {'this project': lambda: model.generate(prompt, new_tokens, top_k=200, compile=env.compile).tolist()}
     if reference:

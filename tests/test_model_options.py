@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness        # noqa: F401, puts the project on sys.path
-from engine import chunked_loss, cpu
+from engine import chunked_loss, cpu, cpu_generation
 from engine.errors import UserError
 from engine.generate import KVCache, StaticKVCache, new_caches
 from engine.positions import alibi_bias, rotary_angles, rotate
@@ -179,12 +179,12 @@ def test_flops_and_parameters_are_those_that_are_there(changes):
 
 @each_pair
 def test_layouts_for_generation_change_no_logits(changes, monkeypatch):
-    monkeypatch.setattr(cpu, 'median_seconds', lambda layers, x, others: type(layers[0]).__name__ != 'TransposedLinear')
+    monkeypatch.setattr(cpu_generation, 'median_seconds', lambda layers, x, others: type(layers[0]).__name__ != 'SplitLinear')
     model = with_random_weights(tiny_gpt(**changes))
     expected = copy.deepcopy(model)
-    cpu.optimize_for_generation(model, 2)
-    idx = torch.randint(50, (2, 9))
-    assert isinstance(model.transformer.h[1].mlp.c_fc, cpu.TransposedLinear)
+    cpu_generation.optimize_for_generation(model, 1)
+    idx = torch.randint(50, (1, 9))
+    assert isinstance(model.transformer.h[1].mlp.c_fc, cpu_generation.SplitLinear)
     torch.testing.assert_close(model(idx)[0], expected(idx)[0], rtol=1e-4, atol=1e-5)
 
 
