@@ -89,6 +89,7 @@ init_std = 0.02                     # of the other initial weights; 0.02 sqrt(76
 optimizer = 'adamw'                 # adamw; or muon for the matrices of the blocks, and AdamW for the rest
 learning_rate = 6e-4                # the highest, after warm-up
 muon_lr = 0.02                      # the highest of the matrices, with muon
+muon_momentum = 0.95                # of the matrices, from iteration 300 on; it begins with 0.85
 max_iters = 600000                  # optimizer steps in all
 weight_decay = 0.1                  # on matrices and embeddings only
 beta1 = 0.9
@@ -237,7 +238,7 @@ def start_run(saved, data, overrides, env):
     env.assert_same_on_all_ranks({**settings, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
     with env.raise_on_all_ranks():                      # each rank finds the same mistakes, and rank 0 prints them
         wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
-        built_optimizer = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr)
+        built_optimizer = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_momentum)
         if saved and 'sharded' in saved:
             saved = sharded_checkpoint.load(saved, model, built_optimizer, env)
         optim.load_state_dict(built_optimizer, scaler, saved or {})

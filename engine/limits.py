@@ -39,7 +39,7 @@ def check_training(settings, combinations=True):
     check_range(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
     check_range(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
     check_range(settings, 'learning_rate muon_lr', above=0, below=math.inf)
-    check_range(settings, 'beta1 beta2 dropout', 0, below=1)
+    check_range(settings, 'beta1 beta2 muon_momentum dropout', 0, below=1)
     check_range(settings, 'seed', 0, 2 ** 63 - 1)
     check_range(settings, 'rank_timeout', 1, 10 ** 7)
     for name, values in CHOICES.items():

@@ -38,7 +38,7 @@ def losses_and_gradients(model, idx, targets, dtype, scale=1.0):
 @pytest.mark.parametrize('chunk', [50, 350, 10 ** 6])           # 1, 7 and all positions at a time; bfloat16: 4, 28
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('activation', ['gelu', 'gelu_tanh'])
+@pytest.mark.parametrize('activation', ['gelu', 'gelu_tanh', 'relu2'])
 def test_losses_and_gradients_are_those_that_autograd_derives(chunk, dtype, bias, activation, monkeypatch):
     monkeypatch.setitem(chunked_loss.CHUNK_LOGITS, 'cpu', chunk)
     model, reference = (build(optimized, bias=bias, activation=activation) for optimized in (True, False))
