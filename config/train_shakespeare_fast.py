@@ -4,7 +4,7 @@
 out_dir = 'out-shakespeare-fast'
 sample_tokens = 200                 # after each evaluation
 dataset = 'shakespeare_char'
-eval_interval = 185
+eval_interval = 277
 eval_iters = 10                     # 240 windows, as 20 batches of 12 have
 log_interval = 10
 always_save_checkpoint = False
@@ -18,7 +18,7 @@ batch_size = 24
 block_size = 64
 
 n_layer = 4
-n_head = 4
+n_head = 2
 n_embd = 128
 
 position = 'rotary'
@@ -32,10 +32,11 @@ zero_init = True
 optimizer = 'muon'
 learning_rate = 1e-2                # of the embedding and the head
 muon_lr = 0.02
+muon_momentum = 0.85                # 0.95 is for longer runs
 weight_decay = 0.0
 beta2 = 0.99
-max_iters = 740
+max_iters = 831
 lr_schedule = 'linear'              # from the first iteration on
-lr_decay_iters = 740
+lr_decay_iters = 831
 warmup_iters = 0
 min_lr = 0.0

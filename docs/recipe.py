@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 from console import print0, report_errors
 from engine.errors import RunError
+from engine.files import atomic_write
 from engine.limits import check_choice, check_range
 from engine.metrics import FILE, read_metrics
 
@@ -40,7 +41,7 @@ RECIPES = {'gpt2': GPT2, 'fast': FAST}
 DONE = 'recipe.json'    # in the folder of a complete run: its settings, and its CPU seconds
 ABLATION = {'all parts': '', 'AdamW for Muon': '--optimizer=adamw --learning_rate=3e-3', 'learned positions': '--position=learned',
             'no QK-norm': '--qk_norm=False', 'GELU': '--activation=gelu', 'tied head': '--tied=True', 'no softcap': '--softcap=0',
-            'no zero_init': '--zero_init=False', 'constant, then linear over 40%': '--lr_schedule=wsd'}
+            'no zero_init': '--zero_init=False', 'constant, then linear over 40%': '--lr_schedule=wsd', 'four heads': '--n_head=4'}
 
 
 def folder_of(name, seed):
@@ -48,6 +49,7 @@ def folder_of(name, seed):
 
 
 def settings(arguments):
+    """The flags of a run and the text of its config file."""
     return [*arguments, (ROOT / arguments[0]).read_text(encoding='utf-8')]
 
 
@@ -58,12 +60,13 @@ def start(folder, arguments, seed):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def keep(folder, arguments, cpu_seconds):
-    """Note in its folder that a run is complete."""
-    (folder / DONE).write_text(json.dumps([settings(arguments), cpu_seconds]), encoding='utf-8')
+def save_seconds(folder, arguments, cpu_seconds):
+    """Save the CPU seconds of a complete run in its folder."""
+    with atomic_write(folder / DONE) as file:
+        json.dump([settings(arguments), cpu_seconds], file)
 
 
-def kept(folder, arguments):
+def saved_seconds(folder, arguments):
     """The CPU seconds of a complete run with these settings; None if there is none."""
     found = json.loads((folder / DONE).read_text(encoding='utf-8')) if (folder / DONE).exists() else [None, None]
     return found[1] if found[0] == settings(arguments) else None
@@ -105,17 +108,17 @@ def run_in_turn(folders, seed):
         iters, seconds = zip(*progress[name])
         records = [{**record, 'seconds': float(np.interp(record['iter'], iters, seconds))} for record in read_metrics(folder / FILE)]
         (folder / FILE).write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
-        keep(folder, RECIPES[name], cpu_seconds[name])
+        save_seconds(folder, RECIPES[name], cpu_seconds[name])
 
 
 def compare():
     print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss | 1.88 after |\n|---|---|---|---|---|---|---|---|')
     for n in range(seed, seed + seeds):
         folders = {name: folder_of(name, n) for name in RECIPES}
-        if any(kept(folder, RECIPES[name]) is None for name, folder in folders.items()):
+        if any(saved_seconds(folder, RECIPES[name]) is None for name, folder in folders.items()):
             run_in_turn(folders, n)
         for name, folder in folders.items():
-            records, cpu_seconds = read_metrics(folder / FILE), kept(folder, RECIPES[name])
+            records, cpu_seconds = read_metrics(folder / FILE), saved_seconds(folder, RECIPES[name])
             evaluations = [record for record in records if 'val_loss' in record]
             reached = next((f'{r["iter"]} iterations, {r["seconds"]:.0f} s' for r in evaluations if r['val_loss'] <= 1.88), 'never')
             print0(f'| {n} | {name} | {evaluations[-1]["iter"]} | {median(r["ms"] for r in records if "ms" in r):.1f} '
@@ -132,11 +135,11 @@ def ablate():
     for n in range(seed, seed + seeds):
         for name, flags in ABLATION.items():
             folder, arguments = folder_of(name, n), [*short, *flags.split()]
-            if kept(folder, arguments) is None:
-                keep(folder, arguments, wait(start(folder, arguments, n)))
+            if saved_seconds(folder, arguments) is None:
+                save_seconds(folder, arguments, wait(start(folder, arguments, n)))
             records = read_metrics(folder / FILE)
             losses[name].append(records[-1]['val_loss'])
-            print0(f'{name}, seed {n}: val loss {losses[name][-1]:.4f}, {kept(folder, arguments):.0f} CPU seconds, '
+            print0(f'{name}, seed {n}: val loss {losses[name][-1]:.4f}, {saved_seconds(folder, arguments):.0f} CPU seconds, '
                    f'{median(r["ms"] for r in records if "ms" in r):.1f} ms per iteration')
     print0('| part | val loss | each seed | worse by |\n|---|---|---|---|')
     for name, values in losses.items():

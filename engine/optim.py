@@ -11,17 +11,18 @@ from engine import parallel
 from engine.errors import UserError
 
 
-MOMENTUM, FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.95, 0.85, 300     # of Muon; the last in iterations
+FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300             # of Muon; the second in iterations
 NEWTON_SCHULZ, PRECISION = (3.4445, -4.775, 2.0315), torch.bfloat16     # factors of x, x^3 and x^5
 
 
-def build(name, model, learning_rate, weight_decay, betas, muon_lr):
-    """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates."""
+def build(name, model, learning_rate, weight_decay, betas, muon_lr, muon_momentum=0.95):
+    """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates. muon_momentum: theirs,
+    after its warm-up."""
     if name not in ('adamw', 'muon'):
         raise UserError(f"optimizer={name!r} is unknown; try 'adamw' or 'muon'")
     if name == 'adamw':
         return adamw(model, learning_rate, weight_decay, betas)
-    return Muon(model, learning_rate, weight_decay, betas, muon_lr)
+    return Muon(model, learning_rate, weight_decay, betas, muon_lr, muon_momentum)
 
 
 def adamw(model, learning_rate, weight_decay, betas):
@@ -47,7 +48,7 @@ class Muon(torch.optim.AdamW):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
 
-    def __init__(self, model, learning_rate, weight_decay, betas, muon_lr):
+    def __init__(self, model, learning_rate, weight_decay, betas, muon_lr, muon_momentum):
         c, blocks = model.config, model.transformer.h
         rows = {id(block.attn.c_attn.weight): [heads * c.head_size for heads in (c.n_head, c.kv_heads, c.kv_heads)]
                 for block in blocks}
@@ -56,7 +57,8 @@ class Muon(torch.optim.AdamW):
         matrices = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices) and p.requires_grad]
         groups = [dict(params=matrices, weight_decay=weight_decay, lr=muon_lr, lr_scale=muon_lr / learning_rate,
-                       momentum=MOMENTUM, rows=[rows.get(id(p), [len(p)]) for p in matrices]),
+                       momentum=muon_momentum, last_momentum=muon_momentum,
+                       rows=[rows.get(id(p), [len(p)]) for p in matrices]),
                   dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay),
                   dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0)]
         super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
@@ -106,11 +108,12 @@ def orthogonalize(x):
 
 def set_lr(optimizer, learning_rate, iteration=MOMENTUM_WARMUP):
     """Set the learning rate of every parameter group. Muon's matrices keep their ratio to it, and their momentum
-    rises from 0.85 at iteration 0 to 0.95 at iteration 300."""
+    changes linearly from 0.85 at iteration 0 to muon_momentum at iteration 300."""
     for group in optimizer.param_groups:
         group['lr'] = learning_rate * group.get('lr_scale', 1)
         if 'momentum' in group:
-            group['momentum'] = FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * min(1, iteration / MOMENTUM_WARMUP)
+            warm = min(1, iteration / MOMENTUM_WARMUP)
+            group['momentum'] = FIRST_MOMENTUM + (group['last_momentum'] - FIRST_MOMENTUM) * warm
 
 
 def step(optimizer, scaler, loss, grad_clip):

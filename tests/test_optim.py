@@ -14,8 +14,8 @@ def tiny_gpt(**changes):
     return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32), **changes}))
 
 
-def new_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), name='adamw'):
-    return optim.build(name, model, learning_rate, weight_decay, betas, muon_lr=0.02)
+def new_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), name='adamw', **muon):
+    return optim.build(name, model, learning_rate, weight_decay, betas, muon_lr=0.02, **muon)
 
 
 def scaler(enabled=False):
@@ -242,12 +242,13 @@ def matrices_of(p, name, config):
     return p.chunk(2) if config.activation == 'swiglu' and name.endswith('c_fc.weight') else [p]
 
 
-@pytest.mark.parametrize('changes', [{}, dict(activation='swiglu', n_kv_head=1, position='rotary', tied=False, bias=False)])
-def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, monkeypatch):
+@pytest.mark.parametrize('changes, muon', [
+    ({}, {}), (dict(activation='swiglu', n_kv_head=1, position='rotary', tied=False, bias=False), dict(muon_momentum=0.75))])
+def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, muon, monkeypatch):
     """And AdamW the rest, by PyTorch's own. In float32: bfloat16 leaves an error of a few percent."""
     monkeypatch.setattr(optim, 'PRECISION', torch.float32)
     model, reference = tiny_gpt(**changes), tiny_gpt(**changes)
-    optimizer = new_optimizer(model, name='muon')
+    optimizer = new_optimizer(model, name='muon', **muon)
     named = dict(reference.named_parameters())
     of_muon = [name for name, p in named.items() if '.h.' in name and p.dim() == 2]
     rest = [p for name, p in named.items() if name not in of_muon]
@@ -257,7 +258,7 @@ def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, monkeypatch
     for iteration in (0, 150, 600):
         before = copy.deepcopy(model)
         optim.set_lr(optimizer, 5e-3, iteration)                # half of the highest, so Muon's rate is 0.01
-        momentum = {0: 0.85, 150: 0.9, 600: 0.95}[iteration]
+        momentum = {0: 0.85, 150: 0.8, 600: 0.75}[iteration] if muon else {0: 0.85, 150: 0.9, 600: 0.95}[iteration]
         backward(model)
         reference.load_state_dict(before.state_dict())
         backward(reference)
