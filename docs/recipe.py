@@ -2,6 +2,8 @@
 
     python docs/recipe.py                       # both recipes, and the picture
     python docs/recipe.py --study=ablation      # the fast recipe with each part off
+
+A call that was stopped goes on where it was: runs that are complete, with the same settings, are not repeated.
 """
 
 import json
@@ -21,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import configurator
 from console import print0, report_errors
 from engine.errors import RunError
+from engine.files import atomic_write
 from engine.limits import check_choice, check_range
 from engine.metrics import FILE, read_metrics
 
@@ -34,17 +37,39 @@ picture = 'pictures/recipe.png'
 GPT2 = '''config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12
           --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'''.split()     # the README's
 FAST = ['config/train_shakespeare_fast.py']
+RECIPES = {'gpt2': GPT2, 'fast': FAST}
+DONE = 'recipe.json'    # in the folder of a complete run: its settings, and its CPU seconds
 ABLATION = {'all parts': '', 'AdamW for Muon': '--optimizer=adamw --learning_rate=3e-3', 'learned positions': '--position=learned',
             'no QK-norm': '--qk_norm=False', 'GELU': '--activation=gelu', 'tied head': '--tied=True', 'no softcap': '--softcap=0',
-            'no zero_init': '--zero_init=False', 'constant, then linear over 40%': '--lr_schedule=wsd'}
+            'no zero_init': '--zero_init=False', 'constant, then linear over 40%': '--lr_schedule=wsd', 'four heads': '--n_head=4'}
 
 
-def start(name, arguments, seed):
-    """A training run as a process, and its folder, out-recipe/NAME-SEED."""
-    out_dir = ROOT / 'out-recipe' / f'{name.replace(" ", "-")}-{seed}'
-    shutil.rmtree(out_dir, ignore_errors=True)
-    command = [sys.executable, 'train.py', *arguments, f'--out_dir={out_dir}', f'--seed={seed}']
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), out_dir
+def folder_of(name, seed):
+    return ROOT / 'out-recipe' / f'{name.replace(" ", "-")}-{seed}'
+
+
+def settings(arguments):
+    """The flags of a run and the text of its config file."""
+    return [*arguments, (ROOT / arguments[0]).read_text(encoding='utf-8')]
+
+
+def start(folder, arguments, seed):
+    """A training run as a process."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, 'train.py', *arguments, f'--out_dir={folder}', f'--seed={seed}']
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def save_seconds(folder, arguments, cpu_seconds):
+    """Save the CPU seconds of a complete run in its folder."""
+    with atomic_write(folder / DONE) as file:
+        json.dump([settings(arguments), cpu_seconds], file)
+
+
+def saved_seconds(folder, arguments):
+    """The CPU seconds of a complete run with these settings; None if there is none."""
+    found = json.loads((folder / DONE).read_text(encoding='utf-8')) if (folder / DONE).exists() else [None, None]
+    return found[1] if found[0] == settings(arguments) else None
 
 
 def wait(process, seconds=None):
@@ -58,14 +83,16 @@ def wait(process, seconds=None):
     return getrusage(RUSAGE_CHILDREN).ru_utime - before
 
 
-def run_in_turn(runs):
-    """Run {name: (process, folder)}, each for `stretch` seconds while the others are stopped. Returns their CPU seconds,
-    {name: seconds}. The seconds of metrics.jsonl are then those in which the run was not stopped."""
+def run_in_turn(folders, seed):
+    """Run RECIPES, each for `stretch` seconds while the other is stopped. The seconds of metrics.jsonl are then those in
+    which the run was not stopped."""
+    runs = {name: start(folder, RECIPES[name], seed) for name, folder in folders.items()}
     cpu_seconds, progress = {}, {name: [(0, 0.0)] for name in runs}        # (iteration, seconds so far)
-    for process, _ in runs.values():
+    for process in runs.values():
         process.send_signal(signal.SIGSTOP)
     while len(cpu_seconds) < len(runs):
-        for name, (process, folder) in runs.items():
+        for name, process in runs.items():
+            folder = folders[name]
             if name in cpu_seconds:
                 continue
             began = perf_counter()
@@ -77,26 +104,27 @@ def run_in_turn(runs):
                 cpu_seconds[name] = user
             records, seconds = read_metrics(folder / FILE), progress[name][-1][1] + perf_counter() - began
             progress[name].append((records[-1]['iter'] if records else 0, seconds))
-    for name, (_, folder) in runs.items():
+    for name, folder in folders.items():
         iters, seconds = zip(*progress[name])
         records = [{**record, 'seconds': float(np.interp(record['iter'], iters, seconds))} for record in read_metrics(folder / FILE)]
         (folder / FILE).write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
-    return cpu_seconds
+        save_seconds(folder, RECIPES[name], cpu_seconds[name])
 
 
 def compare():
     print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss | 1.88 after |\n|---|---|---|---|---|---|---|---|')
     for n in range(seed, seed + seeds):
-        runs = {'gpt2': start('gpt2', GPT2, n), 'fast': start('fast', FAST, n)}
-        cpu_seconds = run_in_turn(runs)
-        for name, (_, folder) in runs.items():
-            records = read_metrics(folder / FILE)
+        folders = {name: folder_of(name, n) for name in RECIPES}
+        if any(saved_seconds(folder, RECIPES[name]) is None for name, folder in folders.items()):
+            run_in_turn(folders, n)
+        for name, folder in folders.items():
+            records, cpu_seconds = read_metrics(folder / FILE), saved_seconds(folder, RECIPES[name])
             evaluations = [record for record in records if 'val_loss' in record]
             reached = next((f'{r["iter"]} iterations, {r["seconds"]:.0f} s' for r in evaluations if r['val_loss'] <= 1.88), 'never')
             print0(f'| {n} | {name} | {evaluations[-1]["iter"]} | {median(r["ms"] for r in records if "ms" in r):.1f} '
-                   f'| {evaluations[-1]["seconds"]:.0f} | {cpu_seconds[name]:.0f} | {min(r["val_loss"] for r in evaluations):.4f} '
+                   f'| {evaluations[-1]["seconds"]:.0f} | {cpu_seconds:.0f} | {min(r["val_loss"] for r in evaluations):.4f} '
                    f'| {reached} |')
-    folders = [f'out-recipe/{name}-{seed}' for name in ('gpt2', 'fast')]
+    folders = [folder_of(name, seed).relative_to(ROOT) for name in RECIPES]
     subprocess.run([sys.executable, 'plot.py', *folders, f'--picture={picture}'], cwd=ROOT, check=True)
 
 
@@ -106,11 +134,12 @@ def ablate():
     losses = {name: [] for name in ABLATION}
     for n in range(seed, seed + seeds):
         for name, flags in ABLATION.items():
-            process, folder = start(name, [*short, *flags.split()], n)
-            cpu_seconds = wait(process)
+            folder, arguments = folder_of(name, n), [*short, *flags.split()]
+            if saved_seconds(folder, arguments) is None:
+                save_seconds(folder, arguments, wait(start(folder, arguments, n)))
             records = read_metrics(folder / FILE)
             losses[name].append(records[-1]['val_loss'])
-            print0(f'{name}, seed {n}: val loss {losses[name][-1]:.4f}, {cpu_seconds:.0f} CPU seconds, '
+            print0(f'{name}, seed {n}: val loss {losses[name][-1]:.4f}, {saved_seconds(folder, arguments):.0f} CPU seconds, '
                    f'{median(r["ms"] for r in records if "ms" in r):.1f} ms per iteration')
     print0('| part | val loss | each seed | worse by |\n|---|---|---|---|')
     for name, values in losses.items():
