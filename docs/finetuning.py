@@ -88,7 +88,8 @@ def train(arguments, layer_decay=1.0):
 
 def run(arguments, layer_decay=1.0):
     """train.py in a process of its own. On Linux it is a fork, which does not import PyTorch again."""
-    process = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn').Process(target=train, args=(arguments, layer_decay))
+    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+    process = context.Process(target=train, args=(arguments, layer_decay))
     process.start()
     process.join()
     if process.exitcode:
@@ -132,8 +133,8 @@ def val_losses(name, n, weights):
     folder = OUT / f'{name.replace(", ", "-").replace(" ", "-")}-{n}'
     flags = RUNS[name].split()
     layer_decay = next((float(flag.split('=')[1]) for flag in flags if flag.startswith('--layer_decay=')), 1.0)
-    arguments = [*BASE, f'--init_from={weights}', f'--learning_rate={RATE}', *(flag for flag in flags if 'layer_decay' not in flag),
-                 f'--out_dir={folder}', f'--seed={n}']
+    flags = [flag for flag in flags if not flag.startswith('--layer_decay=')]       # train.py has no such setting
+    arguments = [*BASE, f'--init_from={weights}', f'--learning_rate={RATE}', *flags, f'--out_dir={folder}', f'--seed={n}']
     if not (folder / 'finished').exists():
         run(arguments, layer_decay)
         for path in folder.glob('*.pt'):                        # 120 MB
@@ -163,10 +164,10 @@ def print_tables(losses):
     """losses: {name: [{iteration: val loss} of each seed]}."""
     last = {name: [list(run.values())[-1] for run in runs] for name, runs in losses.items()}
     base = last.get(f'constant, {RATE}')
-    print0('| run | val loss at the end | minus the base, same seed |\n|---|---|---|')
+    print0('| run | val loss at the end | minus the base, same seed | lowest |\n|---|---|---|---|')
     for name, values in last.items():
-        difference = base and mean_and_spread([a - b for a, b in zip(values, base)], '+.3f')
-        print0(f'| {name} | {mean_and_spread(values)} | {difference} |')
+        difference = mean_and_spread([a - b for a, b in zip(values, base)], '+.3f') if base else ''
+        print0(f'| {name} | {mean_and_spread(values)} | {difference} | {mean_and_spread([min(run.values()) for run in losses[name]])} |')
     print0('| run | patience | ends after | best loss by then | minus the best of the whole run |\n|---|---|---|---|---|')
     for name in (name for name in losses if name.startswith('60')):
         for patience in (1, 2, 3):
@@ -187,19 +188,20 @@ def draw(losses):
     rates = [rate for rate in RATES if f'constant, {rate}' in last]
     values = [last[f'constant, {rate}'] for rate in rates]
     left.errorbar([float(rate) for rate in rates], [mean(v) for v in values], [spread(v) for v in values], marker='o', capsize=3)
-    left.set(xscale='log', xlabel='constant learning rate', ylabel='val loss after 20 iterations')
+    left.set(xscale='log', xlabel='constant learning rate', ylabel='val loss, nats per token', title='20 iterations')
     others = [name for name in last if not name.startswith(('constant', '60', 'from'))]
     base = last[f'constant, {RATE}']
     for i, name in enumerate(others):
         differences = [a - b for a, b in zip(last[name], base)]
         middle.errorbar(mean(differences), i, xerr=spread(differences), marker='o', capsize=3, color='C0')
     middle.axvline(0, color='gray', lw=1)
-    middle.set(yticks=range(len(others)), yticklabels=others, xlabel=f'val loss minus that of constant {RATE}')
+    middle.set(yticks=range(len(others)), yticklabels=others, xlabel=f'val loss minus that of constant {RATE}',
+               title='other settings')
     middle.invert_yaxis()
     for i, name in enumerate(name for name in losses if name.startswith('60')):
         for n, run in enumerate(losses[name]):
             right.plot(list(run), list(run.values()), color=f'C{i}', lw=1, marker='.', label=name if n == 0 else None)
-    right.set(xlabel='iteration', ylabel='val loss', title='three passes as long')
+    right.set(xlabel='iteration', ylabel='val loss, nats per token', title='60 iterations, a line for each seed')
     right.legend()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
