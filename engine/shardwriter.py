@@ -118,8 +118,13 @@ class ShardWriter:
                 self.print_line(f'{self.folder} is complete; remove its meta.json to make it again')
             else:
                 self.write_part(read_pieces, encode, cores)
-                with write_lock(self.unfinished / 'finish.lock', wait=True):
-                    complete = complete_shards(self.folder, self.key) or self.finish(cores)
+                try:
+                    with write_lock(self.unfinished / 'finish.lock', wait=True):
+                        complete = complete_shards(self.folder, self.key) or self.finish(cores)
+                except FileNotFoundError:               # another part has just published the dataset and removed the folder
+                    complete = complete_shards(self.folder, self.key)
+                    if not complete:
+                        raise
         if complete:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         return complete

@@ -1,7 +1,10 @@
 """Fixtures that several files of tests use. What they are made of is in harness.py."""
 
 import os
+import sys
 
+# Prepare scripts are imported from the folders that the tests compare.
+sys.dont_write_bytecode = True
 # Tests run side by side, and threads that wait for one another are slower than one.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest                   # noqa: E402

@@ -233,10 +233,10 @@ def test_a_resume_in_another_precision_says_so(trained):
 @pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
 def test_a_stopped_run_prints_the_flags_to_repeat(trained):
     fault = dict(kind='signal', number=signal.SIGUSR1, iteration=7, micro_steps=3)
-    result = trained.launcher.run('train.py', *trained.flags('out-stopped'), '--wandb_log=True', WANDB_MODE='offline', fault=fault)
+    result = trained.launcher.run('train.py', *trained.flags('out-flags-to-repeat'), '--wandb_log=True', WANDB_MODE='offline', fault=fault)
     assert result.codes == [128 + signal.SIGUSR1]
     line, = [line for line in result.stdout.splitlines() if 'saved at iteration' in line]
-    assert line.endswith('--init_from=resume --out_dir=out-stopped --device=cpu --compile=False --wandb_log=True')
+    assert line.endswith('--init_from=resume --out_dir=out-flags-to-repeat --device=cpu --compile=False --wandb_log=True')
 
 
 @pytest.mark.parametrize('block_size', [0, -5])
