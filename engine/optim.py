@@ -16,7 +16,7 @@ NEWTON_SCHULZ, PRECISION = (3.4445, -4.775, 2.0315), torch.bfloat16     # factor
 
 
 def build(name, model, learning_rate, weight_decay, betas, muon_lr, muon_momentum=0.95):
-    """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates. muon_momentum: theirs,
+    """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates. muon_momentum: its momentum,
     after its warm-up."""
     if name not in ('adamw', 'muon'):
         raise UserError(f"optimizer={name!r} is unknown; try 'adamw' or 'muon'")
