@@ -89,13 +89,16 @@ class Float16Linear(nn.Module):
 
     def __init__(self, linear, batch_size):
         super().__init__()
-        if linear.weight.dtype != torch.float16 or batch_size == 1:
-            raise RuntimeError('a Float16Linear is for several rows in float16')
+        if linear.weight.dtype != torch.float16:
+            raise RuntimeError('a Float16Linear is for weights in float16')
         weight, bias = without_grad(linear)
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
 
     def forward(self, x):                                       # (..., in)
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+LAYOUTS = [PlainLinear, SplitLinear, PackedLinear, Float16Linear]
 
 
 def without_grad(linear):
@@ -141,46 +144,55 @@ def optimize_for_generation(model, batch_size):
 
 
 def replace_linears(model, batch_size):
+    """Store each Linear of the model in the layout that is fastest for its shape."""
     shapes = {}                                                 # shape: [(parent, name, Linear)]
     for parent in model.modules():
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear:
                 shapes.setdefault(layer.weight.shape, []).append((parent, name, layer))
-    weights = {shape: [layer.weight for _, _, layer in places] for shape, places in shapes.items()}
     for shape, places in shapes.items():
-        x = torch.ones(batch_size, 1, shape[1])
-        others = [w for other, group in weights.items() if other != shape for w in group]
-        best = [PlainLinear(layer, batch_size) for _, _, layer in places]
-        best_seconds = median_seconds(best, x, others)
-        for layout in (SplitLinear, PackedLinear, Float16Linear):
-            try:
-                layers = [layout(layer, batch_size) for _, _, layer in places]
-                seconds = median_seconds(layers, x, others)
-            except (RuntimeError, AttributeError):              # not on this platform or in this precision
-                continue
-            if seconds < best_seconds:
-                best, best_seconds = layers, seconds
-        for (parent, name, _), layer in zip(places, best):
+        others = [layer.weight for other, group in shapes.items() if other != shape for _, _, layer in group]
+        layers = in_fastest_layout([layer for _, _, layer in places], batch_size, others)
+        for (parent, name, _), layer in zip(places, layers):
             setattr(parent, name, layer)
 
 
-def median_seconds(layers, x, others):
-    """Median time of calling all layers of a shape in turn.
+def in_fastest_layout(linears, batch_size, others):
+    """The Linears, all of one shape, in the layout that multiplies batch_size rows fastest: by the median of several
+    rounds with the first 64 MiB of them.
 
-    Before each measurement it reads about 128 MiB of the other weights: layers measured alone
-    may stay in the processor's cache, where every layout is fast.
+    The layouts take turns, so that other programs slow all of them. Before each measurement, about 128 MiB of
+    `others`, weights of other shapes, are read: layers measured alone may stay in the processor's cache, where
+    every layout is fast.
     """
-    bytes_so_far = list(accumulate(weight.nbytes for weight in others))
-    enough = others[:1 + sum(read < 2 ** 27 for read in bytes_so_far)]
-    seconds = []
-    while len(seconds) < 3 or len(seconds) < 10 and sum(seconds) < 0.1:
-        for weight in enough:
-            weight.sum()
-        began = time.perf_counter()
-        for layer in layers:
-            layer(x)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])                       # the first one also sets up
+    n_measured = n_up_to(2 ** 26, [linear.weight for linear in linears])
+    others = others[:n_up_to(2 ** 27, others)]
+    x, layers = torch.ones(batch_size, 1, linears[0].in_features), {}
+    for layout in LAYOUTS:
+        try:
+            built = [layout(linear, batch_size) for linear in linears[:n_measured]]
+            built[0](x)
+        except (RuntimeError, AttributeError):                  # not on this platform or in this precision
+            continue
+        layers[layout] = built
+    seconds, began = {layout: [] for layout in layers}, time.perf_counter()
+    for i in range(10):
+        if i >= 3 and time.perf_counter() - began > 0.1 * len(layers):
+            break
+        for layout, built in layers.items():
+            for weight in others:
+                weight.view(torch.uint8).amax()
+            start = time.perf_counter()
+            for layer in built:
+                layer(x)
+            seconds[layout].append(time.perf_counter() - start)
+    best = min(layers, key=lambda layout: statistics.median(seconds[layout]))
+    return layers[best] + [best(linear, batch_size) for linear in linears[n_measured:]]
+
+
+def n_up_to(n_bytes, weights):
+    """How many of the first weights hold n_bytes: all of them, if they are smaller."""
+    return 1 + sum(end < n_bytes for end in accumulate(weight.nbytes for weight in weights[:-1]))
 
 
 # One token through a Block, in fewer operations

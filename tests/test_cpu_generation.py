@@ -1,17 +1,17 @@
 """What is put on a model to generate on a CPU: the text that the plain model writes."""
 
 import copy
+import time
 
 import pytest
 import torch
 import torch.nn as nn
 
 from engine import cpu_generation
-from engine.cpu_generation import Float16Linear, PackedLinear, PlainLinear, SplitLinear, optimize_for_generation
+from engine.cpu_generation import LAYOUTS, PlainLinear, optimize_for_generation
 from engine.generate import new_caches
 from model import GPT, Block, GPTConfig
 
-LAYOUTS = [PlainLinear, SplitLinear, PackedLinear, Float16Linear]
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -50,23 +50,34 @@ def test_each_layout_is_a_product_with_the_stored_weight(layout, dtype, batch_si
     assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
 
 
-@pytest.mark.parametrize('layout', ['PlainLinear', 'SplitLinear', 'PackedLinear'])
+@pytest.mark.parametrize('layout', LAYOUTS)
 def test_layouts_change_no_text(monkeypatch, layout):
     """Whichever layout the measurement prefers."""
-    model, idx = build(), torch.randint(50, (1, 5))
-    expected = model.generate(idx, 10, temperature=0)
+    model = build().to(torch.float16 if layout is cpu_generation.Float16Linear else torch.float32)
+    idx = torch.randint(50, (1, 5))
+    expected = copy.deepcopy(model).float().generate(idx, 10, temperature=0)
     try:
-        getattr(cpu_generation, layout)(model.lm_head, 1)(torch.ones(1, 1, 32))
+        layout(model.lm_head, 1)(torch.ones(1, 1, 32))
     except (RuntimeError, AttributeError) as error:
         pytest.skip(f'not in this PyTorch: {error}')
-
-    def prefer_layout(layers, x, others):
-        layers[0](x)                                            # raises where this layout does not exist
-        return 0.0 if type(layers[0]).__name__ == layout else 1.0
-    monkeypatch.setattr(cpu_generation, 'median_seconds', prefer_layout)
+    monkeypatch.setattr(cpu_generation, 'LAYOUTS', [layout])
     optimize_for_generation(model, 1)
-    assert {type(m).__name__ for m in model.modules() if 'Linear' in type(m).__name__} == {layout}
+    assert {type(m) for m in model.modules() if 'Linear' in type(m).__name__} == {layout}
     assert torch.equal(model.generate(idx, 10, temperature=0), expected)
+
+
+def test_the_fastest_layout_is_chosen(monkeypatch):
+    """It stores all layers of the shape, also those that are not measured."""
+    class SlowLinear(PlainLinear):
+        def forward(self, x):
+            time.sleep(0.001)
+            return super().forward(x)
+    linears = [nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(10)]       # 80 MiB
+    for layouts in ([SlowLinear, PlainLinear], [PlainLinear, SlowLinear]):
+        monkeypatch.setattr(cpu_generation, 'LAYOUTS', layouts)
+        found = cpu_generation.in_fastest_layout(linears, 1, [])
+        assert [type(layer) for layer in found] == [PlainLinear] * 10
+        assert all(layer.weight.data_ptr() == linear.weight.data_ptr() for layer, linear in zip(found, linears))
 
 
 @pytest.mark.parametrize('batch_size', [1, 3])
