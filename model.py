@@ -65,26 +65,27 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = [config.n_head, config.kv_heads, config.kv_heads], config.dropout
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
+        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.kv_heads, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * config.head_size, bias=config.bias)
         self.q_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
         self.c_proj = residual_projection(config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, kv_cache=None, rotation=None, bias=None):      # (B, T, C)
+    def forward(self, x, kv_cache=None, rotation=None, attn_bias=None):     # (B, T, C)
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, sum(self.heads), -1).split(self.heads, dim=2)   # each (B, T, H or G, D)
+        heads = self.c_attn(x).view(B, T, -1, C // self.n_head)         # (B, T, H + 2 G, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)     # each (B, T, H or G, D)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if kv_cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), is_causal=bias is None,
-                                               dropout_p=self.dropout if self.training else 0.0,
-                                               enable_gqa=self.heads[0] > self.heads[1])
+            y = F.scaled_dot_product_attention(q, k, v, None if attn_bias is None else attn_bias.to(q.dtype),
+                                               is_causal=attn_bias is None, dropout_p=self.dropout if self.training else 0.0,
+                                               enable_gqa=self.n_kv_head < self.n_head)
         else:
-            y = kv_cache.attend(q, k, v, bias)                  # over the cached positions too
+            y = kv_cache.attend(q, k, v, attn_bias)             # over the cached positions too
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -123,8 +124,8 @@ class Block(nn.Module):
         self.ln_2 = build_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv_cache=None, rotation=None, bias=None):      # (B, T, C)
-        x = x + self.attn(self.ln_1(x), kv_cache, rotation, bias)
+    def forward(self, x, kv_cache=None, rotation=None, attn_bias=None):     # (B, T, C)
+        x = x + self.attn(self.ln_1(x), kv_cache, rotation, attn_bias)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -191,19 +192,19 @@ class GPT(nn.Module):
             if end > self.config.block_size:
                 raise UserError(f'{end} tokens do not fit block_size={self.config.block_size}')
             positions = torch.arange(start, end, device=idx.device)
-        x, rotation, bias = self.transformer.wte(idx), None, None       # (B, T, C)
+        x, rotation, attn_bias = self.transformer.wte(idx), None, None  # (B, T, C)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)
         elif self.config.position == 'rotary':
             rotation = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         else:
             n_keys = kv_caches[0].n_keys(idx.size(1)) if kv_caches else idx.size(1)
-            bias = alibi_bias(positions, n_keys, self.config.n_head)
+            attn_bias = alibi_bias(positions, n_keys, self.config.n_head)
         if self.config.embedding_norm:
             x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
         for block, kv_cache in zip(self.transformer.h, kv_caches or [None] * self.config.n_layer):
-            x = block(x, kv_cache, rotation, bias)
+            x = block(x, kv_cache, rotation, attn_bias)
         return self.transformer.ln_f(x)
 
     def logits(self, x):

@@ -203,7 +203,7 @@ def n_up_to(n_bytes, weights):
 # One token through a Block, in fewer operations
 
 def one_token_step(block, config):
-    """A function (x, kv_cache, rotation, bias) with the result of Block.forward for one token of each sequence.
+    """A function (x, kv_cache, rotation, attn_bias) with the result of Block.forward for one token of each sequence.
     None if two tokens show that its result differs: a changed block keeps its own forward."""
     attn, mlp = block.attn, block.mlp
     ln_1, ln_2 = norm_function(block.ln_1), norm_function(block.ln_2)
@@ -211,14 +211,14 @@ def one_token_step(block, config):
     c_attn, c_proj, c_fc, mlp_proj, activation = (getattr(layer, 'forward', layer) for layer in (
         attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, mlp.activation))
 
-    def step(x, kv_cache, rotation, bias):                      # (B, 1, C)
+    def step(x, kv_cache, rotation, attn_bias):                 # (B, 1, C)
         heads = c_attn(ln_1(x)).view(x.size(0), -1, 1, config.head_size)
-        q, k, v = heads.split(attn.heads, dim=1)                # each (B, H or G, 1, D)
+        q, k, v = heads.split([attn.n_head, attn.n_kv_head, attn.n_kv_head], dim=1)     # each (B, H or G, 1, D)
         if config.qk_norm:
             q, k = attn.q_norm(q), attn.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = kv_cache.attend(q, k, v, bias)                      # (B, H, 1, D)
+        y = kv_cache.attend(q, k, v, attn_bias)                 # (B, H, 1, D)
         x = x + c_proj(y.reshape(x.shape))
         return x + mlp_proj(activation(c_fc(ln_2(x))))
 
@@ -229,8 +229,8 @@ def one_token_step(block, config):
         for i in range(2):
             position = torch.tensor([i])
             rotation = rotary_angles(position, c.head_size, c.rope_theta) if c.position == 'rotary' else None
-            bias = alibi_bias(position, i + 1, c.n_head) if c.position == 'alibi' else None
-            results.append(function(x[i], kv_cache, rotation, bias))
+            attn_bias = alibi_bias(position, i + 1, c.n_head) if c.position == 'alibi' else None
+            results.append(function(x[i], kv_cache, rotation, attn_bias))
     return step if torch.allclose(torch.cat(results[:2]), torch.cat(results[2:]), 1e-4, 1e-5) else None
 
 
@@ -242,9 +242,9 @@ def norm_function(norm):
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def block_forward(block, plain_forward, step, x, kv_cache=None, rotation=None, bias=None):
+def block_forward(block, plain_forward, step, x, kv_cache=None, rotation=None, attn_bias=None):
     if kv_cache is None or x.size(1) > 1 or block.training:
-        return plain_forward(x, kv_cache, rotation, bias)
+        return plain_forward(x, kv_cache, rotation, attn_bias)
     if x.size(0) > 1:
-        return step(x, kv_cache, rotation, bias)
-    return without_onednn(step, x, kv_cache, rotation, bias)    # oneDNN's exact GELU of one row takes 3 times as long
+        return step(x, kv_cache, rotation, attn_bias)
+    return without_onednn(step, x, kv_cache, rotation, attn_bias)   # oneDNN's exact GELU of one row takes 3 times as long

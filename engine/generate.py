@@ -32,10 +32,10 @@ class KVCache:
         """How many keys T new queries attend over."""
         return self.length + T
 
-    def attend(self, q, k, v, bias=None):
+    def attend(self, q, k, v, attn_bias=None):
         """Attention of T queries (B, H, T, D) over the cached positions and T new ones; k and v may have fewer heads.
 
-        bias: (1, H, T, n_keys) to add to the scores, -inf for the keys after a query; None hides only those.
+        attn_bias: (1, H, T, n_keys) to add to the scores, -inf for the keys after a query; None hides only those.
         """
         T, end = q.size(2), self.length + q.size(2)
         # Several queries behind cached keys would need a mask; no caller does this.
@@ -44,7 +44,7 @@ class KVCache:
         self.values.narrow(2, self.length, T).copy_(v)
         self.length = end
         keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
-        return attention(q, keys, values, bias, is_causal=T > 1 and bias is None)
+        return attention(q, keys, values, attn_bias, is_causal=T > 1 and attn_bias is None)
 
 
 class StaticKVCache(KVCache):
@@ -56,14 +56,14 @@ class StaticKVCache(KVCache):
     def n_keys(self, T):
         return super().n_keys(T) if self.position is None else self.keys.size(2)
 
-    def attend(self, q, k, v, bias=None):
+    def attend(self, q, k, v, attn_bias=None):
         if self.position is None:
-            return super().attend(q, k, v, bias)
+            return super().attend(q, k, v, attn_bias)
         dtype = self.keys.dtype
         self.keys.index_copy_(2, self.position, k.to(dtype))
         self.values.index_copy_(2, self.position, v.to(dtype))
         written = torch.arange(self.keys.size(2), device=q.device) <= self.position
-        return attention(q, self.keys, self.values, written[None] if bias is None else bias)
+        return attention(q, self.keys, self.values, written[None] if attn_bias is None else attn_bias)
 
 
 def attention(q, keys, values, mask, is_causal=False):

@@ -158,24 +158,24 @@ class AttentionProbe:
     def n_keys(self, T):
         return T
 
-    def attend(self, q, k, v, bias=None):
+    def attend(self, q, k, v, attn_bias=None):
         """The attention of queries and keys as the layer has them, normalized and rotated. (B, H, T, D); k and v may
-        have fewer heads. bias: what ALiBi adds to the scores, -inf for a later key."""
+        have fewer heads. attn_bias: what ALiBi adds to the scores, -inf for a later key."""
         T, groups = q.size(2), q.size(1) // k.size(1)
         positions = torch.arange(T, device=q.device)
         rows = positions[::-(-T // MAX_QUERIES)]                                        # (R,)
         with torch.autocast(q.device.type, enabled=False):
             keys = k[:MAX_ATTENDED].repeat_interleave(groups, dim=1).float()
             scores = q[:MAX_ATTENDED, :, rows].float() @ keys.mT / math.sqrt(q.size(-1))        # (B, H, R, T)
-            if bias is None:
+            if attn_bias is None:
                 scores.masked_fill_(positions > rows[:, None], -math.inf)
             else:
-                scores += bias[..., rows, :]
+                scores += attn_bias[..., rows, :]
             self.logit = scores.max()
             p = scores.softmax(dim=-1)
             self.entropy = -torch.xlogy(p, p).sum(dim=-1).mean()
-        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), is_causal=bias is None,
-                                              enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(q, k, v, None if attn_bias is None else attn_bias.to(q.dtype),
+                                              is_causal=attn_bias is None, enable_gqa=groups > 1)
 
 
 def find_layers(module, prefix=''):

@@ -113,8 +113,8 @@ def test_16_bits_are_as_near_to_float32_as_before(dtype, batch_size):
 class ParallelBlock(Block):
     """Attention and MLP read the same input."""
 
-    def forward(self, x, kv_cache=None, rotation=None, bias=None):
-        return x + self.attn(self.ln_1(x), kv_cache, rotation, bias) + self.mlp(self.ln_2(x))
+    def forward(self, x, kv_cache=None, rotation=None, attn_bias=None):
+        return x + self.attn(self.ln_1(x), kv_cache, rotation, attn_bias) + self.mlp(self.ln_2(x))
 
 
 class ScaledLinear(nn.Linear):
