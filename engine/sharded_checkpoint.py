@@ -102,9 +102,10 @@ def start_writing(tensors, folder, group):
     """Copy {name: tensor} to CPU memory, and return a future of their being written."""
     from torch.distributed.checkpoint import async_save                 # an import of half a second
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    with warnings.catch_warnings(action='ignore'):          # PyTorch warns that only one process writes
-        return async_save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                          process_group=group, no_dist=group is None)
+    # PyTorch warns that only one process writes, in a thread that catch_warnings may not reach.
+    warnings.filterwarnings('ignore', 'torch.distributed is disabled')
+    return async_save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                      process_group=group, no_dist=group is None)
 
 
 def find_not_finite_anywhere(tensors, env):

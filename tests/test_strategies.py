@@ -5,11 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import warnings
 
 import pytest
 import torch
+from torch.distributed.checkpoint import state_dict_saver
 
-from engine import run_folder
+from engine import run_folder, sharded_checkpoint
 from harness import Workspace, torchrun_options
 from launcher import script_environment
 
@@ -84,6 +87,20 @@ def sharded(place):
     """A run on two ranks with a sharded state of iteration 10 and one of iteration 5 before it."""
     train(place, 'sharded', '--max_iters=10', '--eval_interval=5', '--checkpoint=sharded', strategy='fsdp')
     return place.folder / 'sharded'
+
+
+def test_one_process_saves_without_a_warning(monkeypatch, tmp_path):
+    """PyTorch warns of a single process in the thread that writes, even after start_writing has returned."""
+    save = state_dict_saver.save
+
+    def late_save(*arguments, **options):
+        time.sleep(0.1)
+        return save(*arguments, **options)
+    monkeypatch.setattr(state_dict_saver, 'save', late_save)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        sharded_checkpoint.start_writing({'weight': torch.ones(3)}, tmp_path, None).result()
+    assert caught == [] and list(tmp_path.glob('*.safetensors'))
 
 
 @pytest.mark.parametrize('options', [dict(ranks=1), dict(), dict(ranks=4), dict(strategy='fsdp', ranks=3), HSDP])
