@@ -186,7 +186,7 @@ def in_fastest_layout(linears, batch_size, others):
             break
         for layout, built in layers.items():
             for weight in others:
-                weight.view(torch.uint8).amax()
+                torch.empty(0, dtype=torch.uint8).set_(weight.untyped_storage()).amax()     # the fastest way to read it
             start = time.perf_counter()
             for layer in built:
                 layer(x)

@@ -80,6 +80,16 @@ def test_the_fastest_layout_is_chosen(monkeypatch):
         assert all(layer.weight.data_ptr() == linear.weight.data_ptr() for layer, linear in zip(found, linears))
 
 
+def test_a_transposed_weight_keeps_its_text():
+    model, idx = build(), torch.randint(50, (1, 5))
+    expected = model.generate(idx, 10, temperature=0)
+    for block in model.transformer.h:
+        weight = block.mlp.c_fc.weight
+        weight.data = weight.data.t().contiguous().t()
+    optimize_for_generation(model, 1)
+    assert torch.equal(model.generate(idx, 10, temperature=0), expected)
+
+
 @pytest.mark.parametrize('batch_size', [1, 3])
 @pytest.mark.parametrize('changes', [
     {}, dict(bias=False), dict(position='rotary'), dict(position='alibi'),

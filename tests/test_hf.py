@@ -166,8 +166,8 @@ KINDS = [('nanochat', {}), ('nanochat', dict(num_key_value_heads=None, final_log
 def test_weights_of_the_modern_shapes_give_the_same_there_and_back(tmp_path, kind, changes):
     """The logits, and again those of the export, whose weights are the same to the bit."""
     reference = reference_model(kind, **changes)
-    reference.save_pretrained(tmp_path / 'theirs')
-    model = GPT.from_pretrained(str(tmp_path / 'theirs')).eval()
+    reference.save_pretrained(tmp_path / 'saved')
+    model = GPT.from_pretrained(str(tmp_path / 'saved')).eval()
     idx = torch.randint(211, (3, 48))
     expected = reference(idx).logits
     torch.testing.assert_close(model(idx, idx)[0], expected, rtol=1e-4, atol=1e-4)
@@ -194,10 +194,10 @@ def test_a_config_exports_without_code_of_its_own(tmp_path, name, changes, n_kv_
         optimizer.step()
     model.eval()
     hf.to_transformers(model.config, model.state_dict()).save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], rtol=1e-4, atol=1e-4)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(reference(idx).logits, model(idx, idx)[0], rtol=1e-4, atol=1e-4)
     prompt = idx[:1, :5]
-    found = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = reference.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(found, model.generate(prompt, 30, temperature=0))
     again = GPT.from_pretrained(str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
