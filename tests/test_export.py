@@ -97,11 +97,11 @@ def test_transformers_continues_a_text_as_sample_does(language_models):
     workspace, runs = language_models
     assert len(runs) >= 2
     for run in runs:
-        ours = workspace.run('sample.py', f'--out_dir={run}', '--device=cpu', '--temperature=0', '--num_samples=1',
+        sampled = workspace.run('sample.py', f'--out_dir={run}', '--device=cpu', '--temperature=0', '--num_samples=1',
                              '--start=abc\nd', '--max_new_tokens=16').stdout
         generate = transformers.pipeline('text-generation', model=str(workspace.folder / f'{run}-hf'))
-        theirs = generate('abc\nd', max_new_tokens=16, do_sample=False)[0]['generated_text']
-        assert ours == theirs + '\n---------------\n' and len(theirs) >= 21
+        expected = generate('abc\nd', max_new_tokens=16, do_sample=False)[0]['generated_text']
+        assert sampled == expected + '\n---------------\n' and len(expected) >= 21
         assert type(generate.model) is type(transformers.AutoModelForCausalLM.from_pretrained(workspace.folder / f'{run}-hf'))
 
 
@@ -156,12 +156,12 @@ def test_other_shapes_continue_as_sample_does(workspace, kind, options):
     run.mkdir()
     checkpoint.save_model(run, model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={}, tokenizer=spec)
     workspace.run('export.py', f'out-{kind}', f'{kind}-hf', '--trim_vocab=True')
-    ours = workspace.run('sample.py', f'--out_dir=out-{kind}', '--device=cpu', '--temperature=0', '--num_samples=1',
+    sampled = workspace.run('sample.py', f'--out_dir=out-{kind}', '--device=cpu', '--temperature=0', '--num_samples=1',
                          '--start=some words', '--max_new_tokens=20').stdout.removesuffix('\n---------------\n')
     generate = transformers.pipeline('text-generation', model=str(workspace.folder / f'{kind}-hf'))
     assert type(generate.model).__name__ == f'{kind}ForCausalLM' and generate.model.config.vocab_size == spec['vocab_size']
-    theirs = generate('some words', max_new_tokens=20, do_sample=False)[0]['generated_text']
-    assert ours == theirs and len(set(ours[10:])) > 2 or ours.startswith(theirs + '<|endoftext|>')     # which ends it there
+    expected = generate('some words', max_new_tokens=20, do_sample=False)[0]['generated_text']
+    assert sampled == expected and len(set(sampled[10:])) > 2 or sampled.startswith(expected + '<|endoftext|>')     # which ends it there
 
 
 def test_padding_is_never_generated_and_can_be_cut(language_models):
