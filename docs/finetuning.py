@@ -32,7 +32,7 @@ from engine.errors import RunError, UserError
 from engine.limits import check_range
 from engine.metrics import FILE, read_metrics
 
-seed = 1337             # of the first run of a kind
+seed = 1337             # of the first run of each variant
 seeds = 3               # runs of each kind, each with the next seed
 names = ''              # of the runs to train, separated by semicolons; '' trains all
 picture = 'pictures/finetuning.png'

@@ -28,7 +28,7 @@ from engine.limits import check_choice, check_range
 from engine.metrics import FILE, read_metrics
 
 study = 'compare'       # compare or ablation
-seed = 1337             # of the first run of a kind
+seed = 1337             # of the first run of each variant
 seeds = 3               # runs of each kind, each with the next seed
 stretch = 10.0          # compare: seconds that one run trains while the other waits
 iters = 200             # ablation: iterations of a run
