@@ -18,7 +18,7 @@ from console import print0, report_errors       # before torch: see console.py
 import torch
 
 import configurator
-from engine import cpu_generation, device as devices, optim, parallel
+from engine import cpu_generation, device as devices, optim, distributed, parallel
 from engine.batch_schedule import BatchSchedule
 from engine.dataloader import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
@@ -159,7 +159,7 @@ def bench_train(env):
     print0('mfu          ' + (f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, the peak' if mfu else 'n/a, as the peak is not known')
            + (' measured here' if env.device.type == 'cpu' else ''))
     if not reference:
-        weights, moments = (sum(parallel.local_part(tensor).nbytes for tensor in tensors) / 2 ** 30 for tensors in (
+        weights, moments = (sum(distributed.local_part(tensor).nbytes for tensor in tensors) / 2 ** 30 for tensors in (
             model.parameters(), (value for moment in run.optimizer.state.values() for value in moment.values())))
         print0(f'memory       {devices.peak_memory(env.device) / 2 ** 30:.2f} GiB at the most; of this rank: weights {weights:.2f}, '
                f'gradients {weights:.2f}, moments {moments:.2f}')

@@ -21,11 +21,12 @@ trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens
 
 def export_hf(source, folder):
     """Write the model and the tokenizer of the run `source` as transformers saves them."""
-    from engine import hf_folder, run_folder, tokenizer_files
+    from engine import hf_folder, run_folder, sources
+    from engine.metrics import read_losses
     from model import GPT
     saved = run_folder.load_newest_model(source)
-    model, spec = GPT.from_checkpoint(saved), tokenizer_files.checkpoint_spec(saved)
-    for note in hf_folder.write(folder, model.config, model.state_dict(), saved, spec, dtype, trim_vocab):
+    model, spec = GPT.from_checkpoint(saved), sources.checkpoint_spec(saved)
+    for note in hf_folder.write(folder, model.config, model.state_dict(), saved, spec, dtype, trim_vocab, read_losses(source)):
         print0(f'note: {note}', file=sys.stderr)
 
 

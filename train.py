@@ -27,7 +27,8 @@ from engine.generate import TextSampler
 from engine.health import HealthMonitor
 from engine.limits import check_training, training_notes
 from engine.metrics import MetricsWriter, StepLog, write_run_json
-from engine.run import Progress, Run, TaskScorer
+from engine.evals import TaskScorer
+from engine.run import Progress, Run
 from engine.tokenizer import padded_vocab_size
 from engine.tokenizer_files import check_same_tokens
 from model import GPT, GPTConfig

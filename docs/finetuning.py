@@ -29,7 +29,7 @@ from console import print0, report_errors
 import torch
 from engine import optim
 from engine.errors import RunError, UserError
-from engine.limits import check_range
+from engine.errors import check_range
 from engine.metrics import FILE, read_metrics
 
 seed = 1337             # of the first run of each variant

@@ -21,7 +21,7 @@ from engine import optim
 from engine.cpu import optimize_for_training
 from engine.dataloader import TokenDataset
 from engine.errors import UserError
-from engine.limits import check_range
+from engine.errors import check_range
 from model import GPT, GPTConfig
 
 dataset = 'shakespeare_char'

@@ -24,7 +24,7 @@ import configurator
 from console import print0, report_errors
 from engine.errors import RunError
 from engine.files import atomic_write
-from engine.limits import check_choice, check_range
+from engine.errors import check_choice, check_range
 from engine.metrics import FILE, read_metrics
 
 study = 'compare'       # compare or ablation

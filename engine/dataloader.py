@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.errors import RunError, UserError
-from engine.limits import CHOICES, check_choice
+from engine.errors import RunError, UserError, check_choice
 from engine.order import epoch_starts, weyl_starts
 from engine.shards import DTYPES, REPLACING, SPLITS, TokenStream, check_split, find_token_files, token_dtype
 from engine.tokenizer import GPT2, end_of_text, read_meta, same_tokens
 
+CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
 DATA = Path(__file__).resolve().parent.parent / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
 
@@ -144,8 +144,8 @@ class TokenDataset:
 
 def check_order(sampling, documents):
     """UserError where `sampling` or `documents` is unknown, or the two do not fit each other."""
-    for name in ('sampling', 'documents'):
-        check_choice(dict(sampling=sampling, documents=documents), name, CHOICES[name])
+    for name, values in CHOICES.items():
+        check_choice(dict(sampling=sampling, documents=documents), name, values)
     if sampling == 'epoch' and documents == 'whole':
         raise UserError('sampling=epoch reads each window once, and documents=whole moves windows, so that some coincide; '
                         'try --sampling=windows or --documents=any')

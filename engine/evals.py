@@ -20,6 +20,7 @@ import numpy as np
 from engine import taskfiles
 from engine.errors import UserError
 from engine.scoring import Encoder, Unreadable, common_prefix, score, windows
+from engine.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LM_EVAL = 'as lm-evaluation-harness'
@@ -245,3 +246,24 @@ def evaluate_tasks(model, tasks, env, batch_size=32, missing=(), progress=lambda
             on_scores(task, scores)
         results += summarize(task, scores)
     return results + summarize_core(results, missing)
+
+
+class TaskScorer:
+    """The tasks of evaluate.py, scored between steps. It moves no random numbers and leaves the model in evaluation mode.
+
+    names, folder, limit: of load_tasks. tokenizer: a spec. progress: wraps (text, items, total), as tqdm does.
+    print_line: for a note on what is left out. Raises UserError for what cannot be scored.
+    """
+
+    def __init__(self, names, folder, limit, tokenizer, model, progress, print_line):
+        self.progress = progress
+        self.tasks, self.missing = load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size,
+                                                    limit, progress)
+        for task in self.tasks:
+            if task.skipped:
+                print_line(f'note: {task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}')
+
+    def __call__(self, model, env):
+        """{'hellaswag_acc': 0.29, ...} over all ranks, or None if a signal reached any rank."""
+        results = evaluate_tasks(model, self.tasks, env, 32, self.missing, self.progress, env.stop_signal)
+        return results and {f'{r["task"]}_{r["metric"]}': r['value'] for r in results}

@@ -8,7 +8,6 @@ import torch
 
 from engine.errors import UserError
 from engine.hf import to_transformers
-from engine.metrics import FILE, is_number, read_metrics
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import tokenizer_files
 
@@ -37,11 +36,11 @@ print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['genera
 '''
 
 
-def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False):
+def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False, losses=()):
     """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes to show the user, a list of lines.
 
-    saved: the checkpoint, for the model card, which also reads the metrics beside it. spec: its tokenizer.
-    dtype: of the weights. trim_vocab: drop the rows of ids that the tokenizer lacks.
+    saved: the checkpoint, for the model card. spec: its tokenizer. dtype: of the weights. trim_vocab: drop the rows of ids
+    that the tokenizer lacks. losses: (iteration, train loss, val loss) of the run's evaluations, for the model card.
     Raises UserError where transformers has no such model.
     """
     folder = Path(folder)
@@ -64,7 +63,7 @@ def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=Fals
     complete_config(folder / 'config.json')
     files['tokenizer_config.json'] = json.dumps(
         dict(read_tokenizer_config(files['tokenizer_config.json']), model_max_length=config.block_size), indent=2)
-    files['README.md'] = model_card(model, saved, spec, dtype)
+    files['README.md'] = model_card(model, saved, spec, dtype, losses)
     for name, text in files.items():
         (folder / name).write_text(text, encoding='utf-8', newline='\n')
     if getattr(model.config, 'activation_function', None) == 'gelu':
@@ -93,14 +92,13 @@ def complete_config(path):
     path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 
-def model_card(model, saved, spec, dtype):
+def model_card(model, saved, spec, dtype, losses=()):
     """The text of README.md: what was trained, on what, how long, with which settings."""
     settings = {name: value for name, value in (saved.get('config') or {}).items() if type(value) in (str, int, float, bool)}
     dataset = settings.get('dataset')
     rows = [f'| {name} | {cell(value)} |' for name, value in settings.items()]
-    records = read_metrics(Path(saved['path']).parent / FILE) if 'path' in saved else []
-    losses = [f'| iteration {r["iter"]:,} | {r["train_loss"]:.4f} | {r["val_loss"]:.4f} |' for r in records
-              if r['iter'] <= saved['iter_num'] and is_number(r.get('train_loss')) and is_number(r.get('val_loss'))]
+    losses = [f'| iteration {iteration:,} | {train:.4f} | {val:.4f} |' for iteration, train, val in losses
+              if iteration <= saved['iter_num']]
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')), parameters=model.num_parameters(), dtype=dtype,
         architecture=type(model).__name__, tokens=spec['vocab_size'],

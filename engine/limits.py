@@ -2,31 +2,11 @@
 
 import math
 
-from engine.errors import UserError
+from engine import dataloader
+from engine.errors import UserError, check_choice, check_range
 
 CHOICES = dict(lr_schedule=('cosine', 'linear', 'wsd'), optimizer=('adamw', 'muon'), strategy=('ddp', 'fsdp', 'hsdp'),
-               reduce_dtype=('float32', 'bfloat16'), checkpoint=('gathered', 'sharded'), sampling=('windows', 'epoch'),
-               documents=('any', 'whole'))
-
-
-def check_range(settings, names, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
-    """UserError unless low <= value <= high and above < value < below, for each of the settings `names`."""
-    for name in names.split():
-        if not (low <= settings[name] <= high and above < settings[name] < below):
-            limits = [(low, 'at least'), (high, 'at most'), (above, 'above'), (below, 'below')]
-            words = ' and '.join(f'{word} {limit:,}' for limit, word in limits if math.isfinite(limit))
-            raise UserError(f'{name}={shorten(settings[name])} should be {words}')
-
-
-def shorten(value):
-    text = repr(value)
-    return text if len(text) < 100 else text[:97] + '...'
-
-
-def check_choice(settings, name, values):
-    """UserError unless the setting `name` has one of `values`."""
-    if settings[name] not in values:
-        raise UserError(f'{name}={shorten(settings[name])} is unknown; try {" or ".join(map(repr, values))}')
+               reduce_dtype=('float32', 'bfloat16'), checkpoint=('gathered', 'sharded'), **dataloader.CHOICES)
 
 
 def check_training(settings, combinations=True):

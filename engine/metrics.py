@@ -226,6 +226,13 @@ def read_metrics(path):
     return records
 
 
+def read_losses(out_dir):
+    """[(iteration, train loss, val loss)] of the evaluations of the run in out_dir."""
+    found = [(record['iter'], record.get('train_loss'), record.get('val_loss'))
+             for record in read_metrics(Path(out_dir) / FILE)]
+    return [row for row in found if all(is_number(value) for value in row)]
+
+
 def drop_records_from(path, iter_num, evaluated):
     """Drop the records that a run resumed at iter_num will write again. Returns the seconds that
     the run took until then, or None if its records have none. OSError where `path` is not a regular file."""

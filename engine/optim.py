@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from engine import parallel
+from engine import distributed, parallel
 from engine.errors import UserError
 
 
@@ -126,7 +126,7 @@ def step(optimizer, scaler, loss, grad_clip):
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    if parallel.is_shard(norm):
+    if distributed.is_shard(norm):
         norm = norm.full_tensor()
     if scaler.is_enabled():
         scaler.step(optimizer)                          # skips the update itself, and lowers the scale

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from engine import chunked_loss, cpu
 from engine.errors import UserError
+from engine.distributed import is_shard
 
 
 def check_strategy(strategy, reduce_dtype, env, optimizer='adamw'):
@@ -118,16 +119,6 @@ def sync_gradients(wrapped_model, enabled):
     elif not enabled and hasattr(wrapped_model, 'no_sync'):
         return wrapped_model.no_sync()
     return nullcontext()
-
-
-def is_shard(tensor):
-    """True for a DTensor, whose class takes half a second to import."""
-    return hasattr(tensor, 'full_tensor')
-
-
-def local_part(tensor):
-    """What this rank holds of a tensor: its shard, or all of it."""
-    return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def shard_like(parameter, value):

@@ -3,17 +3,16 @@
 import math
 import shlex
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from engine import checkpoint, evals, optim, parallel
+from engine import checkpoint, optim, parallel
 from engine.batch_schedule import BatchSchedule
 from engine.errors import RunError
 from engine.metrics import MetricsWriter, short_number
 from engine.sharded_checkpoint import ShardedSaver
-from engine.tokenizer import Tokenizer
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Run:
     progress: Progress
     out_dir: str = ''
     description: dict | None = None     # {'config', 'tokenizer', 'fingerprint'} for checkpoints
-    scorer: 'TaskScorer | None' = None  # of eval_tasks
+    scorer: Callable | None = None      # of eval_tasks: an evals.TaskScorer
     saver: ShardedSaver | None = None   # where each rank writes its own shards
     writer: MetricsWriter | None = None
 
@@ -146,24 +145,3 @@ class Run:
         env.barrier()                                   # if the last save fails, every rank fails
         if stop_signal:
             raise SystemExit(128 + stop_signal)
-
-
-class TaskScorer:
-    """The tasks of evaluate.py, scored between steps. It moves no random numbers and leaves the model in evaluation mode.
-
-    names, folder, limit: of evals.load_tasks. tokenizer: a spec. progress: wraps (text, items, total), as tqdm does.
-    print_line: for a note on what is left out. Raises UserError for what cannot be scored.
-    """
-
-    def __init__(self, names, folder, limit, tokenizer, model, progress, print_line):
-        self.progress = progress
-        self.tasks, self.missing = evals.load_tasks(names, Path(folder), Tokenizer(tokenizer), model.config.block_size,
-                                                    limit, progress)
-        for task in self.tasks:
-            if task.skipped:
-                print_line(f'note: {task.name}: {task.skipped:,} examples are left out, as this model cannot read them: {task.reason}')
-
-    def __call__(self, model, env):
-        """{'hellaswag_acc': 0.29, ...} over all ranks, or None if a signal reached any rank."""
-        results = evals.evaluate_tasks(model, self.tasks, env, 32, self.missing, self.progress, env.stop_signal)
-        return results and {f'{r["task"]}_{r["metric"]}': r['value'] for r in results}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine import parallel
+from engine import distributed
 from engine.checkpoint import find_not_finite, read, validate, write
 from engine.errors import RunError, UserError
 from engine.files import atomic_write, sync_folder
@@ -110,7 +110,7 @@ def start_writing(tensors, folder, group):
 
 def find_not_finite_anywhere(tensors, env):
     """The name of a tensor of which any rank's part is not finite, or None. A collective."""
-    parts = {name: parallel.local_part(tensor) for name, tensor in tensors.items()}
+    parts = {name: distributed.local_part(tensor) for name, tensor in tensors.items()}
     return next((name for name in env.all_gather(find_not_finite({'model': parts})) if name), None)
 
 

@@ -2,8 +2,9 @@
 
 from engine import run_folder
 from engine.errors import UserError
-from engine.tokenizer import GPT2
-from engine.tokenizer_files import checkpoint_spec, pretrained_spec
+from engine.dataloader import dataset_tokenizer
+from engine.tokenizer import GPT2, check_spec
+from engine.tokenizer_files import pretrained_spec
 
 
 def load_model(GPT, init_from, out_dir):
@@ -19,3 +20,13 @@ def load_model(GPT, init_from, out_dir):
     if spec['vocab_size'] > model.config.vocab_size:
         raise UserError(f'{source} has {model.config.vocab_size} tokens, and its tokenizer {spec["vocab_size"]}; {advice}')
     return model, spec, iter_num
+
+
+def checkpoint_spec(saved):
+    """The tokenizer spec of a checkpoint: its own, else that of the dataset it names, else GPT-2's."""
+    # nanoGPT's files have no tokenizer, but they name the dataset.
+    spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
+    try:
+        return check_spec(spec)
+    except UserError as error:
+        raise UserError(f'{saved["path"]}: {error}') from None

@@ -24,16 +24,6 @@ GPT2_FINGERPRINT = '9e11a8b32668ffdedd05cdbba72ae5942ad90fee5e64568f85465be111b1
 
 # Specs
 
-def checkpoint_spec(saved):
-    """The tokenizer spec of a checkpoint: its own, else that of the dataset it names, else GPT-2's."""
-    from engine.dataloader import dataset_tokenizer     # not above: torch takes seconds to import
-    # nanoGPT's files have no tokenizer, but they name the dataset.
-    spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
-    try:
-        return check_spec(spec)
-    except UserError as error:
-        raise UserError(f'{saved["path"]}: {error}') from None
-
 
 def pretrained_spec(source):
     """The tokenizer spec of the weights `source`, a hub name or a folder; None where no tokenizer lies beside them."""

@@ -22,7 +22,7 @@ from console import print0, report_errors
 from engine import tokenfiles
 from engine.errors import RunError, UserError
 from engine.files import atomic_write
-from engine.limits import check_choice
+from engine.errors import check_choice
 from engine.textfiles import find_files
 from engine.tokenizer import Tokenizer, char_spec
 
