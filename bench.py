@@ -14,20 +14,23 @@ import tempfile
 import time
 from itertools import count
 
-from console import print0, report_errors       # before torch: see console.py
+from console import print0, report_errors  # before torch: see console.py
+
 import torch
 
 import configurator
-from engine import cpu_generation, device as devices, optim, distributed, parallel
-from engine.batch_schedule import BatchSchedule
-from engine.dataloader import TokenDataset, prefetch
+from engine import device as devices
+from engine import distributed
+from engine.dataloader.batches import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
-from engine.limits import CHOICES
-from engine.run import Progress, Run
+from engine.generation import cpu as cpu_generation
 from engine.tokenizer import padded_vocab_size
+from engine.training import optim, parallel
+from engine.training.run import BatchSchedule, Progress, Run
+from engine.training.settings_checks import CHOICES
 from model import GPT, GPTConfig
-from train import train_step            # the one script that another imports: a copy would drift
+from train import train_step  # the one script that another imports: a copy would drift
 
 # work
 bench = 'train'                         # train, sample or data
@@ -99,8 +102,8 @@ def build(env, vocab_size):
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
     reference = reference_dtype = None
     if compare:
-        from engine import hf
-        reference = hf.to_transformers(model.config, model.state_dict()).to(env.device)
+        from engine.hf import weights as hf_weights
+        reference = hf_weights.to_transformers(model.config, model.state_dict()).to(env.device)
         reference.loss_type = 'ForCausalLM'
         reference_dtype = env.dtype if compare_dtype == 'auto' else devices.choose_dtype(compare_dtype, env.device)[0]
         print0(f'transformers in {reference_dtype}' + (', not compiled' if env.compile else ''))
@@ -199,7 +202,7 @@ def bench_sample(env, n_sequences):
 
 
 def bench_data():
-    from engine import tokenfiles
+    from engine.prepare.encode import in_order, safe_pieces
     from engine.tokenizer import Tokenizer
     repeats = max(2, steps // 4)
     if real_data:
@@ -213,9 +216,9 @@ def bench_data():
                    if 'site-packages' not in path.parts)
     text = (text * (1 + 10 ** 7 // len(text)))[:10 ** 7]        # this repository's source, 10 MB of it
     encode = Tokenizer().encode_to_numpy
-    pieces = [piece for piece, _ in tokenfiles.safe_pieces([text])]
+    pieces = [piece for piece, _ in safe_pieces([text])]
     size = sum(len(piece.encode()) for piece in pieces) / 1e6
-    seconds = print_times(time_interleaved({'all cores': lambda: list(tokenfiles.in_order(encode, pieces, 0)),
+    seconds = print_times(time_interleaved({'all cores': lambda: list(in_order(encode, pieces, 0)),
                              'one core': lambda: [encode(piece) for piece in pieces]}, 1, repeats), size, 'MB/s of text')
     return dict(mb_per_second=size / seconds)
 
@@ -237,10 +240,10 @@ def main(overrides):
     print0(configurator.describe_settings(overrides))
     print0(env.summary + f', PyTorch {torch.__version__}')
     if report:
-        from engine import report as reports
+        from engine.metrics import bench_report
         with tempfile.TemporaryDirectory() as folder:
-            rows = reports.rows(configurator.ROOT, device, env.device.type == 'cpu', f'{folder}/run')
-            reports.write(report, f'Benchmarks on {env.summary}', rows, print0)
+            rows = bench_report.rows(configurator.ROOT, device, env.device.type == 'cpu', f'{folder}/run')
+            bench_report.write(report, f'Benchmarks on {env.summary}', rows, print0)
         print0(f'wrote {report}')
         return
     results = (bench_train(env) if bench == 'train' else

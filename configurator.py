@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from console import describe, print0
-from engine.errors import UserError, check_range, shorten    # noqa: F401  scripts call configurator.check_range
+
+from engine.errors import UserError, check_range, shorten  # noqa: F401  scripts call configurator.check_range
 
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}

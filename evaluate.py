@@ -14,15 +14,17 @@ import sys
 import time
 from pathlib import Path
 
-from console import print0, progress_bar, report_errors         # before torch: see console.py
+from console import print0, progress_bar, report_errors  # before torch: see console.py
+
 import torch
 
 import configurator
-from engine import evals
+from engine.atomic_files import atomic_write
+from engine.checkpoint.load_model import load_model
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import RunError
-from engine.files import atomic_write
-from engine.sources import load_model
+from engine.evaluation import results as evaluation_results
+from engine.evaluation import tasks as evaluation_tasks
 from engine.tokenizer import Tokenizer
 from model import GPT
 
@@ -81,14 +83,14 @@ def main(overrides):
     print0(f'{configurator.describe_settings(overrides)}\n{env.summary}', file=sys.stderr)
     with env.raise_on_all_ranks():
         model, spec, iter_num = load_model(GPT, init_from, out_dir)
-        loaded, missing = evals.load_tasks(tasks, Path(data), Tokenizer(spec), model.config.block_size, limit, progress_bar)
+        loaded, missing = evaluation_tasks.load_tasks(tasks, Path(data), Tokenizer(spec), model.config.block_size, limit, progress_bar)
     for task in loaded:
         if task.skipped:
             print0(f'note: {task.name}: {task.skipped:,} examples are left out, as this model cannot read them: '
                    f'{task.reason}', file=sys.stderr)
     model.to(env.device)
     lines = []
-    results = evals.evaluate_tasks(model, loaded, env, batch_size, missing, progress_bar,
+    results = evaluation_results.evaluate_tasks(model, loaded, env, batch_size, missing, progress_bar,
                                    on_scores=lambda task, scores: lines.extend(example_lines(task, scores)))
     if env.is_main:
         print0(format_table(results))

@@ -9,8 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import configurator
 from console import describe, print0, report_errors
+
+import configurator
 from engine.errors import RunError, UserError
 
 to = 'hf'               # hf: weights, config.json, tokenizer and model card;
@@ -21,18 +22,20 @@ trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens
 
 def export_hf(source, folder):
     """Write the model and the tokenizer of the run `source` as transformers saves them."""
-    from engine import hf_folder, run_folder, sources
-    from engine.metrics import read_losses
+    from engine.checkpoint import load_model, run_folder
+    from engine.hf import save_pretrained
+    from engine.metrics.metrics_file import read_losses
     from model import GPT
     saved = run_folder.load_newest_model(source)
-    model, spec = GPT.from_checkpoint(saved), sources.checkpoint_spec(saved)
-    for note in hf_folder.write(folder, model.config, model.state_dict(), saved, spec, dtype, trim_vocab, read_losses(source)):
+    model, spec = GPT.from_checkpoint(saved), load_model.checkpoint_spec(saved)
+    for note in save_pretrained.write(folder, model.config, model.state_dict(), saved, spec, dtype, trim_vocab, read_losses(source)):
         print0(f'note: {note}', file=sys.stderr)
 
 
 def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
-    from engine import checkpoint, run_folder, sharded_checkpoint
+    from engine.checkpoint import gathered, run_folder
+    from engine.checkpoint import sharded as sharded_checkpoint
     from model import NANOGPT_ARGS
     saved, _ = run_folder.load_state(source)
     if 'sharded' in saved:
@@ -47,7 +50,7 @@ def export_nanogpt(source, folder):
     folder.mkdir()
     names = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
     kept = {name: saved[name] for name in names if name in saved}
-    checkpoint.write(folder / checkpoint.MODEL, dict(kept, model_args=arguments))
+    gathered.write(folder / gathered.MODEL, dict(kept, model_args=arguments))
 
 
 def main(folders):

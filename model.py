@@ -17,10 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.checks import check_config, check_weights
 from engine.errors import UserError
+from engine.model_checks import check_config, check_weights
 from engine.positions import alibi_bias, rotary_angles, rotate
-
 
 NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 
@@ -182,7 +181,7 @@ class GPT(nn.Module):
     def hidden(self, idx, kv_caches=None, positions=None):
         """The normalized output of the last layer, (B, T, C), for idx (B, T).
 
-        kv_caches: one engine.generate.KVCache per layer; idx then continues what they hold.
+        kv_caches: one engine.generation.kv_cache.KVCache per layer; idx then continues what they hold.
         positions: (T,), by default the next ones. A compiled decoder passes them, as a Python number would
         recompile it for every token.
         """
@@ -226,13 +225,13 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) followed by max_new_tokens sampled ones: (B, T + max_new_tokens).
-        The options are those of engine.generate.stream."""
+        The options are those of engine.generation.generate.stream."""
         tokens = [token[:, None] for token in self.stream(idx, max_new_tokens, temperature, top_k, **options)]
         return torch.cat([idx] + tokens, dim=1)
 
     def stream(self, idx, *arguments, **options):
         """Yield each sampled token, (B,), as soon as it exists."""
-        from engine.generate import stream
+        from engine.generation.generate import stream
         return stream(self, idx, *arguments, **options)
 
     # Loading and saving weights
@@ -241,11 +240,11 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, override_args=None):
         """Weights from Hugging Face: the name of a model on the hub, or a folder saved by transformers, of a
         kind that engine.hf knows. override_args: {'dropout': p} only, as the weights set the rest."""
-        from engine import hf                                   # transformers takes seconds to import
+        from engine.hf import weights as hf_weights  # transformers takes seconds to import
         refused = set(override_args or {}) - {'dropout'}
         if refused:
             raise UserError(f'the weights of {source} set {", ".join(sorted(refused))}; only dropout can be given')
-        arguments, weights = hf.load(source)
+        arguments, weights = hf_weights.load(source)
         return cls.from_weights(GPTConfig(**{**arguments, **(override_args or {})}), weights)
 
     @classmethod
@@ -253,11 +252,11 @@ class GPT(nn.Module):
         """The model of a checkpoint: a run's folder, or what engine.checkpoint.load_model returned.
         float32, in memory of its own. UserError where the weights do not fit the configuration."""
         if not isinstance(saved, dict):
-            from engine.run_folder import load_newest_model
+            from engine.checkpoint.run_folder import load_newest_model
             saved = load_newest_model(saved)
         try:
             config = GPTConfig(**{'activation': saved.get('activation') or 'gelu', **saved['model_args'], 'dropout': dropout})
-            if 'model' not in saved:                            # engine.sharded_checkpoint reads the weights later
+            if 'model' not in saved:                            # engine.checkpoint.sharded reads the weights later
                 return cls(config)
             # A copy, as the file that the tensors are mapped from may be replaced.
             weights = {name: value.to(torch.float32, copy=True).contiguous() for name, value in saved['model'].items()}
@@ -300,8 +299,8 @@ class GPT(nn.Module):
     # Training
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type=None):
-        """The optimizer of engine.optim. device_type is accepted as nanoGPT passes it, and not needed."""
-        from engine import optim
+        """The optimizer of engine.training.optim. device_type is accepted as nanoGPT passes it, and not needed."""
+        from engine.training import optim
         return optim.adamw(self, learning_rate, weight_decay, betas)
 
     def get_num_params(self, non_embedding=True):

@@ -9,13 +9,13 @@ Or draw what one run measured in its layers as heat maps.
 import sys
 from pathlib import Path
 
+from console import print0, report_errors
+
 import numpy as np
 
 import configurator
-from console import print0, report_errors
 from engine.errors import UserError
-from engine.health import TITLES, health_by_layer
-from engine.metrics import FILE, is_number, read_metrics
+from engine.metrics.metrics_file import FILE, TITLES, health_by_layer, is_number, read_metrics
 
 picture = ''        # file to write; '' is loss.png, or health.png, in the first run's folder
 smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws it as it is
@@ -98,7 +98,7 @@ def draw(runs, path):
 
 
 def draw_health(records, path):
-    """Write heat maps to `path`: a map for each quantity of engine.health, a row for each layer."""
+    """Write heat maps to `path`: a map for each quantity of engine.metrics.health, a row for each layer."""
     plt = import_pyplot()
     from matplotlib.colors import LogNorm
     found = health_by_layer(records)                            # quantity: {layer: {iteration: value}}

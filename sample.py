@@ -11,16 +11,17 @@ import codecs
 import sys
 from pathlib import Path
 
-from console import print0, report_errors       # before torch: see console.py
+from console import print0, report_errors  # before torch: see console.py
+
 import torch
 from tqdm import tqdm
 
 import configurator
-from engine.cpu_generation import optimize_for_generation
+from engine.checkpoint.load_model import load_model
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start as start_environment
 from engine.errors import UserError
-from engine.sources import load_model
+from engine.generation.cpu import optimize_for_generation
 from engine.tokenizer import Tokenizer
 from model import GPT
 

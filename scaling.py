@@ -15,14 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-import configurator
 from console import print0, progress_bar, report_errors
-from engine import scaling_laws
-from engine.dataloader import TokenDataset
+
+import configurator
+from engine.atomic_files import atomic_write
+from engine.dataloader.batches import TokenDataset
 from engine.errors import RunError, UserError
-from engine.files import atomic_write
-from engine.metrics import read_metrics
+from engine.metrics.metrics_file import read_metrics
 from engine.tokenizer import Tokenizer, padded_vocab_size
+from studies import scaling_laws
 
 # what to train
 out_dir = 'out-scaling'                     # of one study; another dataset or batch size needs another folder

@@ -13,24 +13,28 @@ import sys
 from dataclasses import asdict
 from itertools import islice
 
-from console import print0, progress_bar, report_errors, status     # before torch: see console.py
+from console import print0, progress_bar, report_errors, status  # before torch: see console.py
+
 import torch
 
 import configurator
-from engine import optim, parallel, run_folder, sharded_checkpoint
-from engine.batch_schedule import BatchSchedule
-from engine.dataloader import eval_batches, open_dataset, train_batches
+from engine.checkpoint import run_folder
+from engine.checkpoint import sharded as sharded_checkpoint
+from engine.checkpoint.run_folder import write_run_json
+from engine.dataloader.batches import eval_batches, open_dataset, train_batches
 from engine.device import derive_seed, grad_scaler
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
-from engine.generate import TextSampler
-from engine.health import HealthMonitor
-from engine.limits import check_training, training_notes
-from engine.metrics import MetricsWriter, StepLog, write_run_json
-from engine.evals import TaskScorer
-from engine.run import Progress, Run
+from engine.evaluation.results import TaskScorer
+from engine.generation.generate import TextSampler
+from engine.hf.tokenizer_json import check_same_tokens
+from engine.metrics.health import HealthMonitor
+from engine.metrics.metrics_file import MetricsWriter
+from engine.metrics.step_log import StepLog
 from engine.tokenizer import padded_vocab_size
-from engine.tokenizer_files import check_same_tokens
+from engine.training import optim, parallel
+from engine.training.run import BatchSchedule, Progress, Run
+from engine.training.settings_checks import check_training, training_notes
 from model import GPT, GPTConfig
 
 # input and output

@@ -23,15 +23,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness import ACCUMULATION, INTERVAL, ITERATIONS, TESTS, Workspace, read_records, torchrun_options
-from launcher import SAVE_STEPS, script_environment
+import console
+
 import torch
+from harness import (
+    ACCUMULATION,
+    INTERVAL,
+    ITERATIONS,
+    TESTS,
+    Workspace,
+    read_records,
+    torchrun_options,
+)
+from launcher import SAVE_STEPS, script_environment
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import configurator
-import console
-from engine import checkpoint, run_folder
+from engine.checkpoint import gathered, run_folder
 from engine.errors import UserError
 
 # trials
@@ -44,7 +53,7 @@ seed = 0                # of where the faults strike
 workers = 2             # trials at a time
 
 STOP = 12               # iteration in which the stopped run was killed
-FILES = (checkpoint.MODEL, checkpoint.STATE, checkpoint.PREVIOUS)
+FILES = (gathered.MODEL, gathered.STATE, gathered.PREVIOUS)
 FAULTS = ('kill', 'term', 'int', 'hup', 'usr1', 'full', 'flip', 'nan', 'weights', 'pipe', 'cache', 'freeze', 'lost')
 ON_TWO_RANKS = ('freeze', 'lost')
 OF_SINGLE_FILES = ('full', 'flip', 'weights')
@@ -116,8 +125,8 @@ def differences(out_dir, reference):
     found = []
     for path in sorted((Path(reference) / 'state').glob('*.safetensors')):      # with --checkpoint=sharded
         found += compare_values(*(load_file(folder / path.name) for folder in (Path(out_dir) / 'state', path.parent)), path.name)
-    for name in ('state/run.pt',) if sharded else (checkpoint.STATE, checkpoint.MODEL):
-        found += compare_values(*(checkpoint.read(Path(folder) / name) for folder in (out_dir, reference)), name)
+    for name in ('state/run.pt',) if sharded else (gathered.STATE, gathered.MODEL):
+        found += compare_values(*(gathered.read(Path(folder) / name) for folder in (out_dir, reference)), name)
     records, expected = read_records(out_dir), read_records(reference)
     if records != expected:
         line = next((i for i, (a, b) in enumerate(zip(records, expected)) if a != b), 'the end')
@@ -171,7 +180,7 @@ def run_into_signal(lab, launcher, out_dir, rng, number, in_save, **options):
     rank = 0 if in_save else rng.randrange(lab.ranks)
     fault = dict(kind='signal', number=number, rank=rank, **options)
     if in_save:
-        size = (lab.reference / ('state/run.pt' if sharded else checkpoint.STATE)).stat().st_size
+        size = (lab.reference / ('state/run.pt' if sharded else gathered.STATE)).stat().st_size
         return lab.resume(launcher, out_dir, fault=dict(fault, **random_save_step(rng, size)))
     if rng.random() < 0.5 or number != signal.SIGKILL:      # in a step, perhaps between its micro-batches
         return lab.resume(launcher, out_dir, fault=dict(fault, iteration=rng.randrange(ITERATIONS),
@@ -221,7 +230,7 @@ def full(lab, launcher, rng):
     expect_no_temporary_files(out_dir)
     if save == 0:
         expect(read_files(out_dir) == before, 'files changed')
-    checkpoint.load_model(out_dir)
+    gathered.load_model(out_dir)
     expect(run_folder.load_state(out_dir)[1] == [], 'the state before should load')
     lab.finish(launcher, out_dir)
     return ['in save']
@@ -244,14 +253,14 @@ def damage(path, rng):
 
 def loads(path):
     try:
-        return bool(checkpoint.validate(checkpoint.read(path), path))
+        return bool(gathered.validate(gathered.read(path), path))
     except UserError:
         return False
 
 
 def flip(lab, launcher, rng):
     out_dir, both, then_kill = lab.new_out_dir(lab.stopped), rng.random() < 0.25, rng.random() < 0.25
-    damaged = [out_dir / name for name in (checkpoint.STATE, checkpoint.PREVIOUS)[:1 + both]]
+    damaged = [out_dir / name for name in (gathered.STATE, gathered.PREVIOUS)[:1 + both]]
     what = [damage(path, rng) for path in damaged]
     still_loads = [path for path in damaged if loads(path)]     # the damage hit bytes that nothing reads
     if both and not still_loads:

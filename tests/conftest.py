@@ -7,10 +7,10 @@ import sys
 sys.dont_write_bytecode = True
 # Tests run side by side, and threads that wait for one another are slower than one.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import pytest                   # noqa: E402
-from harness import CAN_FORK, Workspace, write_toy_dataset     # it puts the project on sys.path
+import pytest  # noqa: E402
+from harness import CAN_FORK, Workspace, write_toy_dataset  # it puts the project on sys.path
 
-from engine import dataloader
+from engine.dataloader import batches as dataloader
 
 
 @pytest.fixture(scope='session')

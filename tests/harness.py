@@ -18,9 +18,10 @@ import numpy as np
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
-import configurator                             # noqa: E402
-from engine.distributed import STOP_SIGNALS     # noqa: E402
-from launcher import Launcher, Result, script_environment       # noqa: E402
+from launcher import Launcher, Result, script_environment  # noqa: E402
+
+import configurator  # noqa: E402
+from engine.distributed import STOP_SIGNALS  # noqa: E402
 
 CAN_FORK = sys.platform == 'linux'
 CLOCK_FIELDS = ('seconds', 'ms', 'tokens_per_second', 'mfu')    # of metrics.jsonl; no two runs share them
@@ -34,11 +35,11 @@ SETTINGS = dict(dataset='toy', n_layer=2, n_head=2, n_embd=32, block_size=32, ba
 
 
 def copy_project(folder):
-    """Copy the scripts, engine/, config/ and data/ to `folder`, without prepared datasets."""
+    """Copy the scripts, engine/, config/, studies/ and data/ to `folder`, without prepared datasets."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
-    for name in ('engine', 'config', 'data'):
+    for name in ('engine', 'config', 'data', 'studies'):
         shutil.copytree(ROOT / name, Path(folder) / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
             '*.bin', '*.json', '*.jsonl', '*.txt', '*.pkl', '*.tmp', '*.lock', '*.part', 'shards', 'unfinished', '__pycache__'))
 

@@ -67,7 +67,7 @@ def close_reader(fault):
 
 def inject_into_weights(fault):
     """Wrap optim.step, which training calls once per iteration."""
-    from engine import optim
+    from engine.training import optim
     step, calls = optim.step, 0
 
     def faulty_step(optimizer, *arguments):
@@ -125,8 +125,9 @@ class Proxy:
 def inject_into_saves(fault):
     """Wrap each step of the atomic_write of one checkpoint. Other files that are written whole, such as
     the cache beside a dataset, do not count and are left alone."""
-    from engine import checkpoint, files
-    atomic_write, saves = checkpoint.atomic_write, 0
+    from engine import atomic_files
+    from engine.checkpoint import gathered
+    atomic_write, saves = gathered.atomic_write, 0
 
     def reached(step):
         if fault['kind'] == 'signal' and step == fault['step']:
@@ -155,7 +156,7 @@ def inject_into_saves(fault):
         os.fsync(descriptor)
 
     def faulty_replace(old, new):
-        reached('rename previous' if Path(new).name == checkpoint.PREVIOUS else 'rename')
+        reached('rename previous' if Path(new).name == gathered.PREVIOUS else 'rename')
         os.replace(old, new)
 
     @contextmanager
@@ -166,16 +167,16 @@ def inject_into_saves(fault):
             with atomic_write(path, *arguments) as file:
                 yield file
             return
-        files.open, files.os = faulty_open, Proxy(os, fsync=faulty_fsync, replace=faulty_replace)
+        atomic_files.open, atomic_files.os = faulty_open, Proxy(os, fsync=faulty_fsync, replace=faulty_replace)
         try:
             with full_disk(fault['offset']) if fault['kind'] == 'full disk' else suppress():
                 with atomic_write(path, *arguments) as file:
                     yield file
         finally:
-            del files.open
-            files.os = os
+            del atomic_files.open
+            atomic_files.os = os
         reached('done')
-    checkpoint.atomic_write = faulty_atomic_write
+    gathered.atomic_write = faulty_atomic_write
 
 
 @contextmanager
@@ -206,8 +207,13 @@ def run_script(script, arguments):
 # The server
 
 def serve():
-    import filelock, numpy, torch, tqdm                         # noqa: what every script imports, and takes long
-    import torch._dynamo, torch.nn.parallel, torch.distributed  # noqa: what a first optimizer step imports
+    # What every script imports, and what a first optimizer step imports: all of it takes long.
+    import filelock  # noqa: F401
+    import numpy  # noqa: F401
+    import torch._dynamo
+    import torch.distributed
+    import torch.nn.parallel
+    import tqdm  # noqa: F401
     for line in sys.stdin:
         request = json.loads(line)
         store = fork_store(request['port']) if request['ranks'] > 1 else None
@@ -232,8 +238,8 @@ def fork_store(port):
     pid = os.fork()
     if not pid:
         from torch.distributed import TCPStore
-        store = TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False)     # noqa: kept alive
-        while True:
+        store = TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False)
+        while store:                    # always: it is kept alive
             signal.pause()
     return pid
 

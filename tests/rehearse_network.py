@@ -19,13 +19,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import console
+
 from chaos import Failure, differences, expect
 from harness import Workspace, read_records
 from launcher import script_environment
 
 import configurator
-import console
-from engine import checkpoint, run_folder
+from engine.checkpoint import gathered, run_folder
 from engine.errors import UserError
 
 case = 'all'            # one of the functions under "Cases", or all
@@ -219,7 +220,7 @@ def cut(lab):
     for host in hosts:
         lines = host.lines()
         expect(len(lines) == 1 and 'another rank did not answer within --rank_timeout' in lines[0], f'one line: {lines}')
-    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
+    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], gathered.load_model(out_dir)['iter_num']]
     lab.network.plug_in()
     lab.start(out_dir)
     lab.expect_end()

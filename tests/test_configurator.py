@@ -1,5 +1,5 @@
-import pytest
 import harness  # noqa: F401, puts the project on sys.path
+import pytest
 
 import configurator
 from engine.errors import UserError

@@ -4,10 +4,11 @@ import shlex
 import subprocess
 import sys
 
+import console
+
 import pytest
 from harness import ROOT
 
-import console
 from engine.errors import RunError, UserError
 
 

@@ -20,11 +20,10 @@ if not torch.cuda.is_available():
 from harness import read_records, torchrun_options
 
 from engine import device as devices
-from engine import optim, parallel
-from engine.batch_schedule import BatchSchedule
-from engine.dataloader import prefetch
+from engine.dataloader.batches import prefetch
 from engine.distributed import start
-from engine.run import Progress, Run
+from engine.training import optim, parallel
+from engine.training.run import BatchSchedule, Progress, Run
 from model import GPT, GPTConfig
 from train import train_step
 

@@ -13,7 +13,7 @@ if sys.platform != 'linux':
 import chaos
 from harness import is_walk, read_records, script_settings
 
-from engine import checkpoint, run_folder
+from engine.checkpoint import gathered, run_folder
 from engine.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_a_kill_at_each_step_of_a_save_loses_nothing(lab, step):
     result = lab.resume(lab.launcher, out_dir, fault=dict(
         kind='signal', number=signal.SIGKILL, save=4, step=step, offset=100_000))
     assert result.codes == [-signal.SIGKILL]
-    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], checkpoint.load_model(out_dir)['iter_num']]
+    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], gathered.load_model(out_dir)['iter_num']]
     assert iterations == [10 if step in ('sync folder', 'done') else 5, 10]
     lab.finish(lab.launcher, out_dir)
 
@@ -95,7 +95,7 @@ def test_training_goes_on_without_its_metrics(lab):
     result = lab.train(out_dir)
     assert result.stdout.count('metrics.jsonl cannot be written') == 1
     for name in ('state.pt', 'ckpt.pt'):
-        assert not chaos.compare_values(checkpoint.read(out_dir / name), checkpoint.read(lab.reference / name), name)
+        assert not chaos.compare_values(gathered.read(out_dir / name), gathered.read(lab.reference / name), name)
 
 
 WANDB = '''
@@ -159,7 +159,7 @@ def test_the_shape_comes_from_the_checkpoint_and_a_conflict_is_printed(lab):
     for name, typed, kept in (('n_layer', 3, 2), ('bias', True, False)):
         assert f'note: {name}={typed} has no effect, the weights have {name}={kept}' in result.stdout
     assert not chaos.compare_values(
-        *(checkpoint.read(folder / 'state.pt')['model'] for folder in (out_dir, lab.reference)), 'model')
+        *(gathered.read(folder / 'state.pt')['model'] for folder in (out_dir, lab.reference)), 'model')
 
 
 def test_the_number_of_ranks_may_change(lab):

@@ -1,6 +1,7 @@
 """The directions of imports, and what engine/ leaves to the scripts."""
 
 import ast
+import subprocess
 import sys
 
 import pytest
@@ -9,8 +10,9 @@ from harness import ROOT
 SCRIPTS = ('train', 'sample', 'bench', 'evaluate', 'export', 'plot', 'scaling')
 ABOVE_ENGINE = {'model', 'configurator', 'console', *SCRIPTS, *(path.stem for path in ROOT.glob('*.py'))}
 FILES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path
-         for path in (*ROOT.glob('*.py'), *ROOT.glob('engine/**/*.py'), *ROOT.glob('data/*/*.py'))}
-ENGINE = sorted(name for name in FILES if name.startswith('engine.'))
+         for path in (*ROOT.glob('*.py'), *ROOT.glob('engine/**/*.py'), *ROOT.glob('data/*/*.py'),
+                      *ROOT.glob('studies/*.py'))}
+ENGINE = sorted(name for name in FILES if name.startswith('engine.') and not name.endswith('__init__'))
 
 
 def parse(name):
@@ -48,6 +50,67 @@ def find_circle(graph):
     return next(filter(None, (visit(name, []) for name in sorted(graph))), None)
 
 
+GROUND = {'errors', 'atomic_files', 'device', 'distributed', 'tokenizer', 'positions', 'model_checks'}
+# What the files of each wing may import of other wings: a whole wing, or one of its files.
+MAY_IMPORT = {
+    'dataloader': set(),
+    'hf': set(),
+    'generation': set(),
+    'metrics': set(),
+    'prepare': {'dataloader.token_files'},
+    'evaluation': {'generation.kv_cache'},
+    'checkpoint': set(),
+    'training': {'checkpoint', 'metrics', 'dataloader'},
+}
+ALSO_MAY_IMPORT = {'checkpoint.load_model': {'dataloader.batches', 'hf.tokenizer_json'}}
+
+
+@pytest.mark.parametrize('name', ENGINE)
+def test_each_wing_imports_only_what_the_table_allows(name):
+    """Ground files may be imported by all, and import only each other."""
+    own = name.removeprefix('engine.')
+    wing = own.partition('.')[0]
+    assert wing in MAY_IMPORT or own in GROUND, 'a wing or a ground file that the table does not have'
+    allowed = MAY_IMPORT.get(wing, set()) | ALSO_MAY_IMPORT.get(own, set())
+    for module in imports_of(name):
+        other = module.removeprefix('engine.')
+        other_wing = other.partition('.')[0]
+        is_fine = other in GROUND or other_wing == wing or {other, other_wing} & allowed
+        assert is_fine, f'{name} imports {module}'
+
+
+def test_the_model_imports_only_two_files_before_it_is_used():
+    at_the_top = {module for node in parse('model').body if isinstance(node, ast.ImportFrom)
+                  for module in imported_modules(ast.Module([node], []))}
+    assert {module for module in at_the_top if module in FILES} <= {
+        'engine.positions', 'engine.model_checks', 'engine.errors'}
+
+
+@pytest.mark.parametrize('wing', MAY_IMPORT)
+def test_a_wing_says_what_it_is_for_and_imports_nothing_of_its_own(wing):
+    """Re-exports in __init__.py would import PyTorch where nobody asked for it."""
+    tree = parse(f'engine.{wing}.__init__')
+    assert ast.get_docstring(tree) and len(tree.body) == 1
+
+
+WITHOUT_TORCH = sorted(
+    {'plot', 'export', 'configurator', 'console', 'engine.errors', 'engine.atomic_files', 'engine.tokenizer',
+     'engine.dataloader.token_files', 'engine.dataloader.window_order', 'engine.metrics.metrics_file'}
+    | {name for name in FILES if name.startswith('engine.prepare.') and not name.endswith('__init__')}
+    | {name for name in FILES if name.startswith('data.')})
+
+
+def test_what_needs_no_torch_does_not_wait_for_it():
+    """`python data/NAME/prepare.py` and plot.py start in a fraction of the seconds that PyTorch takes."""
+    code = ('import importlib.util, sys\n'
+            'for path in sys.argv[1:]:\n'
+            '    spec = importlib.util.spec_from_file_location("imported", path)\n'
+            '    spec.loader.exec_module(importlib.util.module_from_spec(spec))\n'
+            '    assert "torch" not in sys.modules, path\n')
+    paths = [str(FILES[name]) for name in WITHOUT_TORCH]
+    subprocess.run([sys.executable, '-c', code, *paths], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize('name', ENGINE)
 def test_engine_imports_nothing_above_it(name):
     found = {module.partition('.')[0] for module in imported_modules(parse(name), 'engine')}
@@ -60,14 +123,15 @@ def test_engine_imports_nothing_above_it(name):
 def test_no_imports_go_in_a_circle():
     """Those inside functions count too."""
     graph = {name: imports_of(name) for name in FILES}
-    assert graph['train'] >= {'model', 'configurator', 'console', 'engine.run_folder'} and 'engine.generate' in graph['model']
+    assert graph['train'] >= {'model', 'configurator', 'console', 'engine.checkpoint.run_folder'}
+    assert 'engine.generation.generate' in graph['model']
     assert find_circle(graph) is None
 
 
 def test_a_circle_would_be_found():
     assert find_circle({'a': {'b'}, 'b': {'c', 'd'}, 'c': set(), 'd': {'b'}}) == ['b', 'd']
-    tree = ast.parse('def f():\n    from engine import hf\n    import train as t')
-    assert {'engine.hf', 'train'} <= set(imported_modules(tree))
+    tree = ast.parse('def f():\n    from engine.hf import weights\n    import train as t')
+    assert {'engine.hf.weights', 'train'} <= set(imported_modules(tree))
 
 
 def test_only_bench_imports_another_script():

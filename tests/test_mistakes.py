@@ -16,7 +16,7 @@ import pytest
 from harness import CAN_FORK, torchrun_options
 from launcher import script_environment
 
-from engine import checkpoint, run_folder
+from engine.checkpoint import gathered, run_folder
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def other_text(folder):
 # checkpoints
 
 def replace_checkpoints(folder, content):
-    for name in (checkpoint.STATE, checkpoint.PREVIOUS, checkpoint.MODEL):
+    for name in (gathered.STATE, gathered.PREVIOUS, gathered.MODEL):
         (folder / 'out-run' / name).write_bytes(content)
 
 

@@ -1,22 +1,24 @@
 """What GPT has beyond GPT-2, each option with each other one. Whether the shapes are those of other
-implementations is tested in test_hf.py."""
+implementations is tested in test_hf_weights.py."""
 
 import copy
 import itertools
 import math
 
+import harness  # noqa: F401, puts the project on sys.path
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import harness        # noqa: F401, puts the project on sys.path
-from engine import chunked_loss, cpu, cpu_generation
 from engine.errors import UserError
-from engine.generate import KVCache, StaticKVCache, new_caches
+from engine.generation import cpu as cpu_generation
+from engine.generation.kv_cache import KVCache, StaticKVCache, new_caches
 from engine.positions import alibi_bias, rotary_angles, rotate
-from model import NANOGPT_ARGS, GPT, GPTConfig
+from engine.training import chunked_loss
+from engine.training import cpu as cpu_training
+from model import GPT, NANOGPT_ARGS, GPTConfig
 
 OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'),
            ('activation', 'relu2'), ('activation', 'swiglu'), ('qk_norm', True), ('embedding_norm', True), ('n_kv_head', 2), ('tied', False),
@@ -146,14 +148,14 @@ def test_generation_goes_on_past_the_block(changes):
 def test_a_cpu_computes_the_same_losses_and_gradients(changes, monkeypatch):
     """With the chunked loss and the other replacements, for every parameter, as DDP expects."""
     monkeypatch.setattr(chunked_loss, 'MIN_LOGITS', 0)
-    monkeypatch.setattr(cpu, 'MIN_ACTIVATIONS', 0)
+    monkeypatch.setattr(cpu_training, 'MIN_ACTIVATIONS', 0)
     monkeypatch.setitem(chunked_loss.CHUNK_LOGITS, 'cpu', 350)
     idx = torch.randint(50, (3, 16))
     targets = idx.roll(-1, 1)
     targets[0, :5] = -1
     plain = with_random_weights(tiny_gpt(**changes)).train()
     fast = copy.deepcopy(plain)
-    cpu.optimize_for_training(fast)
+    cpu_training.optimize_for_training(fast)
     for model in (plain, fast):
         model(idx, targets)[1].backward()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from harness import CAN_FORK, ROOT, SETTINGS, script_settings
 
 import configurator
 import train
-from engine.limits import check_training
+from engine.training.settings_checks import check_training
 
 BLOCKS = [block.replace('\\\n', ' ').strip()
           for block in re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.DOTALL)]

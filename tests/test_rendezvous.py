@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from engine import rendezvous
-from engine.rendezvous import agree_on_name
+from engine import distributed, rendezvous
+from engine.distributed import agree_on_name
 
 
 def start_ranks(store, world_size, delays=()):
@@ -56,6 +56,6 @@ def test_the_ranks_see_no_address_of_an_earlier_start(monkeypatch):
     monkeypatch.setattr(rendezvous.dist.distributed_c10d, 'rendezvous', lambda url, timeout: iter([(store, 0, 1)]))
     monkeypatch.setattr(rendezvous.dist, 'init_process_group', lambda backend, store, **options: stores.append(store))
     for _ in range(2):
-        assert rendezvous.init_process_group('gloo', torch.device('cpu'), timeout=5) == 'gloo'
+        assert distributed.init_process_group('gloo', torch.device('cpu'), timeout=5) == 'gloo'
         assert not stores[-1].check(['address of rank 0'])
         stores[-1].set('address of rank 0', '10.0.0.1:1234')

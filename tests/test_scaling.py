@@ -8,10 +8,10 @@ import pytest
 from harness import CAN_FORK, ROOT, script_settings
 
 import scaling
-from engine import scaling_laws
 from engine.errors import RunError, UserError
-from engine.scaling_laws import BESIROGLU, HOFFMANN, LossLaw
 from model import GPT, GPTConfig
+from studies import scaling_laws
+from studies.scaling_laws import BESIROGLU, HOFFMANN, LossLaw
 
 
 @pytest.mark.parametrize('law, N, D', [(HOFFMANN, 316e6, 11.65e9), (BESIROGLU, 394e6, 9.36e9)])

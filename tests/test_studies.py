@@ -1,4 +1,4 @@
-"""The scripts of docs/: what they compare, at toy size."""
+"""The scripts of studies/: what they compare, at toy size."""
 
 import importlib.util
 import json
@@ -12,12 +12,13 @@ import pytest
 import torch
 from harness import CAN_FORK, ROOT
 
-from engine import dataloader, optim
+from engine.dataloader import batches as dataloader
+from engine.training import optim
 from model import GPT, GPTConfig
 
 
 def load(path):
-    """docs/NAME.py as a module, which is not imported under its name: it may be the copy of a workspace."""
+    """studies/NAME.py as a module, which is not imported under its name: it may be the copy of a workspace."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module, folders = importlib.util.module_from_spec(spec), list(sys.path)
     spec.loader.exec_module(module)
@@ -27,15 +28,15 @@ def load(path):
 
 @pytest.fixture(scope='module')
 def initialisation():
-    return load(ROOT / 'docs/initialisation.py')
+    return load(ROOT / 'studies/initialisation.py')
 
 
 @pytest.fixture(scope='module')
 def finetuning():
-    return load(ROOT / 'docs/finetuning.py')
+    return load(ROOT / 'studies/finetuning.py')
 
 
-# docs/initialisation.py
+# studies/initialisation.py
 
 def built_like_train(seed, **options):
     torch.manual_seed(seed)
@@ -94,7 +95,7 @@ def test_a_finished_run_of_the_study_is_not_trained_again(initialisation, toy, t
     assert len(trained) == 1 + len(lines)
 
 
-# docs/finetuning.py
+# studies/finetuning.py
 
 def test_layerwise_decay_scales_each_layers_rate(finetuning):
     model = built_like_train(0)
@@ -140,8 +141,8 @@ def test_patience_is_judged_as_train_py_does_it(finetuning, trained, patience):
 @pytest.mark.skipif(not CAN_FORK, reason='a fork of this process has what the test changed')
 def test_the_study_finetunes_the_weights_and_repeats_no_run(workspace, monkeypatch, capsys):
     transformers = pytest.importorskip('transformers')
-    (workspace.folder / 'docs').mkdir()
-    study = load(Path(shutil.copy(ROOT / 'docs/finetuning.py', workspace.folder / 'docs')))
+    (workspace.folder / 'studies').mkdir(exist_ok=True)
+    study = load(Path(shutil.copy(ROOT / 'studies/finetuning.py', workspace.folder / 'studies')))
     assert study.ROOT == workspace.folder.resolve()
     monkeypatch.chdir(study.ROOT)
     monkeypatch.setattr(dataloader, 'DATA', study.ROOT / 'data')        # of the fork too

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from engine.dataloader import dataset_tokenizer
+from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import RunError, UserError
 from engine.tokenizer import GPT2, Tokenizer, char_spec, check_spec, read_meta
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import tokenfiles
+
+import configurator
+from engine.atomic_files import atomic_write
 from engine.errors import UserError
-from engine.files import atomic_write
+from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
 held_out = 500      # of the 10,000 sums, for validation; the others are for training
@@ -45,7 +46,7 @@ def main():
     record = dict(length=len(prompt + answer) + 1, prompt=len(prompt))
     train_text, val_text = (''.join(f'{prompt}{answer}\n' for prompt, answer in pairs) for pairs in (train, val))
     spec = dict(char_spec(set(train_text + val_text)), record=record)       # engine.dataloader masks the prompts
-    with tokenfiles.dataset_writer(FOLDER, spec, print0) as writer:
+    with dataset_writer(FOLDER, spec, print0) as writer:
         writer.write([('train', train_text, False), ('val', val_text, False)], Tokenizer(spec).encode_to_numpy,
                      len(train_text + val_text))
     write_task('exact', sums)

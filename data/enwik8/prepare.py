@@ -17,13 +17,13 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import tokenfiles
-from engine.errors import RunError, UserError
-from engine.files import atomic_write
-from engine.errors import check_choice
-from engine.textfiles import find_files
+
+import configurator
+from engine.atomic_files import atomic_write
+from engine.errors import RunError, UserError, check_choice
+from engine.prepare.dataset_writer import dataset_writer
+from engine.prepare.text_files import find_files
 from engine.tokenizer import Tokenizer, char_spec
 
 name = 'enwik8'     # enwik8, or text8 with only lower case letters and spaces
@@ -83,7 +83,7 @@ def main():
     spec = char_spec(set(map(chr, range(256))))
     pieces = [('train', start, min(start + BLOCK, ends[0])) for start in range(0, ends[0], BLOCK)]
     pieces += [('val', start, min(start + BLOCK, last)) for start in range(first, last, BLOCK)]
-    with tokenfiles.dataset_writer(folder, spec, print0) as writer:
+    with dataset_writer(folder, spec, print0) as writer:
         writer.write(((split, data[start:end].decode('latin-1'), False) for split, start, end in pieces),
                      Tokenizer(spec).encode_to_numpy, ends[0] + last - first)
     print0(f'next: python train.py config/train_enwik8.py --dataset={name} --out_dir=out-{name}')

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, progress_bar, report_errors
-from engine import textfiles
+
+import configurator
+from engine.atomic_files import atomic_write
 from engine.errors import RunError, UserError
-from engine.files import atomic_write
+from engine.prepare import text_files
 
 input = ''          # a folder with the authors' files, which the readme names; '' downloads from the hub
 output = ''         # the folder to write to; '' is data/evals
@@ -108,10 +109,10 @@ def download(source):
 def read_rows(path):
     """The rows of an authors' .jsonl file, with the labels of PIQA, which lie in a file of their own."""
     try:
-        rows = [json.loads(line) for line in ''.join(textfiles.read_text(path)).split('\n') if line.strip()]
+        rows = [json.loads(line) for line in ''.join(text_files.read_text(path)).split('\n') if line.strip()]
         labels = path.with_name(f'{path.stem}-labels.lst')
         if labels.is_file():
-            labels = ''.join(textfiles.read_text(labels)).split()
+            labels = ''.join(text_files.read_text(labels)).split()
             rows = [dict(row, label=label) for row, label in zip(rows, labels, strict=True)]
         return rows
     except (json.JSONDecodeError, RecursionError, TypeError) as error:
@@ -128,7 +129,7 @@ def join_rows(name, texts):
 def make_task(name, source, path):
     """(file name, text of the task, number of its examples or lines). path: the authors' file, or None for the hub."""
     if isinstance(source.convert, str):
-        text = ''.join(textfiles.read_text(path)) if path else join_rows(name, download(source)[source.convert])
+        text = ''.join(text_files.read_text(path)) if path else join_rows(name, download(source)[source.convert])
         return f'{name}.txt', text, text.count('\n')
     rows, lines = read_rows(path) if path else download(source), []
     for number, row in enumerate(progress_bar(name, rows, len(rows)), 1):

@@ -14,12 +14,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import textfiles, tokenfiles
+
+import configurator
 from engine.errors import RunError, UserError
-from engine.shardwriter import ShardWriter
-from engine.tokenizer_files import document_tokenizer
+from engine.hf.tokenizer_json import document_tokenizer
+from engine.prepare import text_files
+from engine.prepare.encode import document_pieces
+from engine.prepare.shard_writer import ShardWriter
 
 input = ''                      # .parquet or .jsonl with a field `text`, .txt as one document, or a folder
                                 # of them; '' downloads FineWeb-Edu from the Hugging Face hub
@@ -42,12 +44,12 @@ def download():
     try:
         from huggingface_hub import snapshot_download
         folder = snapshot_download('HuggingFaceFW/fineweb-edu', repo_type='dataset', allow_patterns=[f'{pattern}.parquet'])
-        files = [path for path in textfiles.find_files(folder, ('.parquet',))
+        files = [path for path in text_files.find_files(folder, ('.parquet',))
                  if path.relative_to(folder).match(f'{pattern}.parquet')]      # the cache may hold other samples too
     except Exception as error:      # the client raises errors of many libraries
         raise RunError(f'cannot download FineWeb-Edu ({type(error).__name__}: {str(error)[:200]}); '
                        f'if you have the parquet files, use --input=FOLDER') from None
-    rows = sum(textfiles.open_parquet(path).metadata.num_rows for path in files) if sample == 'sample-10BT' else DOCUMENTS
+    rows = sum(text_files.open_parquet(path).metadata.num_rows for path in files) if sample == 'sample-10BT' else DOCUMENTS
     if rows < 0.99 * DOCUMENTS:     # without a network the client returns what its cache has
         raise RunError(f'the download has {rows:,} of about {DOCUMENTS:,} documents; go online and run again, '
                        f'or use it as it is: --input={files[0].parent}')
@@ -58,7 +60,7 @@ def identify(files):
     """A text that changes with the files. Downloads have the same on every machine: names in the hub's
     cache are links to files that are named by their content."""
     if input:
-        return textfiles.fingerprint(files)
+        return text_files.fingerprint(files)
     return str([(path.name, path.resolve().name, path.stat().st_size) for path in files])
 
 
@@ -66,11 +68,11 @@ def read_pieces(files, begin, end, encoder):
     """(document, text, begins_document) of the documents from `begin` on, up to `end`. A document is the number of
     its file and its position there."""
     for number in range(begin[0], min(end[0] + 1, len(files))):
-        for position, document in textfiles.read_documents(files[number], begin[1] if number == begin[0] else 0):
+        for position, document in text_files.read_documents(files[number], begin[1] if number == begin[0] else 0):
             if (number, position) >= end:
                 return
             begins = True
-            for text, _ in tokenfiles.document_pieces(document, encoder):
+            for text, _ in document_pieces(document, encoder):
                 yield (number, position), text, begins
                 begins = False
 
@@ -91,9 +93,9 @@ def main():
     configurator.check_range(globals(), 'shard_tokens', 1, 2 ** 40)
     number, parts = int(match[1]), int(match[2])
     encoder = document_tokenizer(tokenizer)
-    files = textfiles.find_files(input, textfiles.DOCUMENT_ENDINGS, print0) if input else download()
+    files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, print0) if input else download()
     key = identify(files)
-    begin, end = (textfiles.split_position(files, i, parts) for i in (number, number + 1))
+    begin, end = (text_files.split_position(files, i, parts) for i in (number, number + 1))
 
     def read(document):
         yield from read_pieces(files, document or begin, end, encoder)

@@ -13,14 +13,17 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
+from console import print0, report_errors
+
 import numpy as np
 from tqdm import tqdm
 
 import configurator
-from console import print0, report_errors
-from engine import textfiles, tokenfiles
 from engine.errors import RunError, UserError
-from engine.tokenizer_files import document_tokenizer
+from engine.hf.tokenizer_json import document_tokenizer
+from engine.prepare import text_files
+from engine.prepare.dataset_writer import dataset_writer
+from engine.prepare.encode import document_pieces
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
                     # them; '' downloads OpenWebText from the Hugging Face hub
@@ -40,7 +43,7 @@ def download():
         from huggingface_hub import snapshot_download
         folder = snapshot_download('Skylion007/openwebtext', repo_type='dataset',
                                    allow_patterns=[f'plain_text/train-{part}.parquet' for part in parts])
-        return textfiles.find_files(folder, ('.parquet',))
+        return text_files.find_files(folder, ('.parquet',))
     except Exception as error:      # the client raises errors of many libraries
         raise RunError(f'cannot download OpenWebText ({type(error).__name__}: {str(error)[:200]}); '
                        f'if you have the parquet files, use --input=FOLDER') from None
@@ -52,10 +55,10 @@ def read_pieces(files, counts, start, stop, val_documents, encoder):
     for path, count in zip(files, counts):
         if start < first + count and first < stop:
             skip = max(start - first, 0)
-            documents = islice(textfiles.read_documents(path), skip, stop - first)
+            documents = islice(text_files.read_documents(path), skip, stop - first)
             for number, (_, document) in enumerate(documents, first + skip):
                 split = 'val' if number in val_documents else 'train'
-                yield from ((split, text, is_last) for text, is_last in tokenfiles.document_pieces(document, encoder))
+                yield from ((split, text, is_last) for text, is_last in document_pieces(document, encoder))
         first += count
 
 
@@ -70,10 +73,10 @@ def main():
     if max_docs < 0 or max_docs == 1:
         raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, or 0 for all')
     encoder = document_tokenizer(tokenizer)
-    files = textfiles.find_files(input, textfiles.DOCUMENT_ENDINGS, print0) if input else download()
-    before = textfiles.fingerprint(files)
+    files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, print0) if input else download()
+    before = text_files.fingerprint(files)
     with tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1, disable=None) as bar:
-        counts = [textfiles.count_documents(path, bar) for path in files]
+        counts = [text_files.count_documents(path, bar) for path in files]
     expected = min(max_docs or DOCUMENTS, DOCUMENTS)
     if not input and sum(counts) < expected:
         raise RunError(f'the download has {sum(counts):,} of {expected:,} documents; go online and run again, '
@@ -83,12 +86,12 @@ def main():
         raise UserError(f'train and val need a document each, and there is {total}; to split one text, '
                         f'run: python data/text/prepare.py --input={input or "PATH"}')
     val_documents, key = choose_val_documents(total), f'{before}, {total} documents, {encoder.spec.get("tokenizer_sha256", "gpt2")}'
-    with tokenfiles.dataset_writer(FOLDER, encoder.spec, print0, key) as writer:
+    with dataset_writer(FOLDER, encoder.spec, print0, key) as writer:
         if writer.documents:
             print0(f'continuing after {writer.documents:,} of {total:,} documents')
         writer.write(read_pieces(files, counts, writer.documents, total, val_documents, encoder),
                      encoder.encode_to_numpy, total, 'documents', num_proc)
-        if textfiles.fingerprint(files) != before:
+        if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
     print0(f'{total:,} documents, {len(val_documents):,} of them held out')
     print0('next: python train.py config/train_gpt2.py')

@@ -9,19 +9,21 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import textfiles, tokenfiles
+
+import configurator
+from engine.prepare import text_files
+from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import GPT2, Tokenizer
 
 input = ''          # a UTF-8 text file; '' downloads tiny Shakespeare and keeps it as input.txt
 
 
 def main():
-    text = textfiles.read_shakespeare(input, FOLDER)
+    text = text_files.read_shakespeare(input, FOLDER)
     cut = int(len(text) * 0.9)
     encode = Tokenizer(GPT2).encode_to_numpy
-    with tokenfiles.dataset_writer(FOLDER, GPT2, print0) as writer:
+    with dataset_writer(FOLDER, GPT2, print0) as writer:
         writer.write([('train', text[:cut], False), ('val', text[cut:], False)], encode, len(text))
     print0('next: python train.py config/finetune_shakespeare.py')
 

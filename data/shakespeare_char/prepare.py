@@ -9,19 +9,21 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import textfiles, tokenfiles
+
+import configurator
+from engine.prepare import text_files
+from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
 input = ''          # a UTF-8 text file; '' downloads tiny Shakespeare and keeps it as input.txt
 
 
 def main():
-    text = textfiles.read_shakespeare(input, FOLDER)
+    text = text_files.read_shakespeare(input, FOLDER)
     spec = char_spec(set(text))
     cut = int(len(text) * 0.9)
-    with tokenfiles.dataset_writer(FOLDER, spec, print0) as writer:
+    with dataset_writer(FOLDER, spec, print0) as writer:
         writer.write([('train', text[:cut], False), ('val', text[cut:], False)],
                      Tokenizer(spec).encode_to_numpy, len(text))
     print0('next: python train.py config/train_shakespeare_char.py')

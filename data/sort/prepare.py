@@ -13,11 +13,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import tokenfiles
+
+import configurator
+from engine.atomic_files import atomic_write
 from engine.errors import UserError
-from engine.files import atomic_write
+from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
 train_records = 50_000      # of the million possible ones
@@ -36,7 +37,7 @@ def main():
     train, val = ''.join(lines[:train_records]), ''.join(lines[train_records:])
     # engine.dataloader starts windows at records, and masks the prompts
     spec = dict(char_spec(set(train + val)), record=dict(length=len(lines[0]), prompt=digits + 1))
-    with tokenfiles.dataset_writer(FOLDER, spec, print0) as writer:
+    with dataset_writer(FOLDER, spec, print0) as writer:
         writer.write([('train', train, False), ('val', val, False)], Tokenizer(spec).encode_to_numpy, len(train + val))
     with atomic_write(FOLDER / 'exact.jsonl') as file:
         file.writelines(json.dumps(dict(prompt=prompt, answer=answer)) + '\n' for prompt, answer in pairs[train_records:])

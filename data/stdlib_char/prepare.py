@@ -13,10 +13,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-import configurator
 from console import print0, report_errors
-from engine import tokenfiles
+
+import configurator
 from engine.errors import UserError
+from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
 max_bytes = 2_000_000   # of source code to use
@@ -57,7 +58,7 @@ def main():
                         f'try a larger --max_bytes, such as the default, 2_000_000')
     train, val = ''.join(texts[:first_val]), ''.join(texts[first_val:])
     spec = char_spec(set(train + val))
-    with tokenfiles.dataset_writer(FOLDER, spec, print0) as writer:
+    with dataset_writer(FOLDER, spec, print0) as writer:
         writer.write([('train', train, False), ('val', val, False)], Tokenizer(spec).encode_to_numpy, size)
     print0(f'{first_val} files to train on, {len(texts) - first_val} held out; Python {sys.version.split()[0]}')
     print0('next: python train.py config/train_stdlib_char.py')

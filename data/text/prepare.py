@@ -15,15 +15,18 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
+from console import print0, report_errors
+
 import numpy as np
 from tqdm import tqdm
 
 import configurator
-from console import print0, report_errors
-from engine import textfiles, tokenfiles
 from engine.errors import UserError
+from engine.hf.tokenizer_json import named_spec, train_bpe
+from engine.prepare import text_files
+from engine.prepare.dataset_writer import dataset_writer
+from engine.prepare.encode import safe_pieces
 from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
-from engine.tokenizer_files import named_spec, train_bpe
 
 input = ''              # the file or folder; hidden files in a folder are skipped
 name = ''               # of the dataset, a folder in data/; '' uses the input's name without its ending
@@ -37,7 +40,7 @@ num_proc = 0            # cores that encode, 0 for all; the result is the same
 
 def dataset_folder():
     """The folder to write to."""
-    chosen = name or textfiles.input_path(input).resolve().stem
+    chosen = name or text_files.input_path(input).resolve().stem
     folder = FOLDER.parent / chosen
     if not chosen or chosen.startswith('.') or set(chosen) & set('\\/:\0'):
         raise UserError(f'name={chosen!r} should be a plain folder name, such as --name=mytext')
@@ -52,7 +55,7 @@ def count_characters(files):
     with tqdm(desc='reading', unit=' characters', unit_scale=True, delay=1, disable=None) as bar:
         for path in files:
             counts.append(0)
-            for text in textfiles.read_text(path):
+            for text in text_files.read_text(path):
                 counts[-1] += len(text)
                 if tokenizer == 'char':
                     seen[code_points(text)] = True
@@ -73,7 +76,7 @@ def split_at(texts, cut):
 def read_splits(files, counts, cut):
     """(split, texts of one document) of all files. The first `cut` characters of them all are 'train'."""
     for path, count in zip(files, counts):
-        for split, parts in groupby(split_at(textfiles.read_text(path), cut), key=lambda part: part[0]):
+        for split, parts in groupby(split_at(text_files.read_text(path), cut), key=lambda part: part[0]):
             yield split, (text for _, text in parts)
         cut = max(cut - count, 0)
 
@@ -84,7 +87,7 @@ def read_pieces(documents, encoder):
         if encoder.chars:
             yield from ((split, text, False) for text in texts)
         elif encoder.splits_like_gpt2:
-            yield from ((split, text, False) for text, _ in tokenfiles.safe_pieces(texts) if text)
+            yield from ((split, text, False) for text, _ in safe_pieces(texts) if text)
             yield split, '', False
         else:
             yield split, ''.join(texts), False
@@ -95,7 +98,7 @@ def train_tokenizer(documents, total):
     with tqdm(desc='training the tokenizer', total=total, unit=' characters', unit_scale=True, delay=1, disable=None) as bar:
         def train_texts():
             for texts in (texts for split, texts in documents if split == 'train'):
-                for text, _ in tokenfiles.safe_pieces(texts):
+                for text, _ in safe_pieces(texts):
                     yield text
                     bar.update(len(text))
         spec = train_bpe(train_texts(), vocab_size)
@@ -123,8 +126,8 @@ def main():
     if not input:
         raise UserError('no text is named; type --input=PATH, a UTF-8 file or a folder of them')
     folder = dataset_folder()
-    files = textfiles.find_files(input, print_line=print0)
-    before = textfiles.fingerprint(files)
+    files = text_files.find_files(input, print_line=print0)
+    before = text_files.fingerprint(files)
     counts, chars = count_characters(files)
     total = sum(counts)
     cut = int(total * (1 - Decimal(str(val_fraction))))     # exact: 0.93 of 100 is 93, not 92.99...
@@ -138,9 +141,9 @@ def main():
     def encode(text):
         return encoder.encode_to_numpy(text, as_document=not text or not encoder.splits_like_gpt2)
 
-    with tokenfiles.dataset_writer(folder, encoder.spec, print0) as writer:
+    with dataset_writer(folder, encoder.spec, print0) as writer:
         writer.write(read_pieces(read_splits(files, counts, cut), encoder), encode, total, cores=num_proc)
-        if textfiles.fingerprint(files) != before:
+        if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
     print0(f'files: {len(files):,}, of them empty: {counts.count(0):,}; characters: {total:,}')
     print0(f'next: {next_command(folder.name)}')

@@ -1,0 +1,1 @@
+"""Reads prepared datasets: token files, the order of windows, batches on the device."""

@@ -1,0 +1,1 @@
+"""Tasks to scores: files of tasks, examples in tokens, log-likelihoods, results."""

@@ -1,0 +1,418 @@
+"""The files of a run, from and to nanoGPT's tools. Faults while they are written are in test_faults.py."""
+
+import itertools
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import gathered, run_folder
+from engine.errors import RunError, UserError
+from engine.training import optim
+from model import GPT, GPTConfig
+
+SHAPE = dict(block_size=16, vocab_size=17, n_layer=2, n_head=2, n_embd=32)
+FILES = ('state.pt', 'state.prev.pt', 'ckpt.pt')
+
+
+def new_optimizer(model):
+    return optim.adamw(model, 1e-2, 0.1, (0.9, 0.95))
+
+
+def trained_gpt(steps=3, **changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPE, **changes}))
+    optimizer = new_optimizer(model)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+def train(model, optimizer, steps):
+    idx = torch.arange(32).view(2, 16) % 17
+    for _ in range(steps):
+        model(idx, idx.roll(-1, 1))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def scaler():
+    return torch.amp.GradScaler('cpu', enabled=False)
+
+
+def save_state(folder, model, optimizer, iter_num=3):
+    gathered.save_state(folder, model.to_checkpoint(), **optim.state_dict(optimizer, scaler()), iter_num=iter_num,
+                          best_val_loss=2.5, fingerprint='f', config={'dataset': 'toy'})
+
+
+# What comes back
+
+def test_a_restored_run_goes_on_as_an_uninterrupted_one(tmp_path):
+    model, optimizer = trained_gpt()
+    save_state(tmp_path, model, optimizer)
+    train(model, optimizer, 4)
+    saved, notes = run_folder.load_state(tmp_path)
+    assert (saved['iter_num'], saved['best_val_loss'], saved['fingerprint'], notes) == (3, 2.5, 'f', [])
+    restored = GPT.from_checkpoint(saved)
+    optimizer = new_optimizer(restored)
+    optim.load_state_dict(optimizer, scaler(), saved)
+    train(restored, optimizer, 4)
+    assert same_weights(model, restored)
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
+    model, optimizer = trained_gpt()
+    save_state(tmp_path, model, optimizer)
+    restored = GPT.from_checkpoint(run_folder.load_state(tmp_path)[0])
+    with open(tmp_path / 'state.pt', 'r+b') as file:            # in place, which a save never does
+        file.write(bytes(file.seek(0, 2) and 100000))
+    assert same_weights(model, restored)
+
+
+def test_ckpt_has_nanogpts_keys_and_nothing_else_in_model_args(tmp_path):
+    model, _ = trained_gpt(steps=0)
+    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5, config={}, tokenizer={})
+    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert {'model', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= saved.keys()
+    assert saved['model_args'] == dict(SHAPE, dropout=0.0, bias=True)
+    assert 'transformer.h.1.mlp.c_proj.weight' in saved['model']
+
+
+def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
+    """As its tools write it: compiled names, attention masks, a tensor for the loss, an unfused AdamW."""
+    model, _ = trained_gpt(0, bias=False)
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': rest, 'weight_decay': 0.0}],
+                                  lr=1e-2, betas=(0.9, 0.95))
+    train(model, optimizer, 3)
+    weights = {f'_orig_mod.{name}': value for name, value in model.state_dict().items()}
+    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+    torch.save(dict(model=weights, optimizer=optimizer.state_dict(), iter_num=3, best_val_loss=torch.tensor(2.5),
+                    model_args=dict(SHAPE, dropout=0.0, bias=False),
+                    config=dict(dataset='shakespeare_char', batch_size=12)), tmp_path / 'ckpt.pt')
+    saved, notes = run_folder.load_state(tmp_path)
+    assert 'with the optimizer inside' in notes[0] and saved['best_val_loss'] == 2.5
+    restored = GPT.from_checkpoint(saved)
+    assert restored.config.activation == 'gelu'
+    fused = new_optimizer(restored)
+    optim.load_state_dict(fused, scaler(), saved)
+    train(model, optimizer, 5)
+    train(restored, fused, 5)
+    for a, b in zip(model.parameters(), restored.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_alone_resumes_without_an_optimizer(tmp_path):
+    model, _ = trained_gpt()
+    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5)
+    saved, notes = run_folder.load_state(tmp_path)
+    assert saved['iter_num'] == 7 and 'without optimizer state, which starts afresh' in notes[0]
+
+
+def test_the_activation_of_gpt2_survives(tmp_path):
+    model, _ = trained_gpt(activation='gelu_tanh')
+    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5)
+    restored = GPT.from_checkpoint(tmp_path)
+    assert restored.config == model.config and same_weights(model, restored)
+
+
+def test_the_newest_model_of_a_run_that_was_stopped_early_is_its_state(tmp_path):
+    model, optimizer = trained_gpt()
+    save_state(tmp_path, model, optimizer)
+    assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
+    gathered.save_model(tmp_path, trained_gpt(5)[0].to_checkpoint(), iter_num=5, best_val_loss=1.5)
+    assert run_folder.load_newest_model(tmp_path)['iter_num'] == 5
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(tmp_path):
+    model, optimizer = trained_gpt()
+    for iter_num in (5, 10):
+        save_state(tmp_path, model, optimizer, iter_num)
+    cut = (tmp_path / 'state.pt').read_bytes()[:5000]
+    (tmp_path / 'state.pt').write_bytes(cut)
+    saved, notes = run_folder.load_state(tmp_path)
+    assert saved['iter_num'] == 5 and len(notes) == 1 and str(tmp_path / 'state.pt') in notes[0]
+    run_folder.clean_out_dir(tmp_path, saved)
+    save_state(tmp_path, model, optimizer, 15)
+    assert run_folder.load_state(tmp_path)[0]['iter_num'] == 15
+    assert gathered.read(tmp_path / 'state.prev.pt')['iter_num'] == 5
+    assert (tmp_path / 'state.damaged.pt').read_bytes() == cut
+
+
+def test_a_new_run_removes_the_files_of_the_one_that_it_replaces(tmp_path):
+    for name in (*FILES, 'state.pt.tmp', 'ckpt.pt.tmp', 'notes.txt'):
+        (tmp_path / name).write_text('')
+    run_folder.clean_out_dir(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+
+
+def test_power_loss_at_any_point_of_a_save(tmp_path, monkeypatch):
+    """After a loss of power, only what was synced is sure to be on disk. Of the renames since then, any
+    number may have reached it, in their order. Each such folder loads as the state before or the new one."""
+    model, optimizer = trained_gpt()
+    for iter_num in (5, 10):
+        save_state(tmp_path, model, optimizer, iter_num)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    renames, replace = [], os.replace
+    monkeypatch.setattr(os, 'replace', lambda a, b: (renames.append((Path(a).name, Path(b).name)), replace(a, b)))
+    save_state(tmp_path, model, optimizer, 15)
+    new = (tmp_path / 'state.pt').read_bytes()
+    assert renames == [('state.pt', 'state.prev.pt'), ('state.pt.tmp', 'state.pt')]
+    for done, length in itertools.product(range(len(renames) + 1), (0, len(new) // 2, len(new))):
+        if done and length < len(new):
+            continue                                    # the file was synced before the first rename
+        disk = dict(before, **{'state.pt.tmp': new[:length]})
+        for old, name in renames[:done]:
+            disk[name] = disk.pop(old)
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, data in disk.items():
+            (tmp_path / name).write_bytes(data)
+        assert run_folder.load_state(tmp_path)[0]['iter_num'] == (15 if done == 2 else 10)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
+    model, optimizer = trained_gpt()
+    save_state(tmp_path, model, optimizer)
+    before = (tmp_path / 'state.pt').read_bytes()
+    moment = optimizer.state[model.transformer.wpe.weight]['exp_avg_sq']
+    moment[0, 0] = value
+    with pytest.raises(RunError, match='optimizer state 1 exp_avg_sq is not finite'):
+        save_state(tmp_path, model, optimizer)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('state.pt', before)]
+    moment[0, 0] = 0
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = value
+    torch.save(dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='ckpt.pt cannot be used: model transformer.ln_f.weight is not finite'):
+        gathered.load_model(tmp_path)
+
+
+def test_a_folder_that_is_gone_is_one_plain_failure(tmp_path):
+    with pytest.raises(RunError, match='nowhere was deleted during the run'):
+        save_state(tmp_path / 'nowhere', *trained_gpt(0))
+
+
+# Damaged and hostile files
+
+class Evil:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self):
+        return os.system, ('touch ran',)
+
+
+@pytest.fixture(scope='module')
+def stopped_run(tmp_path_factory):
+    """The three files of a run, each with an optimizer, as PyTorch itself loads them."""
+    folder = tmp_path_factory.mktemp('stopped')
+    model, optimizer = trained_gpt()
+    save_state(folder, model, optimizer)
+    return {name: (folder / 'state.pt').read_bytes() for name in FILES}
+
+
+@pytest.fixture
+def out_dir(stopped_run, tmp_path, monkeypatch):
+    for name, content in stopped_run.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)                         # where Evil would create its file
+    return tmp_path
+
+
+def replaced_by(content):
+    """Every file replaced by `content`, or by what that makes of a file's bytes."""
+    def spoil(folder):
+        for name in FILES:
+            path = folder / name
+            path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+    return spoil
+
+
+def changed(change):
+    """Every file as PyTorch writes it after `change(payload)`."""
+    def spoil(folder):
+        payload = torch.load(folder / 'state.pt', weights_only=True)
+        result = change(payload)
+        torch.save(payload if result is None else result, folder / 'state.pt')
+        replaced_by((folder / 'state.pt').read_bytes())(folder)
+    return spoil
+
+
+def without(key):
+    return changed(lambda payload: payload.pop(key) and None)
+
+
+def with_value(key, value):
+    return changed(lambda payload: payload.update({key: value}))
+
+
+def with_argument(**values):
+    return changed(lambda payload: payload['model_args'].update(values))
+
+
+def with_weight(value):
+    return changed(lambda payload: payload['model'].update({'transformer.wte.weight': value}))
+
+
+def flipped_bit(folder):
+    """In the middle of the largest tensor."""
+    with zipfile.ZipFile(folder / 'state.pt') as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    data = bytearray((folder / 'state.pt').read_bytes())
+    data[largest.header_offset + largest.file_size // 2] ^= 4
+    replaced_by(bytes(data))(folder)
+
+
+def compressed(folder):
+    """One entry is compressed, which PyTorch never does: an archive of some kB can unpack to GiB."""
+    with zipfile.ZipFile(folder / 'new', 'w') as archive:
+        with zipfile.ZipFile(folder / 'state.pt') as old:
+            for entry in old.infolist():
+                kind = zipfile.ZIP_DEFLATED if entry.filename.endswith('data.pkl') else zipfile.ZIP_STORED
+                archive.writestr(entry.filename, old.read(entry), kind)
+    replaced_by((folder / 'new').read_bytes())(folder)
+
+
+def forged_size(folder):
+    """The archive's directory claims that an entry has 3 GiB."""
+    data = bytearray((folder / 'state.pt').read_bytes())
+    entry = data.rindex(b'PK\x01\x02')                  # the last record of the central directory
+    data[entry + 24:entry + 28] = (3 << 30).to_bytes(4, 'little')
+    replaced_by(bytes(data))(folder)
+
+
+def contains_itself(payload):
+    payload['config'] = loop = {}
+    loop['config'] = [loop]
+
+
+DAMAGED = {
+    'cut': (replaced_by(lambda content: content[:5000]), 'not a PyTorch checkpoint, or truncated'),
+    'one bit': (flipped_bit, 'fails its checksum'),
+    'empty': (replaced_by(b''), 'truncated'),
+    'text': (replaced_by(b'a plain text\n' * 99), 'not a PyTorch checkpoint'),
+    'pickle': (replaced_by(pickle.dumps(Evil())), 'cannot be read'),
+    'code': (changed(lambda payload: {'model': Evil()}), r'it asks to run \w+.system'),
+    'list': (changed(lambda payload: [1, 2]), 'it holds a list, not a checkpoint'),
+    'tensor': (changed(lambda payload: torch.zeros(3)), 'it holds a Tensor, not a checkpoint'),
+    'no model_args': (without('model_args'), 'lacks model_args'),
+    'no iter_num': (without('iter_num'), 'lacks iter_num'),
+    'model is a list': (with_value('model', [1]), 'its model is not a dict of named weights'),
+    'model_args is text': (with_value('model_args', 'gpt2'), 'its model_args is a str, not a dict'),
+    'iter_num': (with_value('iter_num', -5), 'iter_num=-5'),
+    'best_val_loss': (with_value('best_val_loss', float('nan')), 'best_val_loss=nan'),
+    'config is text': (with_value('config', 'hello'), 'its config is a str, not a dict'),
+    'layers': (with_argument(n_layer=10 ** 9), 'n_layer=1000000000 should be'),
+    'too many layers': (with_argument(n_layer=900), 'the weights have 2 layers, the settings 900'),
+    'channels': (with_argument(n_embd=2 ** 40), 'n_embd=1099511627776 should be'),
+    'positions': (with_argument(block_size=2 ** 62), 'block_size=4611686018427387904 should be'),
+    'wider': (with_argument(n_embd=2 ** 17), 'weight lm_head.weight'),
+    'heads': (with_argument(n_head='4'), "n_head='4' should be a whole number"),
+    'unknown argument': (with_argument(wings=2), 'wings'),
+    'a number a trillion times': (with_weight(torch.zeros(1).expand(10 ** 6, 10 ** 6)),
+                                  'its tensors are larger than the file'),
+    'shape': (with_weight(torch.zeros(5, 5)),
+              r'weight transformer.wte.weight: \(5, 5\) in the file, \(17, 32\) in the model'),
+    'meta tensor': (with_weight(torch.empty(17, 32, device='meta')), 'a type that no checkpoint needs'),
+    'sparse tensor': (with_weight(torch.eye(3).to_sparse()), 'a type that no checkpoint needs'),
+    'compressed': (compressed, 'its contents are larger than the file'),
+    'forged size': (forged_size, 'its contents are larger than the file'),
+}
+
+
+@pytest.mark.parametrize('load', ['train', 'sample'])
+@pytest.mark.parametrize('damage', DAMAGED)
+def test_a_damaged_file_is_refused_and_never_executed(out_dir, load, damage):
+    """By what train.py and sample.py load with; each refusal names the file."""
+    spoil, words = DAMAGED[damage]
+    spoil(out_dir)
+    with pytest.raises(UserError, match=words) as refused:
+        GPT.from_checkpoint(run_folder.load_state(out_dir)[0] if load == 'train' else run_folder.load_newest_model(out_dir))
+    assert str(out_dir / ('state.pt' if load == 'train' else 'ckpt.pt')) in str(refused.value)
+    assert not (out_dir / 'ran').exists()
+
+
+def test_a_payload_that_contains_itself_is_read(out_dir):
+    """And ends nowhere in a loop."""
+    changed(contains_itself)(out_dir)
+    assert GPT.from_checkpoint(run_folder.load_state(out_dir)[0]).config.n_layer == 2
+
+
+def test_tokenizer_of_another_type_is_refused(out_dir):
+    with_value('tokenizer', ['a'])(out_dir)
+    with pytest.raises(UserError, match='ckpt.pt: its tokenizer is a list, not a dict'):
+        gathered.load_model(out_dir)
+
+
+def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_path):
+    """Only a state folder is read as one, and only a damaged state is moved away."""
+    for name in ('ckpt.pt', 'state.pt'):
+        content = torch.load(out_dir / name, weights_only=True)
+        torch.save(dict(content, sharded=str(tmp_path / 'elsewhere'), damaged='ckpt.pt'), out_dir / name)
+    state, notes = run_folder.load_state(out_dir)
+    assert 'sharded' not in state and state['damaged'] is None and not notes
+    model = run_folder.load_newest_model(out_dir)
+    assert 'sharded' not in model and 'damaged' not in model
+    for name in ('state.pt', 'state.prev.pt'):
+        (out_dir / name).unlink(missing_ok=True)
+    state, _ = run_folder.load_state(out_dir)           # of ckpt.pt alone
+    assert not state.keys() & {'sharded', 'damaged'}
+    run_folder.clean_out_dir(out_dir, state)
+    assert (out_dir / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('kept', ['state.pt', 'state.prev.pt', None])
+def test_a_damaged_model_names_the_state_that_is_read_without_it(tmp_path, kept):
+    model, optimizer = trained_gpt()
+    save_state(tmp_path, model, optimizer)
+    os.replace(tmp_path / 'state.pt', tmp_path / (kept or 'elsewhere.pt'))
+    (tmp_path / 'ckpt.pt').write_bytes(b'damaged')
+    with pytest.raises(UserError, match='ckpt.pt cannot be read') as refused:
+        run_folder.load_newest_model(tmp_path)
+    assert ('move it away' in str(refused.value)) == bool(kept)
+    if kept:
+        assert str(refused.value).endswith(f'; move it away, and {kept} is read')
+        (tmp_path / 'ckpt.pt').unlink()
+        assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
+
+
+def test_no_run_is_told_from_a_damaged_one(tmp_path):
+    with pytest.raises(UserError, match='holds no run to resume'):
+        run_folder.load_state(tmp_path)
+    with pytest.raises(UserError, match='ckpt.pt does not exist; train first'):
+        run_folder.load_newest_model(tmp_path)
+    (tmp_path / 'state.prev.pt').write_bytes(b'')
+    with pytest.raises(UserError, match=r'no state to resume: .*state.pt is missing; .*state.prev.pt cannot be read'):
+        run_folder.load_state(tmp_path)
+
+
+# The lock
+
+@pytest.mark.parametrize('out', ['file', 'file/below', 'a\0b', '\udcff/' + 'x' * 300])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path('file').write_text('a file')
+    with pytest.raises(UserError, match='cannot be written'):
+        run_folder.lock(out)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with run_folder.lock(tmp_path / 'new' / 'out'):
+        with pytest.raises(UserError, match='is in use by another training process'):
+            run_folder.lock(tmp_path / 'new' / 'out')
+    run_folder.lock(tmp_path / 'new' / 'out').release()
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
+def test_a_fifo_in_the_place_of_a_state_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'state.pt')
+    with pytest.raises(UserError, match='state.pt cannot be read: it is not a regular file'):
+        run_folder.load_state(tmp_path)

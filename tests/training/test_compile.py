@@ -1,0 +1,97 @@
+"""torch.compile on a CPU: one graph, no graph breaks, the same numbers as eager mode.
+These are the properties that a GPU needs too, where tests/test_cuda.py measures them."""
+
+import shutil
+import sys
+
+import harness  # noqa: F401, puts the project on sys.path
+import pytest
+import torch
+
+from engine.distributed import Environment
+from engine.training import optim, parallel
+from model import GPT, GPTConfig
+
+if not shutil.which('g++') and not shutil.which('clang++') or sys.platform == 'win32':
+    pytest.skip('torch.compile needs a C++ compiler on a CPU', allow_module_level=True)
+
+
+@pytest.fixture
+def counters():
+    """PyTorch's counts of graphs, graph breaks and recompilations from here on."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def tiny_gpt(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32), **changes}))
+
+
+def environment(compile):
+    return Environment(torch.device('cpu'), 'float32', compile, 0, 0, 1, '')
+
+
+def train_and_evaluate(compile):
+    """Losses of 5 steps on 2 sequences, with an evaluation on 4 sequences between them."""
+    model = tiny_gpt()
+    wrapped = parallel.wrap(model, environment(compile))
+    optimizer = optim.adamw(model, 1e-2, 0.1, (0.9, 0.95))
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    tokens = torch.randint(50, (7, 4, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for step in range(5):
+        if step in (0, 3):
+            wrapped.eval()
+            with torch.no_grad():
+                losses.append(wrapped(tokens[5][:, :-1], tokens[5][:, 1:])[1].item())
+            wrapped.train()
+        loss = wrapped(tokens[step][:2, :-1], tokens[step][:2, 1:])[1]
+        loss.backward()
+        optim.step(optimizer, scaler, loss.detach(), 1.0)
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_compiles_to_one_graph_and_evaluation_to_another(counters):
+    compiled = train_and_evaluate(True)
+    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
+    assert compiled == pytest.approx(train_and_evaluate(False), rel=1e-4)
+
+
+def test_generation_compiles_once_and_never_per_token(counters):
+    model = tiny_gpt().eval()
+    idx, noise = torch.randint(50, (2, 3)), torch.rand(2, 40)
+    options = dict(temperature=0.9, top_k=10, noise=noise)
+    expected = model.generate(idx, 40, **options)
+    assert torch.equal(model.generate(idx, 40, compile=True, **options), expected)
+    assert counters['stats']['unique_graphs'] == 1 and not counters['graph_break']
+    caches = model.decoder.kv_caches
+    for _ in range(3):
+        assert torch.equal(model.generate(idx, 40, compile=True, **options), expected)
+    assert counters['stats']['unique_graphs'] == 1 and model.decoder.kv_caches is caches
+
+
+def test_any_number_of_shapes_can_be_compiled(monkeypatch, counters):
+    """PyTorch refuses a ninth variant of one function by default. The backend does not matter for that."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda function, mode=None, **options: compile(function, backend='eager', **options))
+    model = tiny_gpt().eval()
+    for batch_size in range(1, 13):
+        idx, noise = torch.randint(50, (batch_size, 3)), torch.rand(batch_size, 5)
+        assert torch.equal(model.generate(idx, 5, noise=noise, compile=True), model.generate(idx, 5, noise=noise))
+    assert counters['stats']['unique_graphs'] == 12
+
+
+def test_two_compiled_ranks_train_as_one_process_in_one_graph_each(workspace):
+    flags = ['--dropout=0', '--max_iters=4', '--eval_interval=100']
+    workspace.run_python('train.py', *workspace.flags('out-eager'), *flags)
+    result = workspace.run_python('train.py', *workspace.flags('out-compiled'), *flags, '--compile=True', ranks=2,
+                                  TORCH_LOGS='graph_code')
+    assert result.codes == [0], result.stderr
+    for one, two in zip(workspace.records('out-eager'), workspace.records('out-compiled'), strict=True):
+        assert two == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
+    # training, evaluation, and the function that shows whether the compiler works, on each rank
+    assert result.stderr.count('TRACED GRAPH') == 2 * 3
