@@ -7,7 +7,7 @@ dataset = 'shakespeare'
 wandb_project = 'shakespeare'
 wandb_run_name = 'finetune'
 
-# docs/finetuning.md has the study of a small model from which the settings named "measured" come.
+# studies/finetuning.md has the study of a small model from which the settings named "measured" come.
 eval_interval = 5
 eval_iters = 40
 log_interval = 1

@@ -1,4 +1,4 @@
-# GPT-2 124M in fewer tokens, on FineWeb-Edu; with --dataset=openwebtext on OpenWebText. Not run yet: docs/recipe.md says what
+# GPT-2 124M in fewer tokens, on FineWeb-Edu; with --dataset=openwebtext on OpenWebText. Not run yet: studies/recipe.md says what
 # each part is worth by published figures. On one GPU, and on eight:
 #   python train.py config/train_gpt2_fast.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py

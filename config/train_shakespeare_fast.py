@@ -1,5 +1,5 @@
 # Shakespeare's plays on a CPU, one token a character, with what came after GPT-2: text, depth and width of the README's CPU
-# command, in the same time, for a lower loss. docs/recipe.md has the figures.
+# command, in the same time, for a lower loss. studies/recipe.md has the figures.
 #   python train.py config/train_shakespeare_fast.py
 out_dir = 'out-shakespeare-fast'
 sample_tokens = 200                 # after each evaluation

@@ -18,7 +18,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0                       # a short run sees too little to overfit
-init_std = 0.049                    # 0.02 sqrt(768 / n_embd); docs/initialisation.md says what it is worth
+init_std = 0.049                    # 0.02 sqrt(768 / n_embd); studies/initialisation.md says what it is worth
 
 learning_rate = 2e-3
 max_iters = 2500

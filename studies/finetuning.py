@@ -1,4 +1,4 @@
-"""Makes the tables and the picture of docs/finetuning.md. It needs data/shakespeare. For Linux and macOS.
+"""Makes the tables and the picture of studies/finetuning.md. It needs data/shakespeare. For Linux and macOS.
 
     python studies/finetuning.py
 

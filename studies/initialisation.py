@@ -1,4 +1,4 @@
-"""Makes the tables and the picture of docs/initialisation.md. It needs data/shakespeare_char, or another --dataset.
+"""Makes the tables and the picture of studies/initialisation.md. It needs data/shakespeare_char, or another --dataset.
 
     python studies/initialisation.py
     python studies/initialisation.py --variants="GPT-2; GPT-2, by width" --depths=4 --iters=1000 --picture=''

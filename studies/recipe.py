@@ -1,4 +1,4 @@
-"""Makes the tables and the picture of docs/recipe.md. For Linux and macOS, and data/shakespeare_char.
+"""Makes the tables and the picture of studies/recipe.md. For Linux and macOS, and data/shakespeare_char.
 
     python studies/recipe.py                       # both recipes, and the picture
     python studies/recipe.py --study=ablation      # the fast recipe with each part off

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from harness import ROOT
 
-BLOCKS = [(path.name, block) for path in sorted((ROOT / 'docs').glob('*.md'))
+BLOCKS = [(path.name, block) for path in sorted([*(ROOT / 'docs').glob('*.md'), *(ROOT / 'studies').glob('*.md')])
           for block in re.findall(r'^```python\n(.*?)^```', path.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)]
 
 
