@@ -3,15 +3,16 @@
 Import it before torch, so that Ctrl-C during torch's slow import shows no traceback. engine/ never prints.
 """
 
+import logging
 import os
 import sys
 import time
 from contextlib import contextmanager, suppress
 
 from engine.errors import RunError, UserError
+from engine.log import is_main_process, log, progress_bar  # noqa: F401
 
-# torchrun sets both. A leftover RANK without WORLD_SIZE must not silence the error that refuses it.
-IS_MAIN = os.environ.get('RANK', '0') == '0' or os.environ.get('WORLD_SIZE', '1') == '1'
+IS_MAIN = is_main_process()
 
 
 def print0(line='', end='\n', file=None):
@@ -35,11 +36,25 @@ def status(text):
             print0(' ' * len(text), end='\r', file=sys.stderr)
 
 
-def progress_bar(text, items, total, at_once=False):
-    """The `total` items, with a bar on a terminal once they take two seconds, which disappears at the end.
-    at_once: show it before the first item is done, which may take long."""
-    from tqdm import tqdm
-    return tqdm(items, text, total, delay=0 if at_once else 2, leave=False, disable=None if IS_MAIN else True)
+class PlainHandler(logging.Handler):
+    """Prints the lines of engine/ as they are, on rank 0.
+
+    stream: the name of the stream in `sys`, which is looked up at each line, as a program may replace it.
+    """
+
+    def __init__(self, stream='stdout'):
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record):
+        print0(record.getMessage(), file=getattr(sys, self.stream))
+
+
+def log_to(stream):
+    """Print the lines of engine/ to 'stdout' or 'stderr'. A script whose result goes to stdout logs to stderr."""
+    log.handlers = [PlainHandler(stream)]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def open_standard_streams():
@@ -119,3 +134,4 @@ sys.excepthook = hide_interrupt
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
 # PyTorch's profiler prints lines that begin with USDT at any level below this one.
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+log_to('stdout')
