@@ -1,7 +1,9 @@
 """Config files and --key=value flags over a script's settings.
 
-A setting is a global that a script assigns above its first function. Its name, default and
-trailing comment are read from the source, so `--help` always agrees with the script.
+A setting is a global that a script assigns above its first function. Its name, default and trailing
+comment are read from the source, so `--help` always agrees with the script. Its type is that of the
+default; an annotation such as Literal['auto', True, False] names the values that it may have.
+A script may add the fields of a dataclass, as train.py adds the options of the model: add_options.
 """
 
 import ast
@@ -17,38 +19,120 @@ from typing import NamedTuple
 
 from console import describe, print0
 
-from engine.errors import UserError, check_range, shorten  # noqa: F401  scripts call configurator.check_range
+from engine.errors import UserError, check_range, shorten  # noqa: F401, scripts use check_range
 
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 CONSTANTS = {'None': None, 'True': True, 'False': False, 'true': True, 'false': False}
+HELP_COLUMN = 38
 
 
 class Setting(NamedTuple):
     default: object
-    comment: str        # trailing, with the indented comment lines below it
-    group: str          # the last comment that began a line
+    comment: str            # trailing, with the lines of comment below it in the same column
+    group: str              # the last comment that began a line
+    choices: tuple = ()     # all values that it may have; none where the type alone decides
 
+
+# Reading settings from source
 
 def read_settings(script):
     """{name: Setting} of what a script assigns above its first function or class, in order."""
     source = Path(script).read_text(encoding='utf-8')
-    lines, settings, group, above = source.splitlines(), {}, '', 0
-    for node in ast.parse(source).body:
+    tree = ast.parse(source)
+    settings = {}
+    for node, comment, group in statements_with_comments(tree.body, source):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        headings = [line[2:] for line in lines[above:node.lineno - 1] if line.startswith('# ')]
-        group, above = headings[-1] if headings else group, node.end_lineno
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            comment = [lines[above - 1][node.end_col_offset:].strip('# ')]
-            for line in lines[above:]:
-                if not line.startswith(' ') or not line.strip().startswith('#'):
-                    break
-                comment.append(line.strip('# '))
-            if name.islower() and not name.startswith('_'):
-                settings[name] = Setting(ast.literal_eval(node.value), ' '.join(comment), group)
+        if is_call_of_add_options(node):
+            options = read_options(tree, Path(script).parent, node.value, group)
+            settings.update({option: setting for option, setting in options.items()
+                             if option not in settings})
+            continue
+        name = assigned_name(node)
+        if name.islower() and not name.startswith('_'):
+            default = ast.literal_eval(node.value)
+            settings[name] = Setting(default, comment, group, literals(node))
     return settings
+
+
+def assigned_name(node):
+    """The name that a statement such as `width = 3` or `width: int = 3` assigns, else ''."""
+    target = None
+    if isinstance(node, ast.Assign):
+        target = node.targets[0]
+    elif isinstance(node, ast.AnnAssign):
+        target = node.target
+    return target.id if isinstance(target, ast.Name) else ''
+
+
+def statements_with_comments(body, source):
+    """Yield (statement, its trailing comment, its group) of a module's or a class's body."""
+    lines = source.splitlines()
+    group = ''
+    end_of_last = body[0].lineno - 1
+    for node in body:
+        # a heading is the last comment above that begins where statements begin
+        margin = ' ' * node.col_offset + '# '
+        for line in lines[end_of_last:node.lineno - 1]:
+            if line.startswith(margin):
+                group = line.removeprefix(margin)
+        end_of_last = node.end_lineno
+
+        # the comment behind the statement goes on in the lines below it, further to the right
+        parts = [lines[node.end_lineno - 1][node.end_col_offset:].strip('# ')]
+        for line in lines[node.end_lineno:]:
+            indent = len(line) - len(line.lstrip())
+            if indent <= node.col_offset or not line.strip().startswith('#'):
+                break
+            parts.append(line.strip('# '))
+        yield node, ' '.join(parts), group
+
+
+def add_options(namespace, dataclass, leave_out=()):
+    """Add the fields of `dataclass` to a script's settings, at their defaults.
+
+    Fields that the script assigns itself above the call, and those in leave_out, stay as they are.
+    Returns the names of the added ones.
+    """
+    added = []
+    for name, field in dataclass.__dataclass_fields__.items():
+        if name not in namespace and name not in leave_out:
+            namespace[name] = field.default
+            added.append(name)
+    return tuple(added)
+
+
+def is_call_of_add_options(node):
+    """True for the statement `NAMES = configurator.add_options(...)`."""
+    return (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func) == 'configurator.add_options')
+
+
+def read_options(tree, folder, call, group):
+    """{name: Setting} of the fields that a call of add_options in the script `tree` adds."""
+    class_name = call.args[1].id
+    leave_out = ()
+    for keyword in call.keywords:
+        leave_out = ast.literal_eval(keyword.value)
+    module = next(node.module for node in tree.body if isinstance(node, ast.ImportFrom)
+                  and any(alias.name == class_name for alias in node.names))
+
+    source = (folder / f'{module}.py').read_text(encoding='utf-8')
+    body = next(node.body for node in ast.parse(source).body
+                if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return {
+        node.target.id: Setting(ast.literal_eval(node.value), comment, group, literals(node))
+        for node, comment, _ in statements_with_comments(body, source)
+        if isinstance(node, ast.AnnAssign) and node.target.id not in leave_out}
+
+
+def literals(node):
+    """The values in the annotation `Literal[...]` of an assignment; none without one."""
+    annotation = getattr(node, 'annotation', None)
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == 'Literal':
+        return tuple(ast.literal_eval(ast.Tuple(annotation.slice.elts, ast.Load())))
+    return ()
 
 
 def snapshot(namespace):
@@ -56,33 +140,44 @@ def snapshot(namespace):
     return {name: namespace[name] for name in read_settings(namespace['__file__'])}
 
 
+# Values
+
 def convert(name, setting, value):
-    """`value` as the type of the setting's default, or UserError with what was expected.
-    None, and True or False for a text, are accepted where the comment mentions them."""
+    """`value` as the type of the setting's default, or UserError with what was expected."""
+    if setting.choices:
+        if not any(type(value) is type(known) and value == known for known in setting.choices):
+            raise UserError(f'{name}={shorten(value)} should be one of '
+                            f'{", ".join(map(repr, setting.choices))}')
+        return value
     expected = type(setting.default)
     if expected is float and type(value) is int and abs(value) < 1e300:
         return float(value)
-    is_constant = value is None or type(value) is bool
-    if type(value) is not expected and not (is_constant and str(value) in setting.comment):
-        raise UserError(f'{name}={shorten(value)} should be {TYPE_NAMES[expected]}, such as the default {setting.default!r}')
+    if type(value) is not expected:
+        raise UserError(f'{name}={shorten(value)} should be {TYPE_NAMES[expected]}, '
+                        f'such as the default {setting.default!r}')
     return value
 
 
 def parse(setting, text):
     """What a flag's text means: itself for a text, else the Python literal that it spells."""
-    if text in CONSTANTS and str(CONSTANTS[text]) in setting.comment:
+    if text in CONSTANTS and CONSTANTS[text] in setting.choices:
         return CONSTANTS[text]
     if type(setting.default) is str:
         return text
+    if text in CONSTANTS:
+        return CONSTANTS[text]
     try:
-        return CONSTANTS[text] if text in CONSTANTS else ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text                                 # convert() then says what was expected
 
 
+# Config files
+
 def unknown_setting(name, settings):
     close = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
-    return UserError(f'there is no setting {name!r}; ' + (f'did you mean {close[0]}?' if close else '--help lists them all'))
+    advice = f'did you mean {close[0]}?' if close else '--help lists them all'
+    return UserError(f'there is no setting {name!r}; {advice}')
 
 
 def find_config(name):
@@ -93,8 +188,8 @@ def find_config(name):
                 return path
     known = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     close = difflib.get_close_matches(Path(name).stem, known, n=1)
-    raise UserError(f'there is no config file {shorten(name)}; '
-                    + (f'did you mean {close[0]}?' if close else f'config/ has {", ".join(known)}'))
+    advice = f'did you mean {close[0]}?' if close else f'config/ has {", ".join(known)}'
+    raise UserError(f'there is no config file {shorten(name)}; {advice}')
 
 
 def run_config(path, settings, values):
@@ -109,39 +204,74 @@ def run_config(path, settings, values):
         exec(compile(tree, str(path), 'exec'), namespace)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:                  # a config is a program: it may even call sys.exit
-        line = getattr(error, 'lineno', None) or max(
-            (f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)), default=1)
+    except BaseException as error:                  # a config is a program: it may call sys.exit
+        line = failing_line(error, path)
         raise UserError(f'{path}, line {line}: {describe(error)}') from None
-    nodes = list(ast.walk(tree))
-    assigned = {target.id for node in nodes if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr))
-                for target in ast.walk(node) if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)}
-    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+    assigned, stored = stored_names(tree)
     overrides = {}
     for name, value in namespace.items():
+        # assigned here, even to the same value; or changed by an import, as `from x import *` does
+        is_override = name in settings and (name in stored or value is not values[name])
         try:
-            # assigned here, even to the same value; or changed by an import such as `from x import *`
-            if name in settings and (name in stored or value is not values[name]):
+            if is_override:
                 overrides[name] = convert(name, settings[name], value)
-            elif (name in assigned and name not in settings and name.islower() and not name.startswith('_')
-                    and not isinstance(value, (types.FunctionType, type, types.ModuleType))):
-                raise UserError(f'{unknown_setting(name, settings)} (a leading _ makes a name the file\'s own)')
+            elif name in assigned and looks_like_a_setting(name, value) and name not in settings:
+                raise UserError(f"{unknown_setting(name, settings)} "
+                                f"(a leading _ makes a name the file's own)")
         except UserError as error:
             raise UserError(f'{path}: {error}') from None
     return overrides
 
 
+def failing_line(error, path):
+    """The number of the line in the config file `path` that raised `error`."""
+    line = getattr(error, 'lineno', None)           # of a SyntaxError
+    if line:
+        return line
+    frames = traceback.extract_tb(error.__traceback__)
+    return max((frame.lineno for frame in frames if frame.filename == str(path)), default=1)
+
+
+def stored_names(tree):
+    """Two sets of names: those that assignments of a file store, and all that it stores, such as
+    the variables of loops too."""
+    assigned, stored = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            stored.add(node.id)
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr)):
+            assigned.update(target.id for target in ast.walk(node)
+                            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store))
+    return assigned, stored
+
+
+def looks_like_a_setting(name, value):
+    is_plain = not isinstance(value, (types.FunctionType, type, types.ModuleType))
+    return is_plain and name.islower() and not name.startswith('_')
+
+
+# Help
+
 def show_help(script, settings, positional):
-    typed = os.path.relpath(sys.argv[0]) if sys.argv[0].endswith(os.path.basename(script)) else os.path.basename(script)
+    """Print a script's docstring, how to call it, and its settings in their groups."""
+    typed = os.path.basename(script)
+    if sys.argv[0].endswith(typed):
+        typed = os.path.relpath(sys.argv[0])
+    arguments = 'CONFIG_FILE ...' if positional is None else 'FOLDER ...'
     print0(ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8'))))
-    print0(f'\nusage: python {typed} {"CONFIG_FILE ..." if positional is None else "FOLDER ..."} [--SETTING=VALUE ...]')
+    print0(f'\nusage: python {typed} {arguments} [--SETTING=VALUE ...]')
+
     group = None
     for name, setting in settings.items():
         if setting.group != group:
-            print0(f'\n{setting.group}' if setting.group else '')
-        group = setting.group
-        print0(f'  {f"--{name}={setting.default!r}":<38}  {setting.comment}'.rstrip())
+            group = setting.group
+            print0(f'\n{group}' if group else '')
+        flag = f'--{name}={setting.default!r}'
+        print0(f'  {flag:<{HELP_COLUMN}}  {setting.comment}'.rstrip())
 
+
+# What scripts call
 
 def configure(namespace, arguments, positional=None):
     """Apply config files and flags, from left to right, to a script's globals.
@@ -155,44 +285,58 @@ def configure(namespace, arguments, positional=None):
     if '--help' in arguments or '-h' in arguments:
         show_help(namespace['__file__'], settings, positional)
         raise SystemExit(0)
+
     overrides = {}
     for argument in arguments:
-        if not argument.startswith('-'):
-            if positional is not None:
-                positional.append(argument)
-                continue
-            values = {name: overrides.get(name, setting.default) for name, setting in settings.items()}
+        if argument.startswith('-'):
+            name, value = read_flag(argument, settings)
+            overrides[name] = value
+        elif positional is not None:
+            positional.append(argument)
+        else:
+            values = {name: setting.default for name, setting in settings.items()}
+            values.update(overrides)
             overrides.update(run_config(find_config(argument), settings, values))
-            continue
-        name, equals, text = argument.lstrip('-').partition('=')
-        if name not in settings:
-            raise unknown_setting(name, settings)
-        if not equals:
-            raise UserError(f'{argument} lacks its value, as in --{name}={settings[name].default}')
-        overrides[name] = convert(name, settings[name], parse(settings[name], text))
     namespace.update(overrides)
     return overrides
 
 
+def read_flag(argument, settings):
+    """(name, value) of a flag such as --width=3."""
+    name, equals, text = argument.lstrip('-').partition('=')
+    if name not in settings:
+        raise unknown_setting(name, settings)
+    setting = settings[name]
+    if not equals:
+        raise UserError(f'{argument} lacks its value, as in --{name}={setting.default}')
+    return name, convert(name, setting, parse(setting, text))
+
+
 def restore_settings(namespace, saved, overrides, keep):
-    """Put the settings of a saved run into a script's globals, but for those in `overrides` and `keep`.
+    """Put the settings of a saved run into a script's globals, but for `overrides` and `keep`.
 
     saved: {name: value}, perhaps of nanoGPT: unknown names and unusable values are skipped. Returns
     {name: (saved value, override)} of the overrides that differ.
     """
-    settings, differences = read_settings(namespace['__file__']), {}
+    settings = read_settings(namespace['__file__'])
+    differences = {}
     for name, value in saved.items():
-        if name in settings and name not in keep:
-            with suppress(UserError):
-                value = convert(name, settings[name], value)
-                if name not in overrides:
-                    namespace[name] = value
-                elif overrides[name] != value:
-                    differences[name] = value, overrides[name]
+        if name not in settings or name in keep:
+            continue
+        try:
+            value = convert(name, settings[name], value)
+        except UserError:
+            continue
+        if name not in overrides:
+            namespace[name] = value
+        elif overrides[name] != value:
+            differences[name] = value, overrides[name]
     return differences
 
 
 def describe_settings(overrides):
     """The settings that were named, as a wrapped line for the log."""
-    text = 'settings: ' + (', '.join(f'{name}={value!r}' for name, value in overrides.items()) or 'defaults')
-    return textwrap.fill(text, 110, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+    named = ', '.join(f'{name}={value!r}' for name, value in overrides.items())
+    text = f'settings: {named or "defaults"}'
+    return textwrap.fill(text, 110, subsequent_indent='  ',
+                         break_long_words=False, break_on_hyphens=False)

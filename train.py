@@ -1,7 +1,7 @@
 """Train or finetune a GPT.
 
-    python train.py config/train_shakespeare_char.py                                    # one process, on a GPU if there is one
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py              # on 8 GPUs
+    python train.py config/train_shakespeare_char.py                        # one process
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py  # on 8 GPUs
 
 Everything random depends only on the seed, the iteration and the index in it. So a stopped run
 goes on exactly (--init_from=resume), and several ranks draw the batches that one would.
@@ -10,170 +10,193 @@ goes on exactly (--init_from=resume), and several ranks draw the batches that on
 import math
 import signal
 import sys
-from dataclasses import asdict
+from functools import partial
 from itertools import islice
+from typing import Literal
 
-from console import print0, progress_bar, report_errors, status  # before torch: see console.py
+from console import print0, report_errors, status  # before torch: see console.py
 
 import torch
 
 import configurator
 from engine.checkpoint import run_folder
-from engine.checkpoint import sharded as sharded_checkpoint
-from engine.checkpoint.run_folder import write_run_json
 from engine.dataloader.batches import eval_batches, open_dataset, train_batches
-from engine.device import derive_seed, grad_scaler
+from engine.device import derive_seed
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.evaluation.results import TaskScorer
 from engine.generation.generate import TextSampler
 from engine.hf.tokenizer_json import check_same_tokens
+from engine.log import progress_bar
 from engine.metrics.health import HealthMonitor
-from engine.metrics.metrics_file import MetricsWriter
 from engine.metrics.step_log import StepLog
 from engine.tokenizer import padded_vocab_size
-from engine.training import optim, parallel
-from engine.training.run import BatchSchedule, Progress, Run
-from engine.training.settings_checks import check_training, training_notes
+from engine.training import optim, parallel, settings_checks
+from engine.training.run import start_run
 from model import GPT, GPTConfig
 
 # input and output
-out_dir = 'out'                     # holds the model, the state and the metrics of the run
-eval_interval = 2000                # iterations between evaluations; each one saves
-log_interval = 1                    # iterations between log lines
-eval_iters = 200                    # batches of batch_size per split and evaluation
-eval_only = False                   # evaluate once, write nothing, and end
-checkpoint = 'gathered'             # gathered: ckpt.pt and state.pt, written by rank 0; sharded: a folder state/, to
-                                    # which each rank writes its shards while training goes on
-always_save_checkpoint = True       # False replaces ckpt.pt only when the val loss improves
-init_from = 'scratch'               # scratch, resume, auto (resume if there is a run), a hub model (gpt2, gpt2-medium,
-                                    # gpt2-large, gpt2-xl, OWNER/NAME), or a folder of Hugging Face weights
-overwrite = False                   # True replaces the run that out_dir holds
+out_dir = 'out'             # folder of the model, the state and the metrics of the run
+eval_interval = 2000        # iterations between evaluations; each one saves
+log_interval = 1            # iterations between log lines
+eval_iters = 200            # batches of batch_size per split and evaluation
+eval_only = False           # evaluate once, write nothing, and end
+checkpoint = 'gathered'     # gathered: rank 0 writes ckpt.pt and state.pt; sharded: each rank
+                            # writes to the folder state/ while training goes on
+always_save_checkpoint = True   # False replaces ckpt.pt only when the val loss improves
+init_from = 'scratch'       # scratch, resume, auto (resume if there is a run), or weights: gpt2,
+                            # gpt2-medium, -large, -xl, OWNER/NAME of the hub, or a folder
+overwrite = False           # True replaces the run that out_dir holds
 # at evaluations; none of these changes the weights, but patience may end the run
-sample_tokens = 0                   # length of a sample printed at each evaluation; 0 prints none
-sample_prompt = '\n'                # text that the sample continues
-eval_tasks = ''                     # tasks of evaluate.py to score at evaluations, such as hellaswag,lambada; '' scores none
-eval_tasks_interval = 0             # iterations between such scores; 0: at every evaluation
-eval_tasks_limit = 0                # examples of each task, from the first on; 0: all. 1,000 tell 0.29 from 0.33
-eval_tasks_data = 'data/evals'      # folder of the tasks, which data/evals/prepare.py fills
-patience = 0                        # evaluations without a better val loss after which the run ends; 0 never ends it
-health_interval = 0                 # iterations between measurements of each layer, printed and logged; 0 measures none
+sample_tokens = 0           # length of a sample printed at each evaluation; 0 prints none
+sample_prompt = '\n'        # text that the sample continues
+eval_tasks = ''             # tasks of evaluate.py to score, such as hellaswag,lambada
+eval_tasks_interval = 0     # iterations between such scores; 0: at every evaluation
+eval_tasks_limit = 0        # first examples of each task; 0: all. 1,000 have a stderr of 0.015
+eval_tasks_data = 'data/evals'  # folder of the tasks, which data/evals/prepare.py fills
+patience = 0                # evaluations without a better val loss that end the run; 0: never
+health_interval = 0         # iterations between measurements of each layer; 0 measures none
 # wandb
-wandb_log = False                   # True sends the metrics to wandb as well
+wandb_log = False           # True sends the metrics to wandb as well
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'             # a folder of data/ that its prepare.py has filled
-accept_dataset_change = False       # True resumes on a dataset that is not the one the run began with
-sampling = 'windows'                # windows, spread evenly over the text; epoch: each window once, then again cut elsewhere
-documents = 'any'                   # any: a sequence starts anywhere; whole: at the start of a document
+dataset = 'openwebtext'     # a folder of data/ that its prepare.py has filled
+accept_dataset_change = False   # True resumes on another dataset than the run began with
+sampling = 'windows'        # windows: spread evenly, they may overlap; epoch: each window once,
+                            # and the next epoch cuts the text into other windows
+documents = 'any'           # any: a sequence starts anywhere; whole: where a document starts
 gradient_accumulation_steps = 40    # micro-batches per iteration, over all ranks together
-batch_size = 12                     # sequences per micro-batch, at most; lower it where memory is short
-block_size = 1024                   # tokens of context; weights of --init_from that read more are cut to it
-batch_ramp_start = 0                # tokens of the first batch, which then grows to the full one; 0 is no ramp
-batch_ramp_tokens = 0               # tokens of training over which it grows; lr_decay_iters then counts full batches
+batch_size = 12             # sequences per micro-batch, at most; lower it where memory is short
+block_size = 1024           # tokens of context; longer ones of loaded weights are cut to it
+batch_ramp_start = 0        # tokens of the first batch, which then grows; 0 is no ramp
+batch_ramp_tokens = 0       # tokens until the batch is full; lr_decay_iters counts full batches
 # model; loaded weights keep their own shape
-n_layer = 12
-n_head = 12
-n_embd = 768
-dropout = 0.0                       # 0 for pretraining; 0.1 or more for finetuning and small data
-bias = False                        # biases in Linears and LayerNorms; GPT-2 has them
-# model beyond GPT-2; model.py explains each
-activation = 'gelu'                 # gelu, gelu_tanh, relu2 or swiglu
-position = 'learned'                # learned, rotary or alibi
-norm = 'layernorm'                  # layernorm, rmsnorm (without parameters) or rmsnorm_gain
-qk_norm = False                     # normalize queries and keys
-embedding_norm = False              # normalize what the first block reads
-n_kv_head = 0                       # heads of keys and values; 0: n_head
-n_inner = 0                         # width of the MLP; 0: 4 n_embd, or 8/3 n_embd with swiglu
-tied = True                         # the embedding is also the head
-softcap = 0.0                       # logits stay within (-softcap, softcap); 0: no limit
-zero_init = False                   # start with residual projections, and an untied head, of zeros
-init_std = 0.02                     # of the other initial weights; 0.02 sqrt(768 / n_embd) is better for narrow models
+n_layer = 12                # blocks
+n_head = 12                 # heads of attention in each block
+n_embd = 768                # channels, a multiple of n_head
+dropout = 0.0               # 0 for pretraining; 0.1 or more for finetuning and small data
+bias = False                # biases in Linears and LayerNorms; GPT-2 has them
+# model beyond GPT-2
+OPTIONS = configurator.add_options(globals(), GPTConfig, leave_out=('vocab_size',))
 # optimizer
-optimizer = 'adamw'                 # adamw; or muon for the matrices of the blocks, and AdamW for the rest
-learning_rate = 6e-4                # the highest, after warm-up
-muon_lr = 0.02                      # the highest of the matrices, with muon
-muon_momentum = 0.95                # of the matrices, from iteration 300 on; it begins with 0.85
-max_iters = 600000                  # optimizer steps in all
-weight_decay = 0.1                  # on matrices and embeddings only
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0                     # largest norm of the gradient; 0 does not clip
+optimizer = 'adamw'         # adamw; or muon for the matrices of the blocks, AdamW for the rest
+learning_rate = 6e-4        # the highest one, after warm-up
+muon_lr = 0.02              # the highest learning rate of Muon's matrices
+muon_momentum = 0.95        # Muon's momentum; it rises from 0.85 in the first 300 iterations
+max_iters = 600000          # optimizer steps in all
+weight_decay = 0.1          # it acts on matrices and embeddings only
+beta1 = 0.9                 # AdamW's decay of the mean of gradients
+beta2 = 0.95                # AdamW's decay of the mean of their squares
+grad_clip = 1.0             # largest norm of the gradient; 0 does not clip
 # learning rate schedule
-decay_lr = True                     # False keeps learning_rate throughout
-lr_schedule = 'cosine'              # cosine; linear; or wsd: constant, then linear over the last cooldown_iters
-warmup_iters = 2000                 # iterations of linear rise
-lr_decay_iters = 600000             # where the rate reaches min_lr; about max_iters
-cooldown_iters = 100000             # iterations of the fall, with wsd; about a sixth of lr_decay_iters
-min_lr = 6e-5                       # about a tenth of learning_rate
+decay_lr = True             # False keeps learning_rate throughout
+lr_schedule = 'cosine'      # cosine; linear; or wsd: constant, then linear over cooldown_iters
+warmup_iters = 2000         # iterations of linear rise
+lr_decay_iters = 600000     # iteration where the rate reaches min_lr; about max_iters
+cooldown_iters = 100000     # iterations of the fall with wsd; about a sixth of lr_decay_iters
+min_lr = 6e-5               # about a tenth of learning_rate
 # machine
-strategy = 'ddp'                    # of several ranks: ddp (each has the whole model), fsdp (each has a shard of
-                                    # it), hsdp (shards within a machine, copies across machines)
-reduce_dtype = 'float32'            # of gradients between ranks; bfloat16 halves the traffic
-backend = 'auto'                    # between ranks: auto, nccl (GPUs) or gloo (CPUs)
-device = 'auto'                     # auto, cuda, cuda:1, mps or cpu
-dtype = 'auto'                      # auto, float32, bfloat16 or float16 (with loss scaling)
-compile = 'auto'                    # auto (on CUDA), True or False: torch.compile
-recompute = False                   # True recomputes activations in backward: less memory, a third more work
-seed = 1337                         # of the initial weights, the batches and dropout
-rank_timeout = 600                  # seconds that ranks wait for a lost one before they give up
+strategy = 'ddp'            # ddp: each rank has the whole model; fsdp: each has a shard of it;
+                            # hsdp: shards within a machine, copies across machines
+reduce_dtype = 'float32'    # precision of gradients between ranks; bfloat16 halves the traffic
+backend = 'auto'            # between ranks: auto, nccl (GPUs) or gloo (CPUs)
+device = 'auto'             # auto, cuda, cuda:1, mps or cpu
+dtype = 'auto'              # auto, float32, bfloat16 or float16 (with loss scaling)
+compile: Literal['auto', True, False] = 'auto'      # auto (on CUDA), True or False: torch.compile
+recompute = False           # True recomputes activations: less memory, a third more work
+seed = 1337                 # of the initial weights, the batches and dropout
+rank_timeout = 600          # seconds that ranks wait for a lost one before they give up
 
-# A resumed run takes its saved settings, except these. The command that a stopped run prints repeats the first ones.
+# A resumed run takes its saved settings, except these. The command that a stopped run prints
+# repeats the first ones.
 REPEATED = ('device', 'dtype', 'compile', 'backend', 'wandb_log')
-NOT_RESTORED = (*REPEATED, 'out_dir', 'init_from', 'overwrite', 'eval_only', 'rank_timeout', 'accept_dataset_change')
-SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'activation', 'position', 'norm', 'qk_norm', 'embedding_norm', 'n_kv_head',
-         'n_inner', 'tied', 'softcap', 'zero_init', 'init_std')         # fields of GPTConfig, which loaded weights decide
+NOT_RESTORED = (*REPEATED, 'out_dir', 'init_from', 'overwrite', 'eval_only', 'rank_timeout',
+                'accept_dataset_change')
+# The settings that loaded weights decide.
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', *OPTIONS)
 
+
+# One iteration
 
 def get_lr(iteration):
-    """Linear rise, then a fall to min_lr at lr_decay_iters: a cosine (arXiv:1608.03983), a line from the rise on, or
-    a line over the last cooldown_iters (arXiv:2404.06395). iteration: with a batch ramp, in full batches."""
+    """The learning rate: a linear rise, then a fall to min_lr at lr_decay_iters.
+
+    The fall is a cosine (arXiv:1608.03983), a line from the rise on, or a line over the last
+    cooldown_iters (arXiv:2404.06395). iteration: with a batch ramp, in full batches.
+    """
     if not decay_lr:
         return learning_rate
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
-    start = max(warmup_iters, lr_decay_iters - cooldown_iters) if lr_schedule == 'wsd' else warmup_iters
-    progress = min(1.0, max(0.0, (iteration - start) / (lr_decay_iters - start)))
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if lr_schedule == 'cosine' else 1 - progress
+
+    first = warmup_iters                                # iteration at which the fall begins
+    if lr_schedule == 'wsd':
+        first = max(warmup_iters, lr_decay_iters - cooldown_iters)
+    progress = (iteration - first) / (lr_decay_iters - first)
+    progress = min(1.0, max(0.0, progress))
+    if lr_schedule == 'cosine':
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = 1 - progress
     return min_lr + (learning_rate - min_lr) * share
 
 
 def train_step(run, batches, env):
     """One optimizer step over this rank's micro-batches.
 
-    Returns {'loss': mean over them in nats, 'grad_norm': of the global batch}, scalar tensors not read
-    yet, so that the host runs ahead of a GPU. Where either is not finite, the weights stay as they are.
+    Returns {'loss': mean over them in nats, 'grad_norm': of the global batch}, scalar tensors not
+    read yet, so that the host runs ahead of a GPU. Where either is not finite, the weights stay.
     """
+    # forward and backward; the gradients of the micro-batches add up
     loss_sum = torch.zeros((), device=env.device)
     for micro_step in range(run.micro_steps):
         x, y = next(batches)                            # each (B, T)
         if run.model.config.dropout:
-            torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, env.rank * run.micro_steps + micro_step))
-        with parallel.sync_gradients(run.wrapped_model, enabled=micro_step == run.micro_steps - 1):
+            number = env.rank * run.micro_steps + micro_step
+            torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, number))
+        is_last = micro_step == run.micro_steps - 1
+        with parallel.sync_gradients(run.wrapped_model, enabled=is_last):
             with env.autocast():
                 loss = run.wrapped_model(x, y)[1]
             run.scaler.scale(loss / run.micro_steps).backward()
         loss_sum += loss.detach()
     loss = loss_sum / run.micro_steps
-    grad_norm = optim.step(run.optimizer, run.scaler, loss, run.grad_clip)      # clips, updates, clears the gradients
+
+    # clip
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = optim.clip_grad_norm(run.optimizer, run.grad_clip)
+
+    # update; the device decides whether it may, so the host does not wait. The loss scaler decides
+    # by itself. AdamW on a Mac ignores found_inf, and the log then ends the run before a save.
+    if not run.scaler.is_enabled():
+        run.optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
     return dict(loss=loss, grad_norm=grad_norm)
 
 
+# Evaluation
+
 @torch.no_grad()
 def estimate_loss(run, data, env):
-    """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared over the
-    ranks. None if a signal reached any rank. The model is left in evaluation mode."""
+    """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared by the ranks.
+
+    None if a signal reached any rank. The model is left in evaluation mode.
+    """
     run.wrapped_model.eval()
-    losses, mine = {}, len(range(env.rank, eval_iters, env.world_size))
+    most = math.ceil(eval_iters / env.world_size)               # batches of a rank
+    mine = len(range(env.rank, eval_iters, env.world_size))     # a last one may be a repeat
+    losses = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=env.device)
         batches = eval_batches(data, split, eval_iters, batch_size, env)
-        show = progress_bar(f'evaluating on {split}', batches, -(-eval_iters // env.world_size), at_once=env.compile)
-        for i, batch in enumerate(show):
+        bar = progress_bar(f'evaluating on {split}', batches, most, at_once=env.compile)
+        for i, (x, y) in enumerate(bar):
             with env.autocast():
-                loss = run.wrapped_model(*batch)[1]
-            if i < mine:                                # a rank's last batch may be a repeat, which does not count
+                loss = run.wrapped_model(x, y)[1]
+            if i < mine:
                 total += loss
             if env.stop_signal():
                 return None
@@ -181,158 +204,195 @@ def estimate_loss(run, data, env):
     return losses
 
 
-def build_model(saved, data, overrides):
-    """The model to train: new, of a saved run, or of pretrained weights."""
-    if not saved and init_from in ('scratch', 'auto'):
-        torch.manual_seed(seed)
-        shape = {name: globals()[name] for name in SHAPE}
-        return GPT(GPTConfig(block_size, padded_vocab_size(data.vocab_size), dropout=dropout, **shape))
-    model = GPT.from_checkpoint(saved, dropout) if saved else GPT.from_pretrained(init_from, {'dropout': dropout})
-    if not saved:
-        check_same_tokens(init_from, model.config.vocab_size, dataset, data.tokenizer)
-    if data.vocab_size > model.config.vocab_size:
-        raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, and the model only {model.config.vocab_size}')
-    for name in SHAPE:
-        value = getattr(model.config, name)
-        if overrides.get(name, value) != value:
-            print0(f'note: {name}={overrides[name]} has no effect, the weights have {name}={value}')
-    context = model.config.block_size
-    if block_size != context and ('block_size' in overrides or not saved and block_size < context):
-        print0(f'note: the weights have read contexts of {context} tokens, and now read {block_size}')
-        model.crop_block_size(block_size)
-    return model
+def evaluate(run, data, env):
+    """Print, record and return an evaluation: whether the val loss improved.
+
+    None if a signal reached any rank, and nothing is recorded. The model is left in training mode.
+    """
+    iter_num = run.progress.iter_num
+    losses = estimate_loss(run, data, env)
+    scores = {}
+    interval = eval_tasks_interval or eval_interval
+    scores_are_due = eval_only or iter_num % interval == 0 or iter_num >= max_iters
+    if losses and run.scorer and scores_are_due:
+        scores = run.scorer(run.model, env)
+    run.wrapped_model.train()
+    if losses is None or scores is None:
+        return None
+
+    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+    if scores:
+        text = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
+        print0(f'step {iter_num}: {text}')
+    improved = run.record_losses(losses, scores)
+    if run.sampler and env.is_main:
+        print0(run.sampler(run.model))
+    return improved
 
 
-def resume_or_start(overrides, env):
-    """(the saved state to go on from or None, the lock of out_dir). Takes over the settings of a saved run."""
-    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)    # locked until the end
+def is_evaluation_due(progress):
+    at_the_end = progress.iter_num >= max_iters
+    is_done = progress.last_eval == progress.iter_num
+    return not is_done and (progress.iter_num % eval_interval == 0 or at_the_end)
+
+
+def is_out_of_patience(progress):
+    """True at an evaluation where the last `patience` ones did not improve the best val loss."""
+    if not patience or progress.last_eval != progress.iter_num:
+        return False
+    return progress.iter_num // eval_interval - progress.best_iter // eval_interval >= patience
+
+
+# Start-up
+
+def open_run(overrides, env):
+    """(the saved state to go on from or None, the lock of out_dir). Takes over a run's settings."""
+    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)
     if saved:
-        changes = configurator.restore_settings(globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
-        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items() if name not in SHAPE]
-        if batch_ramp_start and {'batch_size', 'gradient_accumulation_steps', 'block_size'} & set(changes):
+        changes = configurator.restore_settings(
+            globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
+        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items()
+                  if name not in SHAPE]
+        of_the_batch = {'batch_size', 'gradient_accumulation_steps', 'block_size'}
+        if batch_ramp_start and of_the_batch & set(changes):
             notes.append('the learning rate counts full batches, and the full batch has changed')
-    check_training(globals())
-    for note in notes + training_notes(globals(), saved, env):
+    with env.raise_on_all_ranks():
+        settings_checks.check_training(globals())
+        settings_checks.check_ranks(globals(), env)
+    for note in notes + settings_checks.training_notes(globals(), saved, env):
         print0(f'note: {note}')
     return saved, run_lock
 
 
-def start_run(saved, data, overrides, env):
-    """The Run: its model on the device and over the ranks, its optimizer, and where it goes on."""
-    with env.raise_on_all_ranks():
-        sharded = parallel.check_strategy(strategy, reduce_dtype, env, optimizer)
-        if sharded and (sample_tokens or eval_tasks):
-            raise UserError(f'sample_tokens and eval_tasks read the whole model, and strategy={strategy} gives a rank a part; '
-                            f"try --sample_tokens=0 --eval_tasks=''")
-        # Rank 0 gives the others their shards, so only one copy of the whole model exists on a machine.
-        model = None if sharded and not env.is_main else build_model(saved, data, overrides)
-    model_config = model.config if model else None
-    if sharded:
-        model_config = env.all_gather(model_config)[0]
-        with torch.device('meta'):
-            model = model or GPT(model_config)
-    with env.raise_on_all_ranks():
-        batch_schedule = BatchSchedule(gradient_accumulation_steps, batch_size, model_config.block_size, env.world_size,
-                                       batch_ramp_start, batch_ramp_tokens)
-        scaler = grad_scaler(env.device, env.dtype)
-        data.set_block_size(model_config.block_size)
-        if saved:
-            data.check_same(saved, accept_dataset_change)
-    settings, progress = configurator.snapshot(globals()), Progress.of(saved, batch_schedule.full, model_config.block_size)
-    settings.update({name: value for name, value in asdict(model_config).items() if name in settings})      # of the weights
-    env.assert_same_on_all_ranks({**settings, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
-    with env.raise_on_all_ranks():                      # each rank finds the same mistakes, and rank 0 prints them
-        wrapped_model = parallel.wrap(model, env, strategy, recompute, reduce_dtype).train()
-        built_optimizer = optim.build(optimizer, model, learning_rate, weight_decay, (beta1, beta2), muon_lr, muon_momentum)
-        if saved and 'sharded' in saved:
-            saved = sharded_checkpoint.load(saved, model, built_optimizer, env)
-        optim.load_state_dict(built_optimizer, scaler, saved or {})
-        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar, print0)
-    description = dict(config=settings, tokenizer=data.tokenizer, fingerprint=data.fingerprint, dtype=env.dtype)
-    run = Run(model=model, wrapped_model=wrapped_model, optimizer=built_optimizer, scaler=scaler, batch_schedule=batch_schedule,
-              grad_clip=grad_clip, seed=seed, progress=progress, out_dir=out_dir, description=description, scorer=scorer)
-    if checkpoint == 'sharded' and not eval_only:
-        run.saver = sharded_checkpoint.ShardedSaver(out_dir, env)
-    if env.is_main and not eval_only:
-        run_folder.clean_out_dir(out_dir, saved)
-        write_run_json(out_dir, sys.argv, settings, env)
-        wandb_run = dict(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir, resume='allow')
-        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0,
-                                   wandb_log and wandb_run, (saved or {}).get('wandb_id'))
-    return run
+def build_model(saved, data, overrides):
+    """The model to train: new, of a saved run, or of pretrained weights."""
+    if saved:
+        model = GPT.from_checkpoint(saved, dropout)
+    elif init_from in ('scratch', 'auto'):
+        torch.manual_seed(seed)
+        shape = {name: globals()[name] for name in SHAPE}
+        vocab_size = padded_vocab_size(data.vocab_size)
+        return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
+    else:
+        model = GPT.from_pretrained(init_from, {'dropout': dropout})
+        check_same_tokens(init_from, model.config.vocab_size, dataset, data.tokenizer)
+
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
+                        f'and the model only {model.config.vocab_size}')
+    settings_checks.tell_what_weights_decide(model.config, SHAPE, overrides)
+
+    # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
+    context = model.config.block_size
+    is_wanted = 'block_size' in overrides or not saved and block_size < context
+    if block_size != context and is_wanted:
+        print0(f'note: the weights have read contexts of {context} tokens, '
+               f'and now read {block_size}')
+        model.crop_block_size(block_size)
+    return model
 
 
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
-    check_training(globals(), combinations=init_from not in ('resume', 'auto'))
+    settings_checks.check_training(globals(), combinations=init_from not in ('resume', 'auto'))
     env = start(device, dtype, compile, backend, rank_timeout)
+    run_lock = None
     try:
-        env.catch_signals(signal.SIGTERM)               # takes effect in the loop; Ctrl-C still ends the start-up
-        print0(f'{configurator.describe_settings(overrides)}\n{env.summary}')
-        saved, run_lock = resume_or_start(overrides, env)       # out_dir is locked until main ends
+        env.catch_signals(signal.SIGTERM)       # seen in the loop; Ctrl-C still ends the start-up
+        print0(configurator.describe_settings(overrides))
+        print0(env.summary)
+
+        saved, run_lock = open_run(overrides, env)
         data = open_dataset(dataset, env, sampling, documents)
-        sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed) if sample_tokens else None
-        run = start_run(saved, data, overrides, env)
-        del saved                                       # unmaps the checkpoint file
-        train(run, data, sampler, overrides, env)
+
+        # the model, its optimizer, and where the run goes on
+        build = partial(build_model, saved, data, overrides)
+        model = parallel.build_model(build, GPT, strategy, env)
+        run = start_run(configurator.snapshot(globals()), model, data, saved, env)
+        with env.raise_on_all_ranks():
+            if sample_tokens:
+                run.sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed)
+            if eval_tasks:
+                run.scorer = TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit,
+                                        data.tokenizer, model)
+        if not eval_only:
+            run.open_out_dir(saved, sys.argv, env)
+        del saved                               # unmaps the checkpoint file
+
+        print0(run.summary(data, max_iters, env))
+        env.catch_signals()
+        if eval_only:
+            evaluate(run, data, env)
+            run.finish(env.stop_signal(), env)
+        else:
+            train(run, data, overrides, env)
     finally:
-        env.restore_signals()                           # for a program that called main, and goes on
+        env.restore_signals()                   # for a program that called main, and goes on
+        if run_lock:
+            run_lock.release()
 
 
-def train(run, data, sampler, overrides, env):
-    """Train until max_iters, a stop signal, or the end of patience. sampler: of the sample at evaluations, or None."""
-    progress, batch_schedule = run.progress, run.batch_schedule
-    print0(run.summary(data, max_iters, env))
-    iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
+# The loop
+
+def train(run, data, overrides, env):
+    """Train until max_iters, a stop signal, or the end of patience."""
+    progress = run.progress
+    iterations = run.batch_schedule.iterations(progress.sequences, progress.tokens)
+    iterations = islice(iterations, max(0, max_iters - progress.iter_num))
     batches = train_batches(data, seed, iterations, env)
-    log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
-                  log_interval=log_interval, max_iters=max_iters, before_error=run.wait_for_save,
-                  advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
-                  health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
-    env.catch_signals()
+    health = None
+    if health_interval and run.writer:
+        health = HealthMonitor(run, data, env, health_interval)
+    log = StepLog(
+        env, run.writer, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
+        log_interval=log_interval, max_iters=max_iters, before_error=run.wait_for_save,
+        advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
+        health=health)
 
     first_iteration = progress.iter_num
     while True:
         # evaluate, sample, save
-        if eval_only or run.evaluation_is_due(eval_interval, max_iters):
+        if is_evaluation_due(progress):
             log.flush()
-            losses, scores = estimate_loss(run, data, env), {}
-            if losses and run.scorer and (eval_only or run.scores_are_due(eval_tasks_interval or eval_interval, max_iters)):
-                scores = run.scorer(run.model, env)
-            run.wrapped_model.train()
-            if losses is None or scores is None:
+            improved = evaluate(run, data, env)
+            if improved is None:
                 log.stop_signal = env.stop_signal()
                 break
-            print0(f'step {progress.iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            if scores:
-                print0(f'step {progress.iter_num}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()))
-            improved = run.record_losses(losses, scores)
-            if sampler and env.is_main:
-                print0(sampler(run.model))
-            if not eval_only:
-                with status('saving'):
-                    run.save(env, model_too=progress.iter_num > 0 and (improved or always_save_checkpoint))
+            is_model_due = progress.iter_num > 0 and (improved or always_save_checkpoint)
+            with status('saving'):
+                run.save(env, model_too=is_model_due)
             log.restart_clock()
-        if eval_only or progress.iter_num >= max_iters or run.is_out_of_patience(eval_interval, patience):
+        if progress.iter_num >= max_iters or is_out_of_patience(progress):
             break
 
-        # one iteration
-        lr = get_lr(progress.tokens / batch_schedule.full_tokens if batch_ramp_start else progress.iter_num)
+        # one optimizer step
+        iteration = progress.iter_num
+        if batch_ramp_start:
+            iteration = progress.tokens / run.batch_schedule.full_tokens
+        lr = get_lr(iteration)
         optim.set_lr(run.optimizer, lr, progress.iter_num)
-        with status('compiling the training step' if env.compile and progress.iter_num == first_iteration else ''):
-            step = train_step(run, batches, env)
+        is_compiling = env.compile and progress.iter_num == first_iteration
+        with status('compiling the training step' if is_compiling else ''):
+            numbers = train_step(run, batches, env)
         run.count_iteration()
-        if log.push(progress.iter_num - 1, step, progress.tokens, lr=lr):   # reads the step before; true when asked to stop
+
+        # log the step before; a stop signal may have reached a rank
+        asked_to_stop = log.push(progress.iter_num - 1, numbers, progress.tokens, lr=lr)
+        if asked_to_stop:
             break
 
+    # save where a signal ended the loop
     batches.close()
     log.flush()
     with status('saving'):
-        if log.stop_signal and not eval_only:
+        if log.stop_signal:
             run.save(env)
         run.wait_for_save()
-    repeated = ''.join(f' --{name}={overrides[name]}' for name in REPEATED if name in overrides)
-    run.finish(log.stop_signal, max_iters, repeated, eval_only, env, print0)
+    if log.stop_signal:
+        run.tell_how_to_resume(log.stop_signal, overrides, REPEATED, env)
+    else:
+        run.tell_of_the_end(max_iters)
+    run.finish(log.stop_signal, env)
 
 
 if __name__ == '__main__':

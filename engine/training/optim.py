@@ -1,6 +1,6 @@
-"""The optimizer, AdamW or Muon: parameter groups, one guarded step, and its state in checkpoints.
+"""The optimizers, AdamW and Muon: parameter groups, the learning rate, their state in checkpoints.
 
-The names of moments and of the guard stay in this file.
+The names of moments and of the guard `found_inf` stay in this file and in train.py's train_step.
 """
 
 import math
@@ -11,13 +11,23 @@ from engine import distributed
 from engine.errors import UserError
 from engine.training import parallel
 
-FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300             # of Muon; the second in iterations
-NEWTON_SCHULZ, PRECISION = (3.4445, -4.775, 2.0315), torch.bfloat16     # factors of x, x^3 and x^5
+# Muon
+FIRST_MOMENTUM = 0.85
+MOMENTUM_WARMUP = 300                           # iterations until the momentum is muon_momentum
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)        # factors of x, x^3 and x^5
+PRECISION = torch.bfloat16                      # of the Newton-Schulz steps
+
+MOMENTS_OF_ADAMW = ('exp_avg', 'exp_avg_sq')
+MOMENTS_OF_MUON = ('momentum_buffer',)
 
 
-def build(name, model, learning_rate, weight_decay, betas, muon_lr, muon_momentum=0.95):
-    """The optimizer 'adamw' or 'muon'. muon_lr: the highest rate of the matrices that Muon updates. muon_momentum: its momentum,
-    after its warm-up."""
+def build(name: str, model: torch.nn.Module, learning_rate: float, weight_decay: float,
+          betas: tuple, muon_lr: float, muon_momentum: float = 0.95) -> torch.optim.Optimizer:
+    """The optimizer 'adamw' or 'muon' of `model`.
+
+    muon_lr: the highest learning rate of the matrices that Muon updates. muon_momentum: their
+    momentum after its warm-up.
+    """
     if name not in ('adamw', 'muon'):
         raise UserError(f"optimizer={name!r} is unknown; try 'adamw' or 'muon'")
     if name == 'adamw':
@@ -25,125 +35,157 @@ def build(name, model, learning_rate, weight_decay, betas, muon_lr, muon_momentu
     return Muon(model, learning_rate, weight_decay, betas, muon_lr, muon_momentum)
 
 
-def adamw(model, learning_rate, weight_decay, betas):
+def adamw(model: torch.nn.Module, learning_rate: float, weight_decay: float,
+          betas: tuple) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and embeddings, none on biases and norms.
 
     The order of groups and parameters is nanoGPT's, so that the optimizer states of its
     checkpoints fit. Fused on every device: on a CPU that is three times as fast as the loop.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    groups = decayed_and_not(parameters, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def decayed_and_not(parameters, weight_decay):
+    """Two parameter groups: matrices and embeddings, which decay, and vectors, which do not."""
+    return [
+        dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0),
+    ]
 
 
 class Muon(torch.optim.AdamW):
     """Muon for the matrices of the blocks, AdamW for embeddings, an untied head, biases and norms.
 
-    A matrix moves by its momentum with all singular values brought near 1. The formula is that of torch.optim.Muon
-    with adjust_lr_fn='original': Nesterov momentum, five Newton-Schulz steps in bfloat16, the rate times
-    sqrt(rows / columns) where that is above 1, decoupled weight decay. Two things differ. Where one weight holds
-    several matrices (queries, keys and values; the gate and the value of SwiGLU), each is updated by itself. And
-    matrices of one shape go through Newton-Schulz together, which is faster. Under DDP every rank does the same.
+    A matrix moves by its momentum with all singular values brought near 1. The formula is that of
+    torch.optim.Muon with adjust_lr_fn='original': Nesterov momentum, five Newton-Schulz steps in
+    bfloat16, the rate times sqrt(rows / columns) where that is above 1, decoupled weight decay.
+    Two things differ. Where one weight holds several matrices (queries, keys and values; the gate
+    and the value of SwiGLU), each is updated by itself. And matrices of one shape go through
+    Newton-Schulz together, which is faster. Under DDP every rank does the same.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
 
     def __init__(self, model, learning_rate, weight_decay, betas, muon_lr, muon_momentum):
-        c, blocks = model.config, model.transformer.h
-        rows = {id(block.attn.c_attn.weight): [heads * c.head_size for heads in (c.n_head, c.kv_heads, c.kv_heads)]
-                for block in blocks}
-        if c.activation == 'swiglu':
-            rows.update({id(block.mlp.c_fc.weight): [c.mlp_width] * 2 for block in blocks})
+        blocks = model.transformer.h
         matrices = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
-        others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices) and p.requires_grad]
-        groups = [dict(params=matrices, weight_decay=weight_decay, lr=muon_lr, lr_scale=muon_lr / learning_rate,
-                       momentum=muon_momentum, last_momentum=muon_momentum,
-                       rows=[rows.get(id(p), [len(p)]) for p in matrices]),
-                  dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay),
-                  dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0)]
+        ids = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
+        rows = rows_of_matrices(model)
+
+        muon_group = dict(
+            params=matrices, weight_decay=weight_decay,
+            lr=muon_lr, lr_scale=muon_lr / learning_rate,
+            momentum=muon_momentum, last_momentum=muon_momentum,
+            rows=[rows.get(id(p), [len(p)]) for p in matrices])
+        groups = [muon_group, *decayed_and_not(others, weight_decay)]
         super().__init__(groups, lr=learning_rate, betas=betas, fused=True)
 
     @torch.no_grad()
     def step(self, closure=None):
         groups = self.param_groups
         self.update_matrices(groups[0])
-        self.param_groups = groups[1:]                          # AdamW updates these
+        self.param_groups = groups[1:]                  # AdamW updates these
         try:
             return super().step(closure)
         finally:
             self.param_groups = groups
 
     def update_matrices(self, group):
-        found_inf = getattr(self, 'found_inf', None)            # 1 on the device where nothing may change
-        enabled = torch.ones((), device=group['params'][0].device) if found_inf is None else (found_inf == 0).float()
-        keep = 1 - group['lr'] * group['weight_decay'] * enabled
-        wide = {}                                               # shape: [(matrix, its momentum)], turned if it is tall
+        # 1 where the step may change something, 0 where it may not, on the device
+        found_inf = getattr(self, 'found_inf', None)
+        enabled = torch.ones((), device=group['params'][0].device)
+        if found_inf is not None:
+            enabled = (found_inf == 0).float()
+
+        # the momentum of every matrix, those of one shape together; a tall one is turned
+        moves = {}                                      # shape: [(matrix, its momentum)]
         for p, rows in zip(group['params'], group['rows']):
-            gradient = p.grad.nan_to_num_(0.0, 0.0, 0.0)        # the product with 0 is then 0
-            if p not in self.state:                             # AdamW's load_state_dict wants a step everywhere
-                self.state[p].update(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
-            self.state[p]['step'] += enabled
-            buffer = self.state[p]['momentum_buffer'].lerp_(gradient, (1 - group['momentum']) * enabled)
-            p.mul_(keep)
-            for matrix, update in zip(p.split(rows), gradient.lerp(buffer, group['momentum']).split(rows)):
-                update = update if matrix.size(0) <= matrix.size(1) else update.t()
-                wide.setdefault(update.shape, []).append((matrix, update))
-        for pairs in wide.values():
-            for (matrix, _), update in zip(pairs, orthogonalize(torch.stack([update for _, update in pairs]))):
-                rate = group['lr'] * math.sqrt(max(1, matrix.size(0) / matrix.size(1))) * enabled
-                matrix.sub_((update if update.shape == matrix.shape else update.t()) * rate)
+            momentum = self.update_momentum(p, group['momentum'], enabled)
+            p.mul_(1 - group['lr'] * group['weight_decay'] * enabled)
+            for matrix, move in zip(p.split(rows), momentum.split(rows)):
+                if matrix.size(0) > matrix.size(1):
+                    move = move.t()
+                moves.setdefault(move.shape, []).append((matrix, move))
+
+        for pairs in moves.values():
+            updates = orthogonalize(torch.stack([move for _, move in pairs]))
+            for (matrix, _), update in zip(pairs, updates):
+                if update.shape != matrix.shape:
+                    update = update.t()
+                stretch = math.sqrt(max(1, matrix.size(0) / matrix.size(1)))
+                matrix.sub_(update * (group['lr'] * stretch * enabled))
+
+    def update_momentum(self, p, factor, enabled):
+        """The Nesterov momentum of the parameter p, after its gradient joined the buffer."""
+        gradient = p.grad.nan_to_num_(0.0, 0.0, 0.0)    # the product with enabled = 0 is then 0
+        state = self.state[p]
+        if not state:
+            state['step'] = torch.zeros((), device=p.device)    # AdamW wants one when it loads
+            state['momentum_buffer'] = torch.zeros_like(p)
+        state['step'] += enabled
+        buffer = state['momentum_buffer'].lerp_(gradient, (1 - factor) * enabled)
+        return gradient.lerp(buffer, factor)
+
+
+def rows_of_matrices(model):
+    """{id of a weight: rows of each matrix in it}, for the weights that hold several matrices."""
+    config = model.config
+    heads = (config.n_head, config.kv_heads, config.kv_heads)       # queries, keys, values
+    rows = {}
+    for block in model.transformer.h:
+        rows[id(block.attn.c_attn.weight)] = [n * config.head_size for n in heads]
+        if config.activation == 'swiglu':
+            rows[id(block.mlp.c_fc.weight)] = [config.mlp_width] * 2
+    return rows
 
 
 def orthogonalize(x):
-    """Each of the matrices x (N, rows, columns), rows <= columns, with all singular values moved to within
-    about 0.3 of 1, by five steps of a Newton-Schulz iteration in PRECISION."""
+    """Each of the matrices x (N, rows, columns), rows <= columns, with all singular values moved
+    to within about 0.3 of 1, by five steps of a Newton-Schulz iteration in PRECISION."""
     a, b, c = NEWTON_SCHULZ
     x = x.to(PRECISION)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.mT                                         # (N, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT                                             # (N, rows, rows)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
-def set_lr(optimizer, learning_rate, iteration=MOMENTUM_WARMUP):
-    """Set the learning rate of every parameter group. Muon's matrices keep their ratio to it, and their momentum
-    changes linearly from 0.85 at iteration 0 to muon_momentum at iteration 300."""
+# One step
+
+def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float,
+           iteration: int = MOMENTUM_WARMUP):
+    """Set the learning rate of every parameter group.
+
+    Muon's matrices keep their ratio to it, and their momentum changes linearly from 0.85 at
+    iteration 0 to muon_momentum at iteration 300.
+    """
+    warm = min(1, iteration / MOMENTUM_WARMUP)
     for group in optimizer.param_groups:
         group['lr'] = learning_rate * group.get('lr_scale', 1)
         if 'momentum' in group:
-            warm = min(1, iteration / MOMENTUM_WARMUP)
-            group['momentum'] = FIRST_MOMENTUM + (group['last_momentum'] - FIRST_MOMENTUM) * warm
+            rise = group['last_momentum'] - FIRST_MOMENTUM
+            group['momentum'] = FIRST_MOMENTUM + rise * warm
 
 
-def step(optimizer, scaler, loss, grad_clip):
-    """Clip the gradients, update the weights, clear the gradients. Returns the gradient norm, a scalar tensor.
+def clip_grad_norm(optimizer: torch.optim.Optimizer, grad_clip: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of at most grad_clip; 0 leaves them.
 
-    loss: scalar tensor, the loss of this step. grad_clip: largest norm, 0 for no limit. If the loss
-    or the norm is not finite, the weights stay as they are. The device decides that, so the host
-    does not wait. (AdamW on a Mac ignores found_inf; the log then ends the run before a save.)
+    Returns the norm before that, of all ranks together: a scalar tensor, not read yet.
     """
-    scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    parameters = parameters_of(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     if distributed.is_shard(norm):
         norm = norm.full_tensor()
-    if scaler.is_enabled():
-        scaler.step(optimizer)                          # skips the update itself, and lowers the scale
-        scaler.update()
-    else:
-        optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
-        optimizer.step()                                # Muon and the fused AdamW skip the update where this is 1
-    optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def state_dict(optimizer, scaler):
-    """{'optimizer', 'scaler'}: what `load_state_dict` restores."""
-    return dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+# Checkpoints
 
-
-def load_state_dict(optimizer, scaler, saved):
+def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, saved: dict):
     """Restore the moments and the loss scale from a loaded state, as far as it has them.
 
     The learning rate, betas and weight decay of `optimizer` stay. Raises UserError where the
@@ -151,28 +193,55 @@ def load_state_dict(optimizer, scaler, saved):
     """
     if 'optimizer' not in saved:
         return
-    fresh, moments = optimizer.state_dict(), {}
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    n_matrices = len(optimizer.param_groups[0]['params']) if isinstance(optimizer, Muon) else 0
-    kind, other = ('muon', 'adamw') if n_matrices else ('adamw', 'muon')
+    is_muon = isinstance(optimizer, Muon)
+    kind, other = ('muon', 'adamw') if is_muon else ('adamw', 'muon')
+    groups = optimizer.state_dict()['param_groups']
     try:
-        state, groups = saved['optimizer']['state'], saved['optimizer']['param_groups']
-        if any('momentum' in group for group in groups) != bool(n_matrices):
-            raise UserError(f'the run was trained with optimizer={other}, whose state optimizer={kind} cannot take; '
-                            f'go on with --optimizer={other}')
+        if was_muon(saved['optimizer']) != is_muon:
+            raise UserError(f'the run was trained with optimizer={other}, whose state '
+                            f'optimizer={kind} cannot take; go on with --optimizer={other}')
         if scaler.is_enabled() and saved.get('scaler'):
             scaler.load_state_dict(saved['scaler'])
-        fits = [group['params'] for group in groups] == [group['params'] for group in fresh['param_groups']]
-        for index, moment in state.items():
-            moments[index] = {'step': torch.tensor(float(moment['step']))}
-            for name in ('momentum_buffer',) if index < n_matrices else ('exp_avg', 'exp_avg_sq'):
-                moments[index][name] = parallel.shard_like(parameters[index], moment[name]).clone()
-                fits = fits and moments[index][name].shape == parameters[index].shape
-        fits = fits and len(moments) in (0, len(parameters))
+        moments = read_moments(optimizer, saved['optimizer']['state'])
+        saved_groups = [group['params'] for group in saved['optimizer']['param_groups']]
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f'the optimizer state is not one of {kind} ({type(error).__name__}: {error})') from None
-    if not fits:
+        raise UserError(f'the optimizer state is not one of {kind} '
+                        f'({type(error).__name__}: {error})') from None
+
+    if saved_groups != [group['params'] for group in groups] or not fits(moments, optimizer):
         raise UserError('the optimizer state belongs to a model of another shape')
-    optimizer.load_state_dict({'state': moments, 'param_groups': fresh['param_groups']})
+    optimizer.load_state_dict({'state': moments, 'param_groups': groups})
+
+
+def was_muon(saved):
+    return any('momentum' in group for group in saved['param_groups'])
+
+
+def parameters_of(optimizer):
+    """The parameters in the order in which a state numbers them."""
+    return [p for group in optimizer.param_groups for p in group['params']]
+
+
+def read_moments(optimizer, state):
+    """{number of a parameter: its moments}, sharded as the parameter is, in memory of their own."""
+    parameters = parameters_of(optimizer)
+    n_matrices = len(optimizer.param_groups[0]['params']) if isinstance(optimizer, Muon) else 0
+    moments = {}
+    for index, saved in state.items():
+        names = MOMENTS_OF_MUON if index < n_matrices else MOMENTS_OF_ADAMW
+        moments[index] = {'step': torch.tensor(float(saved['step']))}
+        for name in names:
+            value = parallel.shard_like(parameters[index], saved[name])
+            moments[index][name] = value.clone()
+    return moments
+
+
+def fits(moments, optimizer):
+    """True where each moment has its parameter's shape, and all parameters or none have moments."""
+    parameters = parameters_of(optimizer)
+    shapes_fit = all(value.shape == parameters[index].shape
+                     for index, values in moments.items()
+                     for name, value in values.items() if name != 'step')
+    return shapes_fit and len(moments) in (0, len(parameters))

@@ -1,89 +1,132 @@
-"""A run: what is trained, how far it is, and what its checkpoints hold."""
+"""A run: its batch, how far it is, what is trained, and what its checkpoints hold."""
 
 import math
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import gathered
+from engine.checkpoint import gathered, run_folder, sharded
 from engine.checkpoint.sharded import ShardedSaver
+from engine.dataloader.batches import TokenDataset
+from engine.device import grad_scaler
+from engine.distributed import Environment
 from engine.errors import RunError, UserError
+from engine.log import log
 from engine.metrics.metrics_file import MetricsWriter
 from engine.metrics.step_log import short_number
 from engine.training import optim, parallel
 
+# The batch
 
-def split_batch(n_sequences, batch_size, world_size):
-    """(micro_steps, micro_batch_size) of one rank: an equal share of n_sequences in equal micro-batches, as
-    large as batch_size allows. UserError where the ranks cannot share them equally."""
+class Split(NamedTuple):
+    """How a rank takes its share of a batch."""
+    micro_steps: int
+    micro_batch_size: int               # sequences
+
+
+class IterationBatch(NamedTuple):
+    """What one iteration reads."""
+    first_sequence: int                 # the number of its first sequence, over all ranks
+    micro_steps: int                    # of each rank
+    micro_batch_size: int               # sequences
+
+
+def split_batch(n_sequences: int, batch_size: int, world_size: int) -> Split:
+    """An equal share of n_sequences for each rank, in equal micro-batches of at most batch_size.
+
+    The micro-batches are as large as that allows. Raises UserError where the ranks cannot share the
+    sequences equally.
+    """
     if n_sequences % world_size:
         raise UserError(f'{n_sequences} sequences do not divide over {world_size} ranks')
     share = n_sequences // world_size
-    micro_batch_size = next(size for size in range(min(batch_size, share), 0, -1) if share % size == 0)
-    return share // micro_batch_size, micro_batch_size
+    size = min(batch_size, share)
+    while share % size:
+        size -= 1
+    return Split(share // size, size)
 
 
 class BatchSchedule:
-    """The global batch: gradient_accumulation_steps * batch_size sequences, whatever the number of ranks.
+    """The global batch: gradient_accumulation_steps * batch_size sequences for any number of ranks.
 
-    ramp_start, ramp_tokens: begin with ramp_start tokens, and grow linearly over the first ramp_tokens,
-    in steps of ramp_start (GPT-3, arXiv:2005.14165, appendix B). 0 is no ramp. A batch depends only on the
-    tokens before it, so a resumed run and any number of ranks take the same ones.
-    Micro-batches have one size during the ramp, as ramp_start allows, and another after it: torch.compile
-    compiles each of the two.
+    ramp_start, ramp_tokens: the batch begins with ramp_start tokens and grows linearly over the
+    first ramp_tokens, in steps of ramp_start (GPT-3, arXiv:2005.14165, appendix B); 0 is no ramp.
+    A batch depends only on the tokens before it, so a resumed run and any number of ranks take the
+    same ones. Micro-batches have one size during the ramp, as ramp_start allows, and another after
+    it, and torch.compile compiles each of the two.
     Raises UserError for numbers that do not divide, with settings that do.
     """
 
-    def __init__(self, gradient_accumulation_steps, batch_size, block_size, world_size, ramp_start=0, ramp_tokens=0):
-        self.full, self.block_size, self.ramp_tokens = gradient_accumulation_steps * batch_size, block_size, ramp_tokens
-        self.smallest = ramp_start // block_size or self.full
-        if ramp_start and (ramp_start % block_size or self.smallest > self.full or self.full % self.smallest):
-            fitting = max(n for n in range(1, min(self.smallest or 1, self.full) + 1) if self.full % n == 0)
-            raise UserError(f'batch_ramp_start={ramp_start} is not a part of the {self.full} x {block_size} tokens that the full '
-                            f'batch has; try --batch_ramp_start={fitting * block_size}')
+    def __init__(self, gradient_accumulation_steps: int, batch_size: int, block_size: int,
+                 world_size: int, ramp_start: int = 0, ramp_tokens: int = 0):
+        self.full = gradient_accumulation_steps * batch_size            # sequences
+        self.block_size = block_size
         self.full_tokens = self.full * block_size
+        self.ramp_tokens = ramp_tokens
+        self.smallest = self.full                                       # sequences
+        if ramp_start:
+            self.smallest = ramp_start // block_size
+            self.check_ramp(ramp_start)
+
         try:
             self.smallest_split = split_batch(self.smallest, batch_size, world_size)
             self.full_split = split_batch(self.full, batch_size, world_size)
         except UserError as error:
-            nearest = -(-gradient_accumulation_steps // world_size) * world_size
-            fitting = next((n for n in range(self.smallest, self.full + 1) if self.full % n == 0 and n % world_size == 0), 0)
-            advice = (f'--batch_ramp_start={fitting * block_size}' if ramp_start and fitting else
-                      f'--gradient_accumulation_steps={nearest}')
+            steps = math.ceil(gradient_accumulation_steps / world_size) * world_size
+            advice = f'--gradient_accumulation_steps={steps}'
+            fitting = [n for n in range(self.smallest, self.full + 1)
+                       if self.full % n == 0 and n % world_size == 0]
+            if ramp_start and fitting:
+                advice = f'--batch_ramp_start={fitting[0] * block_size}'
             raise UserError(f'{error}; try {advice}') from None
 
-    def n_sequences(self, tokens):
+    def check_ramp(self, ramp_start):
+        """UserError unless the first batch has whole sequences that divide the full batch."""
+        is_whole = ramp_start % self.block_size == 0
+        if is_whole and self.smallest <= self.full and self.full % self.smallest == 0:
+            return
+        largest = max(1, min(self.smallest, self.full))
+        fitting = max(n for n in range(1, largest + 1) if self.full % n == 0)
+        raise UserError(f'batch_ramp_start={ramp_start} is not a part of the {self.full} x '
+                        f'{self.block_size} tokens that the full batch has; '
+                        f'try --batch_ramp_start={fitting * self.block_size}')
+
+    def n_sequences(self, tokens: int) -> int:
         """The sequences of the iteration that follows `tokens` tokens of training."""
         if tokens >= self.ramp_tokens:
             return self.full
-        return self.smallest * (1 + (self.full // self.smallest - 1) * tokens // self.ramp_tokens)
+        steps = self.full // self.smallest - 1
+        return self.smallest * (1 + steps * tokens // self.ramp_tokens)
 
-    def split(self, tokens):
-        """(micro_steps, micro_batch_size) of this rank in the iteration that follows `tokens` tokens of training."""
+    def split(self, tokens: int) -> Split:
+        """This rank's share of the iteration that follows `tokens` tokens of training."""
         if tokens >= self.ramp_tokens:
             return self.full_split
         micro_steps, micro_batch_size = self.smallest_split
-        return micro_steps * self.n_sequences(tokens) // self.smallest, micro_batch_size
+        times = self.n_sequences(tokens) // self.smallest
+        return Split(micro_steps * times, micro_batch_size)
 
-    def micro_steps(self, tokens):
-        return self.split(tokens)[0]
-
-    def iterations(self, sequences, tokens):
-        """Yield (number of its first sequence, micro_steps, micro_batch_size) of each iteration after so much training."""
+    def iterations(self, sequences: int, tokens: int) -> Iterator[IterationBatch]:
+        """Yield the batch of each iteration, after so many sequences and tokens of training."""
         while True:
-            yield sequences, *self.split(tokens)
+            yield IterationBatch(sequences, *self.split(tokens))
             n_sequences = self.n_sequences(tokens)
-            sequences, tokens = sequences + n_sequences, tokens + n_sequences * self.block_size
+            sequences += n_sequences
+            tokens += n_sequences * self.block_size
 
-    def tokens_after(self, iterations, tokens=0):
-        """The tokens of training after so many more iterations."""
+    def tokens_after(self, iterations: int, tokens: int = 0) -> int:
+        """How many tokens a run has read after `tokens` tokens and so many more iterations."""
         while iterations and tokens < self.ramp_tokens:
-            tokens, iterations = tokens + self.n_sequences(tokens) * self.block_size, iterations - 1
-        return tokens + iterations * self.full * self.block_size
+            tokens += self.n_sequences(tokens) * self.block_size
+            iterations -= 1
+        return tokens + iterations * self.full_tokens
 
+
+# The run
 
 @dataclass
 class Progress:
@@ -96,12 +139,16 @@ class Progress:
     last_eval: int | None = None        # iteration of the last evaluation
 
     @classmethod
-    def of(cls, saved, sequences_per_iter, block_size):
-        """The progress in a checkpoint; none without one. A checkpoint of nanoGPT does not count sequences,
-        so its iterations are counted with this run's batch."""
+    def of(cls, saved: dict | None, sequences_per_iter: int, block_size: int) -> 'Progress':
+        """The progress in a checkpoint; none without one.
+
+        A checkpoint of nanoGPT does not count sequences, so its iterations are counted with this
+        run's batch of sequences_per_iter.
+        """
         if not saved:
             return cls()
-        fields = {name: saved[name] for name in cls.__dataclass_fields__ if saved.get(name) is not None}
+        fields = {name: saved[name] for name in cls.__dataclass_fields__
+                  if saved.get(name) is not None}
         fields.setdefault('sequences', saved['iter_num'] * sequences_per_iter)
         fields.setdefault('tokens', fields['sequences'] * block_size)
         fields.setdefault('best_iter', saved['iter_num'])
@@ -112,106 +159,209 @@ class Progress:
 class Run:
     """A model in training. save and finish are collective: every rank calls them."""
     model: torch.nn.Module              # the plain module, for saving and sampling
-    wrapped_model: torch.nn.Module      # what the training step calls: compiled, and over the ranks
+    wrapped_model: torch.nn.Module      # what the step calls: compiled, and over the ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     batch_schedule: BatchSchedule
-    grad_clip: float
+    grad_clip: float                    # largest norm of the gradient; 0 does not clip
     seed: int
     progress: Progress
     out_dir: str = ''
-    description: dict | None = None     # {'config', 'tokenizer', 'fingerprint'} for checkpoints
-    scorer: Callable | None = None      # of eval_tasks: an evals.TaskScorer
-    saver: ShardedSaver | None = None   # where each rank writes its own shards
+    description: dict | None = None     # {'config', 'tokenizer', 'fingerprint', 'dtype'} to save
+    scorer: Callable | None = None      # scores eval_tasks: an evaluation.results.TaskScorer
+    sampler: Callable | None = None     # makes the sample at evaluations: a TextSampler
+    saver: ShardedSaver | None = None   # writes this rank's shards, with --checkpoint=sharded
     writer: MetricsWriter | None = None
 
     @property
-    def micro_steps(self):
+    def micro_steps(self) -> int:
         """Micro-batches of this rank in the iteration that comes next."""
-        return self.batch_schedule.micro_steps(self.progress.tokens)
+        return self.batch_schedule.split(self.progress.tokens).micro_steps
 
-    def summary(self, data, max_iters, env):
-        """Two lines to show the user: what an iteration computes, and how much text the run reads of `data`."""
-        progress, schedule, available = self.progress, self.batch_schedule, len(data.tokens['train'])
-        tokens = schedule.tokens_after(max(0, max_iters - progress.iter_num), progress.tokens)
-        micro_steps, micro_batch_size = schedule.split(progress.tokens)
-        return (f'{self.model.get_num_params():,} parameters, {micro_steps * env.world_size} micro-batches of '
-                f'{micro_batch_size} x {data.block_size} tokens per iteration, from iteration {progress.iter_num}\n'
-                f'{data.folder.name}: {available:,} tokens to train on; {max(max_iters, progress.iter_num):,} iterations read '
-                f'{short_number(tokens)}, {tokens / available:.3g} epochs')
+    def summary(self, data: TokenDataset, max_iters: int, env: Environment) -> str:
+        """Two lines to show: what an iteration computes, and how much of `data` the run reads."""
+        schedule = self.batch_schedule
+        iter_num = self.progress.iter_num
+        micro_steps, micro_batch_size = schedule.split(self.progress.tokens)
+        batch = (f'{self.model.get_num_params():,} parameters, '
+                 f'{micro_steps * env.world_size} micro-batches of '
+                 f'{micro_batch_size} x {data.block_size} tokens per iteration, '
+                 f'from iteration {iter_num}')
+
+        available = len(data.tokens['train'])
+        iterations_left = max(0, max_iters - iter_num)
+        tokens = schedule.tokens_after(iterations_left, self.progress.tokens)
+        text = (f'{data.folder.name}: {available:,} tokens to train on; '
+                f'{max(max_iters, iter_num):,} iterations read {short_number(tokens)}, '
+                f'{tokens / available:.3g} epochs')
+        return f'{batch}\n{text}'
+
+    def open_out_dir(self, saved: dict | None, command: list, env: Environment):
+        """Make out_dir ready for saves, and open its files. Only a run that is sure to start does.
+
+        saved: what the run goes on from, or None. command: what was typed, for run.json.
+        """
+        settings = self.description['config']
+        if settings['checkpoint'] == 'sharded':
+            self.saver = ShardedSaver(self.out_dir, env)
+        if not env.is_main:
+            return
+        run_folder.clean_out_dir(self.out_dir, saved)
+        run_folder.write_run_json(self.out_dir, command, settings, env)
+
+        wandb_run = None                # the arguments of wandb.init
+        if settings['wandb_log']:
+            wandb_run = dict(
+                project=settings['wandb_project'], name=settings['wandb_run_name'],
+                config=settings, dir=self.out_dir, resume='allow')
+        progress = self.progress
+        was_evaluated = progress.last_eval == progress.iter_num
+        wandb_id = (saved or {}).get('wandb_id')
+        self.writer = MetricsWriter(self.out_dir, progress.iter_num, was_evaluated,
+                                    wandb_run, wandb_id)
 
     def count_iteration(self):
         """Note that one more iteration is done."""
-        n_sequences = self.batch_schedule.n_sequences(self.progress.tokens)
-        self.progress.iter_num += 1
-        self.progress.sequences += n_sequences
-        self.progress.tokens += n_sequences * self.batch_schedule.block_size
+        progress = self.progress
+        n_sequences = self.batch_schedule.n_sequences(progress.tokens)
+        progress.iter_num += 1
+        progress.sequences += n_sequences
+        progress.tokens += n_sequences * self.batch_schedule.block_size
 
-    def evaluation_is_due(self, eval_interval, max_iters):
-        iter_num = self.progress.iter_num
-        return self.progress.last_eval != iter_num and (iter_num % eval_interval == 0 or iter_num >= max_iters)
+    def record_losses(self, losses: dict, scores: dict) -> bool:
+        """Record an evaluation at this iteration. True where its val loss is the best so far.
 
-    def scores_are_due(self, interval, max_iters):
-        return self.progress.iter_num % interval == 0 or self.progress.iter_num >= max_iters
-
-    def is_out_of_patience(self, eval_interval, patience):
-        """True at an evaluation where the last `patience` ones, at multiples of eval_interval, did not improve the best
-        val loss. 0 is never."""
-        iter_num, best_iter, last_eval = self.progress.iter_num, self.progress.best_iter, self.progress.last_eval
-        return bool(patience) and last_eval == iter_num and iter_num // eval_interval - best_iter // eval_interval >= patience
-
-    def record_losses(self, losses, scores):
-        """Record an evaluation at this iteration. scores: of tasks, {name: value}. True where the loss is the best.
-        RunError where it is not finite."""
+        losses: {'train': nats, 'val': nats}. scores: of tasks, {name: value}.
+        Raises RunError where the val loss is not finite.
+        """
         progress = self.progress
         if not math.isfinite(losses['val']):
             self.wait_for_save()
-            raise RunError(f'step {progress.iter_num}: val loss {losses["val"]}; {self.out_dir} keeps what was saved before')
-        improved, progress.last_eval = losses['val'] < progress.best_val_loss, progress.iter_num
+            raise RunError(f'step {progress.iter_num}: val loss {losses["val"]}; '
+                           f'{self.out_dir} keeps what was saved before')
+
+        progress.last_eval = progress.iter_num
+        improved = losses['val'] < progress.best_val_loss
         if improved:
-            progress.best_val_loss, progress.best_iter = losses['val'], progress.iter_num
+            progress.best_val_loss = losses['val']
+            progress.best_iter = progress.iter_num
         if self.writer:
-            self.writer.write(progress.iter_num, train_loss=losses['train'], val_loss=losses['val'], **scores)
+            self.writer.write(progress.iter_num, train_loss=losses['train'],
+                              val_loss=losses['val'], **scores)
         return improved
 
-    def save(self, env, model_too=False):
-        """Write state.pt, and with model_too ckpt.pt; or begin to write state/. RunError where that fails."""
-        optimizer_state = optim.state_dict(self.optimizer, self.scaler)
-        rest = dict(asdict(self.progress), wandb_id=self.writer and self.writer.wandb_id, **self.description)
+    # Saving
+
+    def save(self, env: Environment, model_too: bool = False):
+        """Write state.pt, and with model_too ckpt.pt; or begin to write state/.
+
+        Raises RunError where that fails.
+        """
+        optimizer_state = dict(optimizer=self.optimizer.state_dict(),
+                               scaler=self.scaler.state_dict())
+        wandb_id = self.writer.wandb_id if self.writer else None
+        rest = dict(asdict(self.progress), wandb_id=wandb_id, **self.description)
         if self.saver:
             contents = self.model.to_checkpoint()
             del contents['model']
             self.saver.save(self.model, optimizer_state, {**contents, **rest})
             return
-        model, optimizer_state = parallel.gather_model(self.model), parallel.gather(optimizer_state)
-        if env.is_main:
-            if model_too:
-                gathered.save_model(self.out_dir, model, **rest)
-            gathered.save_state(self.out_dir, model, **rest, **optimizer_state)
+
+        model = parallel.gather_model(self.model)
+        optimizer_state = parallel.gather(optimizer_state)
+        if not env.is_main:
+            return
+        if model_too:
+            gathered.save_model(self.out_dir, model, **rest)
+        gathered.save_state(self.out_dir, model, **rest, **optimizer_state)
 
     def wait_for_save(self):
         """Wait until the last save is on disk. RunError where it failed."""
         if self.saver:
             self.saver.wait()
 
-    def finish(self, stop_signal, max_iters, resume_flags, read_only, env, print_line):
-        """Say what the run made, once it is saved, and end together with the other ranks.
+    # The end
 
-        resume_flags: what a resume on this machine has to repeat. read_only: nothing was saved. print_line: prints one line.
-        Raises SystemExit with 128 + stop_signal.
+    def tell_how_to_resume(self, stop_signal: int, overrides: dict, repeated: tuple,
+                           env: Environment):
+        """Say that a signal ended the run, and what to type to go on.
+
+        overrides: the settings that this command named, {name: value}. repeated: the names of those
+        that a resume does not take from the checkpoint.
         """
-        progress, out_dir = self.progress, shlex.quote(self.out_dir)
-        if stop_signal and not read_only:
-            print_line(f'{signal.Signals(stop_signal).name}: saved at iteration {progress.iter_num}; go on with: '
-                       f'{env.launcher} train.py --init_from=resume --out_dir={out_dir}{resume_flags}')
-        elif self.writer:
-            if progress.iter_num < max_iters:
-                print_line('stopped early, as the val loss did not improve; go on with more --patience, or with --patience=0')
-            print_line(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, {self.writer.elapsed()}; '
-                       f'best val loss {progress.best_val_loss:.4f} at iteration {progress.best_iter}\n'
-                       f'next: python sample.py --out_dir={out_dir}    (to train longer, resume with more --max_iters)')
+        flags = ''.join(f' --{name}={overrides[name]}' for name in repeated if name in overrides)
+        log.info(f'{signal.Signals(stop_signal).name}: saved at iteration '
+                 f'{self.progress.iter_num}; go on with: {env.launcher} train.py '
+                 f'--init_from=resume --out_dir={shlex.quote(self.out_dir)}{flags}')
+
+    def tell_of_the_end(self, max_iters: int):
+        """Say what the run made, on rank 0."""
+        if not self.writer:
+            return
+        progress = self.progress
+        if progress.iter_num < max_iters:
+            log.info('stopped early, as the val loss did not improve; '
+                     'go on with more --patience, or with --patience=0')
+        log.info(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, '
+                 f'{self.writer.elapsed()}; best val loss {progress.best_val_loss:.4f} '
+                 f'at iteration {progress.best_iter}')
+        log.info(f'next: python sample.py --out_dir={shlex.quote(self.out_dir)}    '
+                 f'(to train longer, resume with more --max_iters)')
+
+    def finish(self, stop_signal: int, env: Environment):
+        """Close the files, and end together with the other ranks.
+
+        Raises SystemExit with 128 + stop_signal, if there was one.
+        """
         if self.writer:
             self.writer.close()
-        env.barrier()                                   # if the last save fails, every rank fails
+        env.barrier()                   # if the last save fails, every rank fails
         if stop_signal:
             raise SystemExit(128 + stop_signal)
+
+
+def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset, saved: dict | None,
+              env: Environment) -> Run:
+    """The Run: `model` on its device and over the ranks, its optimizer, and where it goes on.
+
+    settings: train.py's, {name: value}. saved: the state that the run goes on from, or None.
+    Raises UserError on all ranks where they do not fit each other.
+    """
+    # the batch and the data
+    block_size = model.config.block_size
+    with env.raise_on_all_ranks():
+        batch_schedule = BatchSchedule(
+            settings['gradient_accumulation_steps'], settings['batch_size'], block_size,
+            env.world_size, settings['batch_ramp_start'], settings['batch_ramp_tokens'])
+        scaler = grad_scaler(env.device, env.dtype)
+        data.set_block_size(block_size)
+        if saved:
+            data.check_same(saved, settings['accept_dataset_change'])
+
+    # the shape that the weights have is saved, not the one that was asked for
+    settings = dict(settings)
+    for name, value in asdict(model.config).items():
+        if name in settings:
+            settings[name] = value
+    progress = Progress.of(saved, batch_schedule.full, block_size)
+    env.assert_same_on_all_ranks({
+        **settings, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
+
+    # over the ranks, and then the optimizer of the parameters that are there
+    with env.raise_on_all_ranks():
+        wrapped_model = parallel.wrap(model, env, settings['strategy'], settings['recompute'],
+                                      settings['reduce_dtype'])
+        betas = (settings['beta1'], settings['beta2'])
+        optimizer = optim.build(
+            settings['optimizer'], model, settings['learning_rate'], settings['weight_decay'],
+            betas, settings['muon_lr'], settings['muon_momentum'])
+        if saved and 'sharded' in saved:
+            saved = sharded.load(saved, model, optimizer, env)
+        optim.load_state_dict(optimizer, scaler, saved or {})
+
+    return Run(
+        model, wrapped_model.train(), optimizer, scaler, batch_schedule,
+        grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
+        out_dir=settings['out_dir'],
+        description=dict(config=settings, tokenizer=data.tokenizer,
+                         fingerprint=data.fingerprint, dtype=env.dtype))
