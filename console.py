@@ -1,6 +1,7 @@
 """What a script prints, and how it ends: one line for an error, and an exit code.
 
-Import it before torch, so that Ctrl-C during torch's slow import shows no traceback. engine/ never prints.
+Import it before torch, so that Ctrl-C during torch's slow import shows no traceback. engine/ never
+prints: it logs, and the handler below prints its lines.
 """
 
 import logging
@@ -10,17 +11,44 @@ import time
 from contextlib import contextmanager, suppress
 
 from engine.errors import RunError, UserError
-from engine.log import is_main_process, log, progress_bar  # noqa: F401
+from engine.log import is_main_process, log, progress_bar  # noqa: F401, scripts import it from here
 
 IS_MAIN = is_main_process()
 
 
+# Lines
+
 def print0(line='', end='\n', file=None):
-    """Print on rank 0. A failed print is ignored: the reader may be gone (`| head`, Ctrl-C on `| tee`),
-    the terminal closed, or the disk full."""
+    """Print on rank 0.
+
+    A failed print is ignored: the reader may be gone (`| head`, Ctrl-C on `| tee`), the terminal
+    closed, or the disk full.
+    """
     if IS_MAIN:
         with suppress(OSError, ValueError):         # ValueError: the stream is closed
             print(line, end=end, file=file, flush=True)
+
+
+class PlainHandler(logging.Handler):
+    """Prints the lines that engine/ logs as they are, on rank 0.
+
+    stream: 'stdout' or 'stderr'. It is looked up in `sys` at each line, as a program may replace it.
+    """
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record):
+        print0(record.getMessage(), file=getattr(sys, self.stream))
+
+
+def log_to(stream):
+    """Print what engine/ logs to 'stdout' or 'stderr'. A script whose result goes to stdout logs to
+    stderr."""
+    log.handlers = [PlainHandler(stream)]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 @contextmanager
@@ -36,31 +64,16 @@ def status(text):
             print0(' ' * len(text), end='\r', file=sys.stderr)
 
 
-class PlainHandler(logging.Handler):
-    """Prints the lines of engine/ as they are, on rank 0.
-
-    stream: the name of the stream in `sys`, which is looked up at each line, as a program may replace it.
-    """
-
-    def __init__(self, stream='stdout'):
-        super().__init__()
-        self.stream = stream
-
-    def emit(self, record):
-        print0(record.getMessage(), file=getattr(sys, self.stream))
-
-
-def log_to(stream):
-    """Print the lines of engine/ to 'stdout' or 'stderr'. A script whose result goes to stdout logs to stderr."""
-    log.handlers = [PlainHandler(stream)]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
+# Streams
 
 def open_standard_streams():
-    """Open stdin, stdout and stderr on os.devnull where the caller closed them. Otherwise the next
-    file that is opened, a checkpoint perhaps, takes their number and receives what is printed."""
-    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):       # in the order of their numbers
+    """Open stdin, stdout and stderr on os.devnull where the caller closed them.
+
+    Otherwise the next file that is opened, a checkpoint perhaps, takes their number and receives
+    what is printed.
+    """
+    in_order_of_numbers = (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'))
+    for name, mode in in_order_of_numbers:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
 
@@ -75,10 +88,15 @@ def flush_or_drop():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+# Errors
+
 @contextmanager
 def report_errors():
-    """Show UserError as one line and exit 2. Show RunError, the system's errors and lack of memory as
-    one line and exit 1. Exit 130 after Ctrl-C. Anything else is a bug, and keeps its traceback."""
+    """Show an error as one line, and end with an exit code.
+
+    UserError exits 2. RunError, the system's errors and a lack of memory exit 1. Ctrl-C exits 130.
+    Anything else is a bug, and keeps its traceback.
+    """
     open_standard_streams()
     try:
         yield
@@ -87,32 +105,37 @@ def report_errors():
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UserError, RunError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = (isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
-                         or 'DefaultCPUAllocator' in str(error))
-        if not isinstance(error, (UserError, RunError, OSError)) and not out_of_memory:
-            raise
         line = ' '.join(str(error).split()) or type(error).__name__
-        if out_of_memory:
+        if is_out_of_memory(error):
             line = f'out of memory; a smaller batch, or a smaller model, may fit ({line[:150]})'
-        report(line, error)
+        elif not isinstance(error, (UserError, RunError, OSError)):
+            raise
+        print_error(line, error)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     finally:
         flush_or_drop()
 
 
-def report(line, error):
+def is_out_of_memory(error):
+    """True for Python's MemoryError, and for what PyTorch raises on a GPU and on a CPU."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
+            or 'DefaultCPUAllocator' in str(error))
+
+
+def print_error(line, error):
     """Print an error's line on stderr, once for all ranks."""
     where = ''
     if not IS_MAIN:
         if isinstance(error, UserError):
-            # A bad setting ends every rank, and rank 0 prints it: torchrun then ends this one while it
-            # waits. If it is still here, the mistake is this rank's alone.
+            # A bad setting ends every rank, and rank 0 prints it: torchrun then ends this one while
+            # it waits. If it is still here, the mistake is this rank's alone.
             time.sleep(3)
             if getattr(error, 'on_all_ranks', False):
                 return
         where = f' rank {os.environ["RANK"]}:'
     with suppress(OSError, ValueError):
-        print(f'{os.path.basename(sys.argv[0])}:{where} {line}', file=sys.stderr, flush=True)
+        script = os.path.basename(sys.argv[0])
+        print(f'{script}:{where} {line}', file=sys.stderr, flush=True)
 
 
 def describe(error):

@@ -66,20 +66,19 @@ def close_reader(fault):
 
 
 def inject_into_weights(fault):
-    """Wrap optim.step, which training calls once per iteration."""
-    from engine.training import optim
-    step, calls = optim.step, 0
+    """Ruin a weight after the optimizer's step of the iteration, and stop the run right away."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    calls = 0
 
-    def faulty_step(optimizer, *arguments):
+    def ruin(optimizer, *_):
         nonlocal calls
-        norm = step(optimizer, *arguments)
         if calls == fault['iteration']:
             weight = optimizer.param_groups[0]['params'][0].data
-            getattr(weight, '_local_tensor', weight)[0] = float('nan')      # of this rank's shard, if it is one
+            weight = getattr(weight, '_local_tensor', weight)   # this rank's shard, if it is one
+            weight[0] = float('nan')
             os.kill(os.getpid(), signal.SIGTERM)
         calls += 1
-        return norm
-    optim.step = faulty_step
+    register_optimizer_step_post_hook(ruin)
 
 
 def inject_into_training(fault):
