@@ -32,7 +32,7 @@ def print0(line='', end='\n', file=None):
 class PlainHandler(logging.Handler):
     """Prints the lines that engine/ logs as they are, on rank 0.
 
-    stream: 'stdout' or 'stderr'. It is looked up in `sys` at each line, as a program may replace it.
+    stream: 'stdout' or 'stderr'. Each line looks it up in `sys`, as a program may replace it.
     """
 
     def __init__(self, stream):
@@ -53,7 +53,7 @@ def log_to(stream):
 
 @contextmanager
 def status(text):
-    """Show `text` on a terminal while the block runs, and remove it afterwards. '' shows nothing."""
+    """Show `text` on a terminal while the block runs, then remove it. '' shows nothing."""
     show = text and IS_MAIN and sys.stderr.isatty()
     try:
         if show:
@@ -79,7 +79,7 @@ def open_standard_streams():
 
 
 def flush_or_drop():
-    """Flush stdout and stderr, and drop what cannot be written, which Python would report at exit."""
+    """Flush stdout and stderr; drop what cannot be written, which Python would report at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
