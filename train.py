@@ -247,7 +247,7 @@ def start_run(saved, data, overrides, env):
         if saved and 'sharded' in saved:
             saved = sharded_checkpoint.load(saved, model, built_optimizer, env)
         optim.load_state_dict(built_optimizer, scaler, saved or {})
-        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model, progress_bar, print0)
+        scorer = eval_tasks and TaskScorer(eval_tasks, eval_tasks_data, eval_tasks_limit, data.tokenizer, model)
     description = dict(config=settings, tokenizer=data.tokenizer, fingerprint=data.fingerprint, dtype=env.dtype)
     run = Run(model=model, wrapped_model=wrapped_model, optimizer=built_optimizer, scaler=scaler, batch_schedule=batch_schedule,
               grad_clip=grad_clip, seed=seed, progress=progress, out_dir=out_dir, description=description, scorer=scorer)
@@ -257,7 +257,7 @@ def start_run(saved, data, overrides, env):
         run_folder.clean_out_dir(out_dir, saved)
         write_run_json(out_dir, sys.argv, settings, env)
         wandb_run = dict(project=wandb_project, name=wandb_run_name, config=settings, dir=out_dir, resume='allow')
-        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num, print0,
+        run.writer = MetricsWriter(out_dir, progress.iter_num, progress.last_eval == progress.iter_num,
                                    wandb_log and wandb_run, (saved or {}).get('wandb_id'))
     return run
 
@@ -285,10 +285,10 @@ def train(run, data, sampler, overrides, env):
     print0(run.summary(data, max_iters, env))
     iterations = islice(batch_schedule.iterations(progress.sequences, progress.tokens), max(0, max_iters - progress.iter_num))
     batches = train_batches(data, seed, iterations, env)
-    log = StepLog(env, run.writer, print0, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
+    log = StepLog(env, run.writer, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
                   log_interval=log_interval, max_iters=max_iters, before_error=run.wait_for_save,
                   advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
-                  health=HealthMonitor(run, data, env, health_interval, print0) if health_interval and run.writer else None)
+                  health=HealthMonitor(run, data, env, health_interval) if health_interval and run.writer else None)
     env.catch_signals()
 
     first_iteration = progress.iter_num
