@@ -78,8 +78,8 @@ def find_scores(runs):
 
 
 def smoothed(values, share):
-    """Exponential moving average of `values`, corrected for its start as in Adam (arXiv:1412.6980)."""
-    average = 0.0
+    """Exponential moving average of `values`, corrected for its start as in Adam."""
+    average = 0.0                               # arXiv:1412.6980
     result = []
     for n, value in enumerate(values, 1):
         average = share * average + (1 - share) * value
