@@ -116,7 +116,7 @@ def test_norms_are_those_of_the_weights_before_and_after_a_step(name, changes):
 @pytest.mark.parametrize('changes', [{}, OTHER, ALIBI], ids=['gpt2', 'rotary', 'alibi'])
 def test_attention_and_activations_are_those_of_an_ordinary_forward_pass(
         changes, queries, monkeypatch):
-    """Scores from what the model passes to PyTorch's attention, entropy from torch.distributions."""
+    """Scores from what the model passes to PyTorch's attention, entropy by torch.distributions."""
     monkeypatch.setattr(health, 'MAX_QUERIES', len(queries))
     place = Place(lr=0.05, **changes)
     for _ in range(3):
@@ -277,14 +277,14 @@ def test_a_run_is_the_same_to_the_bit_with_and_without(trained, ranks):
 
 
 def test_a_resumed_run_logs_each_measurement_once(trained):
-    """The share of clipped steps counts from the resume on; all else is as in the uninterrupted run."""
+    """The share of clipped steps counts from the resume on; all else is that of one long run."""
     resume = ['--out_dir=out-stopped', '--init_from=resume', '--device=cpu']
     trained.train('out-measured', '--health_interval=2')
     trained.train('out-stopped', '--health_interval=2', '--max_iters=10')
     folder = trained.folder / 'out-stopped'
     shutil.copy(folder / 'state.pt', folder / 'kept')
     trained.run('train.py', *resume, '--max_iters=15')
-    shutil.copy(folder / 'kept', folder / 'state.pt')   # as after a kill: its log is ahead of its state
+    shutil.copy(folder / 'kept', folder / 'state.pt')   # as after a kill: the log is ahead
     trained.run('train.py', *resume, '--max_iters=20')
 
     _, found = split(trained.records('out-stopped'))

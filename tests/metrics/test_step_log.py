@@ -65,8 +65,8 @@ def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
     ', "seconds": true'])
 def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path, seconds):
     """A damaged clock, or one that earlier versions did not write, is not a clock."""
-    text = '{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000)
-    (tmp_path / 'metrics.jsonl').write_text(text)
+    lines = ['{"iter": 0, "loss": 2.0' + seconds + '}', '[' * 100000, '7']
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
     write_run(tmp_path, 1, False, 3)
     records = read_metrics(tmp_path / 'metrics.jsonl')
     assert [r['iter'] for r in records] == [0, 1, 2]
@@ -211,7 +211,8 @@ def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
 def test_a_step_that_is_not_finite_ends_the_run(numbers):
     log, records = new_log()
     log.push(0, step(2.0), 100, lr=1e-3)
-    with pytest.raises(RunError, match='iteration 1: loss .*; the run ends before that update. Help.'):
+    words = 'iteration 1: loss .*; the run ends before that update. Help.'
+    with pytest.raises(RunError, match=words):
         log.push(1, numbers, 200, lr=1e-3)
     assert [i for i, _ in records] == [0]
 
