@@ -243,7 +243,7 @@ def main(overrides):
         from engine.metrics import bench_report
         with tempfile.TemporaryDirectory() as folder:
             rows = bench_report.rows(configurator.ROOT, device, env.device.type == 'cpu', f'{folder}/run')
-            bench_report.write(report, f'Benchmarks on {env.summary}', rows, print0)
+            bench_report.write(report, f'Benchmarks on {env.summary}', rows)
         print0(f'wrote {report}')
         return
     results = (bench_train(env) if bench == 'train' else

@@ -1,26 +1,35 @@
 """Log-likelihoods of tokens under a GPT, for many examples at once.
 
 The options of an example are read as a tree: what all of them begin with is read once, then each
-option, which attends to that and to itself. The trees of a batch follow one another in a single row,
-so no layer but attention computes padding. `score` needs only GPT.hidden and GPT.logits.
+option, which attends to that and to itself. The trees of a batch follow one another in a single
+row, so no layer but attention computes padding. `score` needs only GPT.hidden and GPT.logits.
 """
 
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.distributed import Environment
 from engine.errors import RunError
 from engine.generation.kv_cache import decoding_attention
+from engine.log import progress_bar
 
-LOGIT_ROWS = 512                # positions whose logits are held at once: 103 MB for GPT-2's vocabulary
+LOGIT_ROWS = 512        # positions whose logits are held at once: 103 MB for GPT-2's vocabulary
 
 
 class Option(NamedTuple):
     """Tokens of which the last ones are scored, given those before them."""
     tokens: np.ndarray          # (T,) ids
     start: int                  # the first one that is scored, from 1 to T - 1
+
+    @property
+    def n_scored(self):
+        return len(self.tokens) - self.start
 
 
 class Score(NamedTuple):
@@ -31,34 +40,48 @@ class Score(NamedTuple):
     last_greedy: bool           # the same of the last one alone
 
 
-def common_prefix(arrays):
+def common_prefix(arrays: list[np.ndarray]) -> int:
     """The number of leading elements that all `arrays` share."""
     length = min(len(array) for array in arrays)
-    differs = np.any([array[:length] != arrays[0][:length] for array in arrays], axis=0)
-    return int(differs.argmax()) if differs.any() else length
+    first = arrays[0][:length]
+    differs = np.any([array[:length] != first for array in arrays], axis=0)     # (length,)
+    if not differs.any():
+        return length
+    return int(differs.argmax())
 
 
 class Tree:
-    """The inputs of an example's options, with those that all options begin with only once.
+    """The inputs of an example's options. What all options begin with is there only once.
 
-    tokens, positions: (S,). branches: (S,), 0 for the shared tokens, else the number of the option.
-    option_nodes: for each option, (T,) the places in `tokens` whose outputs predict its scored tokens.
+    tokens, positions: (S,)
+    branches: (S,), 0 for the shared tokens, else the number of the option, from 1 on.
+    option_nodes: for each option, the places in `tokens` whose outputs predict its scored tokens.
     """
 
     def __init__(self, options):
         inputs = [option.tokens[:-1] for option in options]
         shared = common_prefix(inputs)
-        parts, positions, branches = [inputs[0][:shared]], [np.arange(shared)], [np.zeros(shared, int)]
-        self.option_nodes, end = [], shared
-        for number, (option, tokens) in enumerate(zip(options, inputs), 1):
-            parts.append(tokens[shared:])
-            positions.append(np.arange(shared, len(tokens)))
-            branches.append(np.full(len(tokens) - shared, number))
-            nodes = np.concatenate([np.arange(shared), np.arange(end, end + len(tokens) - shared)])
-            self.option_nodes.append(nodes[option.start - 1:])
-            end += len(tokens) - shared
-        self.tokens, self.positions, self.branches = (np.concatenate(x).astype(np.int64)
-                                                      for x in (parts, positions, branches))
+        trunk = np.arange(shared)
+
+        # The shared tokens come first, then what each option has of its own.
+        tokens = [inputs[0][:shared]]
+        positions = [trunk]
+        branches = [np.zeros(shared, int)]
+        self.option_nodes = []
+        end = shared
+        for number, option in enumerate(options, 1):
+            own = inputs[number - 1][shared:]
+            tokens.append(own)
+            positions.append(shared + np.arange(len(own)))
+            branches.append(np.full(len(own), number))
+
+            path = np.concatenate([trunk, end + np.arange(len(own))])   # the option's whole input
+            self.option_nodes.append(path[option.start - 1:])
+            end += len(own)
+
+        self.tokens = np.concatenate(tokens).astype(np.int64)
+        self.positions = np.concatenate(positions).astype(np.int64)
+        self.branches = np.concatenate(branches).astype(np.int64)
 
 
 class TreeAttention:
@@ -103,17 +126,21 @@ class TreeAttention:
 
 
 def make_batches(examples, batch_size):
-    """Lists of indices of examples of similar length, longest first. A batch has at most batch_size options,
-    or one example."""
+    """Lists of indices of examples of similar length, the longest first.
+
+    A batch has at most batch_size options, or one example.
+    """
     def length(i):
         return sum(len(option.tokens) for option in examples[i])
-    batches, count = [[]], 0
+
+    batches = [[]]
+    n_options = 0                               # of the last batch
     for i in sorted(range(len(examples)), key=length, reverse=True):
-        if batches[-1] and count + len(examples[i]) > batch_size:
+        if batches[-1] and n_options + len(examples[i]) > batch_size:
             batches.append([])
-            count = 0
+            n_options = 0
         batches[-1].append(i)
-        count += len(examples[i])
+        n_options += len(examples[i])
     return batches
 
 
@@ -121,52 +148,102 @@ def make_batches(examples, batch_size):
 def score_batch(model, examples, env):
     """A list of Scores for each example, a list of Options."""
     trees = [Tree(options) for options in examples]
-    starts = np.cumsum([0, *(len(tree.tokens) for tree in trees)])
-    nodes = [nodes + start for tree, start in zip(trees, starts) for nodes in tree.option_nodes]
-    options = [option for example in examples for option in example]
-    idx, positions, scored, targets = (
-        torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(env.device) for arrays in (
-            [tree.tokens for tree in trees], [tree.positions for tree in trees],
-            nodes, [option.tokens[option.start:] for option in options]))
+
+    # The trees follow one another in a row. Its `nodes` predict the scored tokens.
+    nodes = []
+    targets = []
+    begin = 0
+    for tree, options in zip(trees, examples):
+        for option, option_nodes in zip(options, tree.option_nodes):
+            nodes.append(begin + option_nodes)
+            targets.append(option.tokens[option.start:])
+        begin += len(tree.tokens)
+    nodes = join(nodes, env.device)                                         # (M,) scored tokens
+    targets = join(targets, env.device)                                     # (M,)
+    tokens = join([tree.tokens for tree in trees], env.device)              # (N,) nodes
+    positions = join([tree.positions for tree in trees], env.device)        # (N,)
+
+    # Forward pass
     with env.autocast(), decoding_attention(env.device):
-        x = model.hidden(idx[None], [TreeAttention(trees, env.device)] * model.config.n_layer, positions)   # (1, N, C)
-        logprobs, greedy = [], []
-        for rows, ids in zip(x[0, scored].split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-            logits = model.logits(rows).float()                 # (up to LOGIT_ROWS, V)
-            logprobs.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1))
-            greedy.append(logits.argmax(dim=1) == ids)
-    logprobs, greedy = torch.cat(logprobs).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
+        attention = TreeAttention(trees, env.device)
+        x = model.hidden(tokens[None], [attention] * model.config.n_layer, positions)   # (1, N, C)
+        logprobs, greedy = score_tokens(model, x[0, nodes], targets)
     if not np.isfinite(logprobs).all():
         raise RunError(f'the model gives probabilities that are not finite numbers in {env.dtype}; '
                        f'try --dtype=float32, or an earlier checkpoint')
-    scores, end = [], 0
-    for example in examples:
+
+    # Back to examples and options
+    scores = []
+    end = 0
+    for options in examples:
         scores.append([])
-        for option in example:
-            begin, end = end, end + len(option.tokens) - option.start
-            scores[-1].append(Score(float(logprobs[begin:end].sum()), end - begin,
-                                    bool(greedy[begin:end].all()), bool(greedy[end - 1])))
+        for option in options:
+            begin = end
+            end += option.n_scored
+            scores[-1].append(Score(
+                loglikelihood=float(logprobs[begin:end].sum()),
+                tokens=option.n_scored,
+                greedy=bool(greedy[begin:end].all()),
+                last_greedy=bool(greedy[end - 1])))
     return scores
 
 
-def score(model, examples, env, batch_size=32, progress=lambda items, total: items, should_stop=lambda: False):
-    """A list of Scores for each example, a list of Options. Every rank calls it and gets all of them.
+def join(arrays, device):
+    """Arrays of integers, one after another, as a tensor on the device."""
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device)
 
-    The batches are the same for any number of ranks, so the results are too. progress: wraps the
-    batches of this rank, as tqdm does. should_stop: asked after each batch, as often on every rank;
-    where it is true, the result is None. The model's mode stays as it is, and no random number is drawn.
+
+def score_tokens(model, x, targets):
+    """(log-probabilities in nats, whether each is the largest) of M tokens, two arrays (M,).
+
+    x: what the model's last layer gives where it predicts them, (M, C). targets: their ids, (M,).
     """
-    batches = make_batches(examples, batch_size)
-    was_training, _ = model.training, model.eval()
-    rounds, scores = -(-len(batches) // env.world_size), {}
+    logprobs = []
+    greedy = []
+    for rows, ids in zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+        logits = model.logits(rows).float()                     # (up to LOGIT_ROWS, V)
+        chosen = logits.gather(1, ids[:, None])[:, 0]
+        logprobs.append(chosen - logits.logsumexp(dim=1))
+        greedy.append(logits.argmax(dim=1) == ids)
+    return torch.cat(logprobs).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
+
+
+@contextmanager
+def evaluation_mode(model):
+    """The model is in evaluation mode while the block runs."""
+    was_training = model.training
+    model.eval()
     try:
-        for i in progress(range(env.rank, rounds * env.world_size, env.world_size), rounds):
-            if i < len(batches):
-                scores.update(zip(batches[i], score_batch(model, [examples[j] for j in batches[i]], env)))
-            if should_stop():
-                return None
+        yield
     finally:
         model.train(was_training)
+
+
+def score(model: torch.nn.Module, examples: list[list[Option]], env: Environment,
+          batch_size: int = 32, should_stop: Callable[[], bool] = lambda: False,
+          title: str = 'scoring') -> list[list[Score]] | None:
+    """A Score for each Option of each example, or None where should_stop was true.
+
+    Every rank calls it and gets all of them. The batches are the same for any number of ranks, so
+    the results are too. The model's mode stays as it is, and no random number is drawn.
+
+    batch_size: how many options are read at once, at most.
+    should_stop: is asked after each batch, as often on every rank.
+    title: what the progress bar says.
+    """
+    batches = make_batches(examples, batch_size)
+    rounds = math.ceil(len(batches) / env.world_size)
+    own_batches = range(env.rank, rounds * env.world_size, env.world_size)
+
+    scores = {}                                 # {index of an example: its Scores}, of this rank
+    with evaluation_mode(model):
+        for i in progress_bar(title, own_batches, rounds):
+            if i < len(batches):                # else this rank has nothing to do in the last round
+                batch = [examples[j] for j in batches[i]]
+                scores.update(zip(batches[i], score_batch(model, batch, env)))
+            if should_stop():
+                return None
+
     merged = {}
     for part in env.all_gather(scores):
         merged.update(part)

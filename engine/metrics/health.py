@@ -2,147 +2,235 @@
 
 Every `interval` iterations, for each layer (an embedding, a block, the last norm, an untied head):
 
-    weight_norm             of all its parameters together, after the step
-    grad_norm               of their gradients, as the optimizer gets them: averaged over ranks, unscaled, clipped
+    weight_norm             norm of all its parameters together, after the step
+    grad_norm               norm of their gradients as the optimizer gets them: averaged over ranks,
+                            unscaled, clipped
     update_ratio            norm of the step's change of the weights / weight_norm
     activation_rms          root mean square of its output; a block's output is the residual stream
     activation_max          largest magnitude in its output
-    attention_entropy       nats, mean over heads and positions; near 0, each position attends to a single one
+    attention_entropy       nats, mean over heads and positions; near 0, each position attends to a
+                            single one
     attention_logit         largest score before the softmax
-    dead_units              share of the MLP's units whose input to the nonlinearity (with swiglu: the gate's) is not
-                            above 0 at any token that was read
+    dead_units              share of the MLP's units whose input to the nonlinearity (with swiglu:
+                            the gate's) is not above 0 at any token that was read
 
-Large attention logits: Wortsman et al. 2023 (arXiv:2309.14322). Entropy near 0: Zhai et al. 2023 (arXiv:2303.06296).
+Large attention logits: Wortsman et al. 2023 (arXiv:2309.14322). Entropy near 0: Zhai et al. 2023
+(arXiv:2303.06296).
 """
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from engine.device import read_async
+from engine.distributed import Environment
+from engine.log import log
 from engine.metrics.metrics_file import CLIPPED, PREFIX, TITLES
 
-MAX_TOKENS = 4096           # that the extra forward pass reads, in whole sequences
-MAX_ATTENDED = 2            # of those sequences, whose attention is measured
-MAX_QUERIES = 1024          # positions of each whose scores are held at once, evenly spaced where there are more
-CLIPPED_WINDOW = 100        # steps
-# what precedes trouble: (largest value without a warning, what to do)
+MAX_TOKENS = 4096           # tokens that the extra forward pass reads, in whole sequences
+MAX_ATTENDED = 2            # sequences of those whose attention is measured
+MAX_QUERIES = 1024          # positions of each, evenly spaced, whose scores are held at once
+CLIPPED_WINDOW = 100        # steps over which clipped ones are counted
+
+
+class Limit(NamedTuple):
+    """Above it, a quantity precedes trouble."""
+    value: float
+    advice: str
+
+
 LIMITS = dict(
-    update_ratio=(0.1, 'a lower --learning_rate or a longer warm-up may help'),
-    attention_logit=(50, 'a lower --learning_rate may help, or --qk_norm=True in a new run'),
-    clipped=(0.5, 'a lower --learning_rate or a longer warm-up may help'))
+    update_ratio=Limit(0.1, 'a lower --learning_rate or a longer warm-up may help'),
+    attention_logit=Limit(50, 'a lower --learning_rate may help, or --qk_norm=True in a new run'),
+    clipped=Limit(0.5, 'a lower --learning_rate or a longer warm-up may help'),
+)
+
+
+class BeforeStep(NamedTuple):
+    """What is kept of a layer until the optimizer's step is over."""
+    grad_norm: torch.Tensor
+    weights: list[torch.Tensor]         # copies
+
+
+class UnreadMeasurement(NamedTuple):
+    """The numbers of one iteration, which the device may still compute."""
+    names: list[tuple[str, str]]        # layer and quantity of each number
+    read: Callable[[], list[float]]     # waits for the numbers
 
 
 class HealthMonitor:
-    """Measures the layers of run.model on one rank, without moving training: the losses stay the same to the bit.
+    """Measures the layers of run.model on one rank.
 
-    Weights, gradients and updates are measured around the optimizer's step, by hooks. Activations and attention come
-    from one more forward pass of the plain model, in evaluation mode, over the first sequences of the iteration's
-    batch. For the moment of the step this takes memory for a copy of the weights.
+    It does not move training: the losses stay the same to the bit. Weights, gradients and updates
+    are measured around the optimizer's step, by hooks. Activations and attention come from one more
+    forward pass of the plain model, in evaluation mode, over the first sequences of the iteration's
+    batch. During the step this takes memory for a copy of the weights.
 
-    run: engine.training.run.Run. data: dataloader.TokenDataset. env: distributed.Environment. print_line: prints one line.
+    run: the engine.training.run.Run that is measured.
+    data: the TokenDataset that its batches come from.
+    env: the device and its precision.
+    interval: the iterations between measurements.
     """
 
-    def __init__(self, run, data, env, interval, print_line):
-        self.run, self.data, self.env, self.interval, self.print_line = run, data, env, interval, print_line
+    def __init__(self, run, data, env: Environment, interval: int):
+        self.run = run
+        self.data = data
+        self.env = env
+        self.interval = interval
+
         self.layers = find_layers(run.model)
         self.parameters = own_parameters(self.layers)
-        # A layer that starts from zeros (zero_init) takes large relative steps at first.
-        self.judged = {name for name, parameters in self.parameters.items() if any(p.any() for p in parameters)}
-        self.clipped, self.warned = deque(maxlen=CLIPPED_WINDOW), set()
-        self.before = None              # {layer: (gradient norm, copies of its weights)} of a step that is under way
-        self.pending = {}               # iteration: (names, function that waits for their values)
+        self.start_nonzero = {name for name, parameters in self.parameters.items()
+                              if any(parameter.any() for parameter in parameters)}
+
+        self.clipped = deque(maxlen=CLIPPED_WINDOW)     # True for a step that was clipped
+        self.warned = set()             # the quantities that were warned of
+        self.before = None              # {layer: BeforeStep} during a step that is measured
+        self.unread = {}                # {iteration: UnreadMeasurement}
+
         run.optimizer.register_step_pre_hook(self.before_step)
         run.optimizer.register_step_post_hook(self.after_step)
 
-    # Muon's step calls that of AdamW, which may call the hooks too. The outer `before` is the first, and the inner `after`
-    # comes when all weights have changed; the other two find nothing to do.
+    # Muon's step ends with AdamW's, and PyTorch may call these hooks around both:
+    #
+    #     before_step, of Muon        takes the copies
+    #     before_step, of AdamW       finds them taken, and does nothing
+    #     after_step, of AdamW        measures; by now all weights have changed
+    #     after_step, of Muon         finds no copies, and does nothing
 
     @torch.no_grad()
     def before_step(self, *_):
-        if self.run.progress.iter_num % self.interval == 0 and self.before is None:
-            self.before = {name: (norm(p.grad for p in parameters), [p.clone() for p in parameters])
-                           for name, parameters in self.parameters.items()}
+        """Keep the norms of the gradients and copies of the weights, if this step is measured."""
+        if self.run.progress.iter_num % self.interval or self.before is not None:
+            return
+        self.before = {}
+        for layer, parameters in self.parameters.items():
+            grad_norm = norm(parameter.grad for parameter in parameters)
+            weights = [parameter.clone() for parameter in parameters]
+            self.before[layer] = BeforeStep(grad_norm, weights)
 
     @torch.no_grad()
     def after_step(self, *_):
+        """Measure everything, and begin to copy the numbers to the host."""
         if self.before is None:
             return
-        found = {}                                              # (layer, quantity): scalar tensor
-        for name, (grad_norm, copies) in self.before.items():
-            weight_norm = found[name, 'weight_norm'] = norm(self.parameters[name])
-            found[name, 'grad_norm'] = grad_norm
-            found[name, 'update_ratio'] = norm(old.sub_(p) for p, old in zip(self.parameters[name], copies)) / weight_norm
-        self.before = None
-        found.update(self.read_batch())
-        self.pending[self.run.progress.iter_num] = list(found), read_async(torch.stack(list(found.values())).float())
+        found = self.measure_weights()
+        self.before = None                              # frees the copies before the forward pass
+        found.update(self.measure_forward_pass())
 
-    def read_batch(self):
-        """{(layer, quantity): scalar tensor} of one forward pass."""
-        model, found, handles = self.run.model, {}, []
-        T = self.data.block_size
-        count = max(1, min(self.run.batch_schedule.split(self.run.progress.tokens)[1], MAX_TOKENS // T))
-        tokens = self.data.batch(self.run.seed, 'train', self.run.progress.sequences, count)[0]     # (B, T)
+        numbers = torch.stack(list(found.values())).float()
+        measurement = UnreadMeasurement(list(found), read_async(numbers))
+        self.unread[self.run.progress.iter_num] = measurement
+
+    def measure_weights(self):
+        """{(layer, quantity): scalar tensor} of the weights, their gradients and their change."""
+        found = {}
+        for layer, (grad_norm, copies) in self.before.items():
+            parameters = self.parameters[layer]
+            weight_norm = norm(parameters)
+            update_norm = norm(old.sub_(new) for old, new in zip(copies, parameters))
+
+            found[layer, 'weight_norm'] = weight_norm
+            found[layer, 'grad_norm'] = grad_norm
+            found[layer, 'update_ratio'] = update_norm / weight_norm
+        return found
+
+    def measure_forward_pass(self):
+        """{(layer, quantity): scalar tensor} of the activations and the attention."""
+        model = self.run.model
+        tokens = self.first_sequences().to(self.env.device)         # (B, T)
+        positions = torch.arange(tokens.size(1), device=self.env.device)
         probes = [AttentionProbe() for _ in model.transformer.h]
-        names = {layer: name for name, layer in self.layers.items()}
 
-        def measure_output(layer, _, x):
-            found[names[layer], 'activation_rms'] = x.float().square().mean().sqrt()
-            found[names[layer], 'activation_max'] = x.float().abs().max()
+        found = {}
+        with self.measuring_hooks(found), evaluation_mode(model), self.env.autocast():
+            model.hidden(tokens, probes, positions)
 
-        def measure_units(block):
-            def measure(_, inputs, x):                          # (B, T, width, and as much again with a gate)
-                dead = (x[..., :model.config.mlp_width].flatten(0, -2) <= 0).all(dim=0)
-                found[names[block], 'dead_units'] = dead.float().mean()
-            return measure
+        for i, probe in enumerate(probes):
+            found[f'h.{i}', 'attention_entropy'] = probe.entropy
+            found[f'h.{i}', 'attention_logit'] = probe.logit
+        return found
 
-        was_training, _ = model.training, model.eval()
+    def first_sequences(self):
+        """The tokens of the first sequences of this iteration's batch, (B, T)."""
+        progress = self.run.progress
+        _, micro_batch_size = self.run.batch_schedule.split(progress.tokens)
+        count = min(micro_batch_size, MAX_TOKENS // self.data.block_size)
+        count = max(1, count)
+        tokens, _ = self.data.batch(self.run.seed, 'train', progress.sequences, count)
+        return tokens
+
+    @contextmanager
+    def measuring_hooks(self, found):
+        """While the block runs, forward passes of the model fill `found`."""
+        handles = []
+        for name, layer in self.layers.items():
+            hook = measure_output(name, found)
+            handles.append(layer.register_forward_hook(hook))
+        for i, block in enumerate(self.run.model.transformer.h):
+            hook = measure_units(f'h.{i}', self.run.model.config.mlp_width, found)
+            handles.append(block.mlp.c_fc.register_forward_hook(hook))
         try:
-            handles += [layer.register_forward_hook(measure_output) for layer in self.layers.values()]
-            handles += [block.mlp.c_fc.register_forward_hook(measure_units(block)) for block in model.transformer.h]
-            with self.env.autocast():
-                model.hidden(tokens.to(self.env.device), probes, torch.arange(T, device=self.env.device))
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-            model.train(was_training)
-        for block, probe in zip(model.transformer.h, probes):
-            found[names[block], 'attention_entropy'], found[names[block], 'attention_logit'] = probe.entropy, probe.logit
-        return found
 
-    def report(self, iteration, grad_norm):
-        """Log, print and warn of what was measured in an iteration, if anything was. grad_norm: before clipping.
-        Every finished step is reported, in order."""
-        clip = self.run.grad_clip
-        self.clipped.append(bool(clip) and math.isfinite(grad_norm) and grad_norm > clip)
-        if iteration not in self.pending:
+    def report(self, iteration: int, grad_norm: float) -> None:
+        """Log and print what was measured in an iteration, if anything was, with warnings.
+
+        Every finished step is reported, in order. grad_norm: the norm before clipping.
+        """
+        limit = self.run.grad_clip
+        self.clipped.append(limit > 0 and math.isfinite(grad_norm) and grad_norm > limit)
+        if iteration not in self.unread:
             return
-        names, read = self.pending.pop(iteration)
-        found, clipped = dict(zip(names, read())), sum(self.clipped) / len(self.clipped)
+
+        names, read = self.unread.pop(iteration)
+        found = dict(zip(names, read()))
+        clipped = sum(self.clipped) / len(self.clipped)
         if self.run.writer:
-            numbers = {f'{PREFIX}/{layer}/{quantity}': value for (layer, quantity), value in found.items()}
+            numbers = {f'{PREFIX}/{layer}/{quantity}': value
+                       for (layer, quantity), value in found.items()}
             self.run.writer.write(iteration, **numbers, **{CLIPPED: clipped})
+
         for line in format_table(iteration, found, clipped, len(self.clipped)):
-            self.print_line(line)
+            log.info(line)
         for line in self.new_warnings(iteration, found, clipped):
-            self.print_line(line)
+            log.warning(line)
 
     def new_warnings(self, iteration, found, clipped):
-        """A line for each quantity that is over its limit for the first time since the process began."""
-        worst = dict(clipped=(clipped if len(self.clipped) == CLIPPED_WINDOW else 0, ''))
-        for (layer, quantity), value in found.items():
-            if quantity in LIMITS and math.isfinite(value) and (layer in self.judged or quantity != 'update_ratio'):
-                worst[quantity] = max(worst.get(quantity, (0, '')), (value, layer))
-        for quantity, (value, layer) in worst.items():
-            limit, advice = LIMITS[quantity]
-            if value > limit and quantity not in self.warned:
+        """A line for each quantity that is over its limit for the first time in this process."""
+        causes = {}
+        window_is_full = len(self.clipped) == CLIPPED_WINDOW
+        if window_is_full and clipped > LIMITS['clipped'].value:
+            causes['clipped'] = f'{clipped:.0%} of the last {CLIPPED_WINDOW} steps were clipped'
+
+        for quantity in ('update_ratio', 'attention_logit'):
+            worst = self.find_worst(quantity, found)
+            if worst and worst.value > LIMITS[quantity].value:
+                causes[quantity] = (f'{TITLES[quantity]} of {worst.layer} is {worst.value:.3g}, '
+                                    f'over {LIMITS[quantity].value:g}')
+
+        for quantity, cause in causes.items():
+            if quantity not in self.warned:
                 self.warned.add(quantity)
-                what = (f'{TITLES[quantity]} of {layer} is {value:.3g}, over {limit:g}' if layer else
-                        f'{value:.0%} of the last {CLIPPED_WINDOW} steps were clipped')
-                yield f'warning: iteration {iteration}: {what}; {advice}'
+                advice = LIMITS[quantity].advice
+                yield f'warning: iteration {iteration}: {cause}; {advice}'
+
+    def find_worst(self, quantity, found):
+        """The largest Value of a quantity, or None where no layer has one."""
+        values = finite_values(quantity, found)
+        if quantity == 'update_ratio':
+            # A layer that starts from zeros (zero_init) takes large relative steps at first.
+            values = [value for value in values if value.layer in self.start_nonzero]
+        return max(values, default=None)
 
 
 class AttentionProbe:
@@ -174,13 +262,51 @@ class AttentionProbe:
                                               is_causal=attn_bias is None, enable_gqa=groups > 1)
 
 
+# What hooks measure
+
+def measure_output(layer_name, found):
+    """A forward hook that measures a layer's output."""
+    def hook(layer, inputs, output):
+        magnitudes = output.float()
+        found[layer_name, 'activation_rms'] = magnitudes.square().mean().sqrt()
+        found[layer_name, 'activation_max'] = magnitudes.abs().max()
+    return hook
+
+
+def measure_units(block_name, width, found):
+    """A forward hook that measures the input of the nonlinearity of an MLP.
+
+    width: how many units the MLP has. With a gate, as many values follow them.
+    """
+    def hook(layer, inputs, output):                    # (B, T, width or 2 width)
+        units = output[..., :width].flatten(0, -2)      # (B T, width)
+        dead = (units <= 0).all(dim=0)
+        found[block_name, 'dead_units'] = dead.float().mean()
+    return hook
+
+
+@contextmanager
+def evaluation_mode(model):
+    """The model is in evaluation mode while the block runs."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+# Layers and their parameters
+
 def find_layers(module, prefix=''):
-    """{name: child} of a model's children that have parameters, with those of lists and dicts in their place:
-    {'wte': ..., 'h.0': ..., 'ln_f': ..., 'lm_head': ...}."""
+    """The children of a model that have parameters, and in place of lists and dicts their children.
+
+    {'wte': ..., 'h.0': ..., 'ln_f': ..., 'lm_head': ...}
+    """
     found = {}
     for name, child in module.named_children():
-        if isinstance(child, torch.nn.ModuleDict):
-            found.update(find_layers(child, prefix))            # GPT's own is called transformer; the name says nothing
+        if isinstance(child, torch.nn.ModuleDict):      # GPT's `transformer`; the name says nothing
+            found.update(find_layers(child, prefix))
         elif isinstance(child, torch.nn.ModuleList):
             found.update(find_layers(child, f'{prefix}{name}.'))
         elif any(True for _ in child.parameters()):
@@ -189,8 +315,12 @@ def find_layers(module, prefix=''):
 
 
 def own_parameters(layers):
-    """{name: parameters that train} of `layers`, a tied one only in its first layer; layers without any are left out."""
-    seen, found = set(), {}
+    """{name: the parameters that train} of `layers`. A tied one belongs to its first layer.
+
+    Layers without any are left out.
+    """
+    seen = set()
+    found = {}
     for name, layer in layers.items():
         own = [p for p in layer.parameters() if p.requires_grad and p not in seen]
         seen.update(own)
@@ -199,18 +329,41 @@ def own_parameters(layers):
     return found
 
 
-def norm(tensors):
+def norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The norm of all numbers in some tensors together, a scalar tensor."""
     return torch.nn.utils.get_total_norm(list(tensors))
 
 
+# What people read
+
+class Value(NamedTuple):
+    """What a layer has of a quantity."""
+    value: float
+    layer: str
+
+
+def finite_values(quantity, found):
+    """The Value of each layer that has a finite one."""
+    return [Value(value, layer) for (layer, name), value in found.items()
+            if name == quantity and math.isfinite(value)]
+
+
 def format_table(iteration, found, clipped, steps):
-    """The lines of a table with a row for each quantity: the layers with its lowest and highest value, the median."""
-    head = f'health at iteration {iteration}'
-    yield f'{head:<27}lowest            median   highest           ({clipped:.0%} of the last {steps} steps were clipped)'
+    """The lines of a table with a row for each quantity.
+
+    A row has the lowest value and its layer, the median, the highest value and its layer.
+    clipped: the share of the last `steps` steps that were clipped.
+    """
+    title = f'health at iteration {iteration}'
+    yield (f'{title:<27}lowest            median   highest           '
+           f'({clipped:.0%} of the last {steps} steps were clipped)')
+
     for quantity, title in TITLES.items():
-        values = sorted((value, layer) for (layer, name), value in found.items()
-                        if name == quantity and math.isfinite(value))
-        if values:
-            (low, lowest), (high, highest) = values[0], values[-1]
-            yield f'  {title:<24} {low:<8.3g} {lowest:<8} {median(v for v, _ in values):<8.3g} {high:<8.3g} {highest}'
+        values = sorted(finite_values(quantity, found))
+        if not values:
+            continue
+        lowest = values[0]
+        highest = values[-1]
+        middle = median(value for value, _ in values)
+        yield (f'  {title:<24} {lowest.value:<8.3g} {lowest.layer:<8} {middle:<8.3g} '
+               f'{highest.value:<8.3g} {highest.layer}')

@@ -19,9 +19,9 @@ from engine.metrics.metrics_file import MetricsWriter, read_metrics
 from engine.metrics.step_log import StepLog
 
 
-def write_run(folder, start, evaluated, stop, warnings=None, **options):
+def write_run(folder, start, evaluated, stop, **options):
     """The records of iterations start to stop: an evaluation every 5, and every step."""
-    writer = MetricsWriter(folder, start, evaluated, (warnings if warnings is not None else []).append, **options)
+    writer = MetricsWriter(folder, start, evaluated, **options)
     for i in range(start, stop):
         if i % 5 == 0 and not (evaluated and i == start):
             writer.write(i, val_loss=float(i))
@@ -33,18 +33,21 @@ def write_run(folder, start, evaluated, stop, warnings=None, **options):
 # metrics.jsonl
 
 def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
-    (tmp_path / 'a').mkdir(), (tmp_path / 'b').mkdir()
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'b').mkdir()
     write_run(tmp_path / 'a', 0, False, 20)
     write_run(tmp_path / 'b', 0, False, 13)             # stopped at 13, with its state of 10
     with open(tmp_path / 'b' / 'metrics.jsonl', 'a') as file:
         file.write('{"iter": 13, "lo')                  # torn off by a crash
     write_run(tmp_path / 'b', 10, True, 20)
+
     straight, resumed = (read_metrics(tmp_path / name / 'metrics.jsonl') for name in 'ab')
     assert [{**r, 'seconds': 0} for r in straight] == [{**r, 'seconds': 0} for r in resumed]
 
 
 def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
-    """One per record here. Those between the last state and the stop are lost, and the pause is not counted."""
+    """One per record here. Those between the last state and the stop are lost, and the pause is not
+    counted."""
     clock = iter(range(100, 10 ** 6))
     monkeypatch.setattr(step_log.time, 'perf_counter', lambda: next(clock))
     write_run(tmp_path, 1, False, 4)                    # iterations 1 to 3 at 1, 2, 3 seconds
@@ -52,33 +55,55 @@ def test_seconds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
         next(clock)
     write_run(tmp_path, 3, False, 5)                    # 3 and 4 once more
     write_run(tmp_path, 5, True, 6)
-    assert [(r['iter'], r['seconds']) for r in read_metrics(tmp_path / 'metrics.jsonl')] == [
-        (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
+
+    records = read_metrics(tmp_path / 'metrics.jsonl')
+    assert [(r['iter'], r['seconds']) for r in records] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]
 
 
-@pytest.mark.parametrize('seconds', ['', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"',
-                                     ', "seconds": 1e300', ', "seconds": true'])
+@pytest.mark.parametrize('seconds', [
+    '', ', "seconds": 1' + '0' * 400, ', "seconds": NaN', ', "seconds": "x"', ', "seconds": 1e300',
+    ', "seconds": true'])
 def test_records_of_any_kind_leave_a_run_able_to_go_on(tmp_path, seconds):
     """A damaged clock, or one that earlier versions did not write, is not a clock."""
-    (tmp_path / 'metrics.jsonl').write_text('{"iter": 0, "loss": 2.0%s}\n%s\n7\n' % (seconds, '[' * 100000))
+    lines = ['{"iter": 0, "loss": 2.0' + seconds + '}', '[' * 100000, '7']
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
     write_run(tmp_path, 1, False, 3)
     records = read_metrics(tmp_path / 'metrics.jsonl')
-    assert [r['iter'] for r in records] == [0, 1, 2] and [r['seconds'] for r in records[1:]] == [None, None]
+    assert [r['iter'] for r in records] == [0, 1, 2]
+    assert [r['seconds'] for r in records[1:]] == [None, None]
 
 
 def test_what_is_not_finite_stays_json(tmp_path):
-    writer = MetricsWriter(tmp_path, 0, False, print)
+    writer = MetricsWriter(tmp_path, 0, False)
     writer.write(0, loss=float('inf'), mfu=None)
     writer.close()
     record = json.loads((tmp_path / 'metrics.jsonl').read_text())
-    assert record.pop('seconds') >= 0 and record == {'iter': 0, 'loss': None, 'mfu': None}
+    assert record.pop('seconds') >= 0
+    assert record == {'iter': 0, 'loss': None, 'mfu': None}
 
 
-def test_a_file_that_cannot_be_written_warns_once(tmp_path):
+def test_a_file_that_cannot_be_written_warns_once(tmp_path, logged):
     (tmp_path / 'metrics.jsonl').mkdir()
-    warnings = []
-    write_run(tmp_path, 0, False, 3, warnings)
-    assert len(warnings) == 1 and 'metrics.jsonl cannot be written' in warnings[0]
+    write_run(tmp_path, 0, False, 3)
+    assert len(logged) == 1 and 'metrics.jsonl cannot be written' in logged[0]
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
+def test_a_fifo_in_the_place_of_the_metrics_warns_and_is_not_waited_for(tmp_path, logged):
+    os.mkfifo(tmp_path / 'metrics.jsonl')
+    write_run(tmp_path, 0, False, 3)
+    assert len(logged) == 1 and 'it is not a regular file' in logged[0]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no /dev/full')
+def test_a_disk_that_fills_warns_once_and_stops_nothing(tmp_path, logged):
+    writer = MetricsWriter(tmp_path, 0, False)
+    writer.file.close()
+    writer.file = open('/dev/full', 'w')
+    for i in range(3):
+        writer.write(i, loss=1.0)
+    writer.close()
+    assert len(logged) == 1 and 'metrics.jsonl cannot be written (No space left' in logged[0]
 
 
 # wandb
@@ -104,24 +129,28 @@ def fake_wandb(monkeypatch, fail_at=None):
         if fail_at == 0:
             raise RuntimeError('not logged in')
         return Run()
+
     monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
     return calls
 
 
 def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
-    calls, terminal = fake_wandb(monkeypatch), sys.stdin
-    writer = write_run(tmp_path, 0, False, 3, wandb_run=dict(project='p', resume='allow'), wandb_id='run1')
-    assert calls[0]['id'] == 'run1' and calls[1:] == [(0, {'val_loss': 0.0}), (0, {'loss': 0.0}), (1, {'loss': 1.0}),
-                                                      (2, {'loss': 2.0}), 'finish']
+    calls = fake_wandb(monkeypatch)
+    terminal = sys.stdin
+    options = dict(wandb_run=dict(project='p', resume='allow'), wandb_id='run1')
+    writer = write_run(tmp_path, 0, False, 3, **options)
+    assert calls[0]['id'] == 'run1'
+    assert calls[1:] == [(0, {'val_loss': 0.0}), (0, {'loss': 0.0}), (1, {'loss': 1.0}),
+                         (2, {'loss': 2.0}), 'finish']
     assert writer.wandb_id == 'run1' and sys.stdin is terminal
 
 
 @pytest.mark.parametrize('fail_at, words', [(0, 'not logged in'), (2, 'the network is gone')])
-def test_a_failure_of_wandb_warns_once_and_stops_nothing(tmp_path, monkeypatch, fail_at, words):
-    warnings = []
+def test_a_failure_of_wandb_warns_once_and_stops_nothing(
+        tmp_path, monkeypatch, logged, fail_at, words):
     fake_wandb(monkeypatch, fail_at)
-    write_run(tmp_path, 0, False, 8, warnings, wandb_run=dict(project='p'))
-    assert len(warnings) == 1 and 'wandb is off' in warnings[0] and words in warnings[0]
+    write_run(tmp_path, 0, False, 8, wandb_run=dict(project='p'))
+    assert len(logged) == 1 and 'wandb is off' in logged[0] and words in logged[0]
     assert len(read_metrics(tmp_path / 'metrics.jsonl')) == 10
 
 
@@ -135,13 +164,16 @@ class Writer:
         self.records.append((iter_num, numbers))
 
 
-def new_log(world_size=1, dtype='float32', is_gpu=False, **options):
-    """A StepLog whose environment has world_size equal ranks, and the lines and records that it writes."""
-    env, writer, lines = distributed.start(device='cpu'), Writer(), []
-    env.dtype, env.world_size, env.all_reduce = dtype, world_size, lambda tensor: tensor * world_size
+def new_log(world_size=1, dtype='float32', **options):
+    """A StepLog whose environment has world_size equal ranks, and the records that it writes."""
+    env = distributed.start(device='cpu')
+    env.dtype = dtype
+    env.world_size = world_size
+    env.all_reduce = lambda tensor: tensor * world_size
+    writer = Writer()
     defaults = dict(tokens=0, flops_per_token=1e4, log_interval=1, max_iters=10, advice='Help.')
-    log = StepLog(env, writer, lines.append, **{**defaults, **options})
-    return log, writer.records, lines
+    log = StepLog(env, writer, **{**defaults, **options})
+    return log, writer.records
 
 
 def step(loss, grad_norm=1.0):
@@ -149,21 +181,25 @@ def step(loss, grad_norm=1.0):
 
 
 @pytest.mark.parametrize('world_size', [1, 4])
-def test_a_log_has_the_mean_over_the_ranks_at_its_interval(world_size):
-    log, records, lines = new_log(world_size, log_interval=2)
+def test_a_log_has_the_mean_over_the_ranks_at_its_interval(world_size, logged):
+    log, records = new_log(world_size, log_interval=2)
     for i in range(5):
         assert log.push(i, step(2.0 + i, 0.5), 100 * (i + 1), lr=1e-3) is False
-    assert [i for i, _ in records] == [0, 2, 4] and len(lines) == 3
+
+    assert [i for i, _ in records] == [0, 2, 4] and len(logged) == 3
     assert [record['tokens'] for _, record in records] == [100, 300, 500]
-    assert all(record['loss'] == 2.0 + i and record['grad_norm'] == 0.5 and record['lr'] == 1e-3 for i, record in records)
-    for (_, record), line in zip(records, lines):
-        assert f'loss {record["loss"]:.4f}, {record["tokens"]} tokens, {record["ms"]:.1f} ms, {record["tokens_per_second"]:,.0f} tok/s' in line
+    for i, record in records:
+        assert record['loss'] == 2.0 + i
+        assert record['grad_norm'] == 0.5 and record['lr'] == 1e-3
         assert record['tokens_per_second'] == pytest.approx(100 / record['ms'] * 1000)
+    for (_, record), line in zip(records, logged):
+        assert (f'loss {record["loss"]:.4f}, {record["tokens"]} tokens, {record["ms"]:.1f} ms, '
+                f'{record["tokens_per_second"]:,.0f} tok/s') in line
 
 
 def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
     monkeypatch.setattr(step_log, 'is_asynchronous', lambda device: True)
-    log, records, _ = new_log()
+    log, records = new_log()
     for i in range(3):
         log.push(i, step(2.0), 100 * (i + 1), lr=1e-3)
     assert [i for i, _ in records] == [0, 1]
@@ -173,15 +209,16 @@ def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
 
 @pytest.mark.parametrize('numbers', [step(math.nan), step(math.inf), step(2.0, math.inf)])
 def test_a_step_that_is_not_finite_ends_the_run(numbers):
-    log, records, _ = new_log()
+    log, records = new_log()
     log.push(0, step(2.0), 100, lr=1e-3)
-    with pytest.raises(RunError, match='iteration 1: loss .*; the run ends before that update. Help.'):
+    words = 'iteration 1: loss .*; the run ends before that update. Help.'
+    with pytest.raises(RunError, match=words):
         log.push(1, numbers, 200, lr=1e-3)
     assert [i for i, _ in records] == [0]
 
 
 def test_float16_may_overflow_while_its_loss_scale_settles():
-    log, records, _ = new_log(dtype='float16')
+    log, _ = new_log(dtype='float16')
     for i in range(20):
         log.push(i, step(2.0, math.inf), 100 * (i + 1), lr=1e-3)
     log.push(20, step(2.0), 2100, lr=1e-3)
@@ -189,34 +226,34 @@ def test_float16_may_overflow_while_its_loss_scale_settles():
         log.push(i, step(2.0, math.nan), 100 * (i + 1), lr=1e-3)
     with pytest.raises(RunError, match='iteration 41'):
         log.push(41, step(2.0, math.nan), 4200, lr=1e-3)
+
+    log, _ = new_log(dtype='float16')
     with pytest.raises(RunError, match='loss nan'):
-        new_log(dtype='float16')[0].push(0, step(math.nan), 100, lr=1e-3)
+        log.push(0, step(math.nan), 100, lr=1e-3)
 
 
 def test_a_signal_of_any_rank_is_told_with_the_step():
-    log, _, _ = new_log(world_size=2)
+    log, _ = new_log(world_size=2)
     assert log.push(0, step(2.0), 100, lr=1e-3) is False
     log.env.received_signal = signal.SIGTERM
-    assert log.push(1, step(2.0), 200, lr=1e-3) is True and log.stop_signal == signal.SIGTERM
+    assert log.push(1, step(2.0), 200, lr=1e-3) is True
+    assert log.stop_signal == signal.SIGTERM
 
 
-@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')
-def test_a_fifo_in_the_place_of_the_metrics_warns_and_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / 'metrics.jsonl')
-    warnings = []
-    write_run(tmp_path, 0, False, 3, warnings)
-    assert len(warnings) == 1 and 'it is not a regular file' in warnings[0]
-
-
-@pytest.mark.parametrize('count, text', [(999, '999'), (1000, '1k'), (9990, '9.99k'), (999_400, '999k'), (999_936, '1M'),
-                                         (1_234_567, '1.23M'), (3_840_000_000, '3.84B')])
+@pytest.mark.parametrize('count, text', [
+    (999, '999'), (1000, '1k'), (9990, '9.99k'), (999_400, '999k'), (999_936, '1M'),
+    (1_234_567, '1.23M'), (3_840_000_000, '3.84B')])
 def test_large_counts_have_three_digits_and_a_unit(count, text):
     assert step_log.short_number(count) == text
 
 
+# The commit that run.json names
+
 def git(folder, *arguments):
     identity = ['-c', 'user.name=a', '-c', 'user.email=a@b.c', '-c', 'commit.gpgsign=false']
-    return subprocess.check_output(['git', *identity, *arguments], cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+    command = ['git', *identity, *arguments]
+    output = subprocess.check_output(command, cwd=folder, text=True, stderr=subprocess.DEVNULL)
+    return output.strip()
 
 
 @pytest.mark.skipif(not shutil.which('git'), reason='git is not installed')
@@ -227,9 +264,11 @@ def test_the_commit_is_known_with_packed_refs_and_in_a_worktree(tmp_path):
     git(project, 'commit', '--allow-empty', '-m', 'one')
     commit = re.fullmatch('[0-9a-f]{40}', git(project, 'log', '-1', '--format=%H'))[0]
     assert run_folder.git_commit(project) == commit
+
     git(project, 'pack-refs', '--all')                  # as git gc does
     git(project, 'worktree', 'add', '--detach', '../worktree')
-    assert run_folder.git_commit(project) == run_folder.git_commit(tmp_path / 'worktree') == commit
+    assert run_folder.git_commit(project) == commit
+    assert run_folder.git_commit(tmp_path / 'worktree') == commit
 
 
 def test_no_commit_is_known_without_git_or_a_repository(tmp_path, monkeypatch):
