@@ -90,7 +90,7 @@ def check_journal(content):
     return journal
 
 
-class PartFile:
+class UnfinishedFile:
     """An open file NAME.part, and the hash of what is in it."""
 
     def __init__(self, file, digest):
@@ -101,15 +101,20 @@ class PartFile:
         self.file.write(ids)
         self.digest.update(ids)
 
+    def size(self):
+        return self.file.tell()
+
+    def sync(self):
+        sync(self.file)
+
     def close(self):
-        with suppress(OSError):                 # closing flushes, and the disk may be full
-            self.file.close()
+        self.file.close()
 
 
 class DatasetWriter:
     """The files of a dataset while they are written; see dataset_writer().
 
-    documents: how many documents are written, of them those of an earlier run with the same key.
+    documents: how many documents are written, including those of an earlier run with the same key.
     """
 
     def __init__(self, folder: Path, spec: dict, key: str):
@@ -120,7 +125,7 @@ class DatasetWriter:
         self.end_of_text = end_of_text(spec)
         self.documents = 0
         self.saved_at = time.monotonic()
-        self.parts = {}                         # {split: PartFile}
+        self.files = {}                         # {split: UnfinishedFile}
         self.finished = None                    # the journal, if nothing is left to write
 
         completed = complete_replacement(folder)
@@ -134,10 +139,10 @@ class DatasetWriter:
                 self.documents = completed.documents
                 return
 
-        if not self.continue_parts():
-            self.create_parts()
+        if not self.continue_files():
+            self.create_files()
 
-    def continue_parts(self):
+    def continue_files(self):
         """Open the .part files after the progress that a run with the same key saved.
 
         False if there is none.
@@ -146,26 +151,27 @@ class DatasetWriter:
         if not journal or not self.key or journal.key != self.key:
             return False
 
-        digests = {split: hash_start(self.part_path(split), journal.bytes[split],
+        digests = {split: hash_start(self.unfinished_path(split), journal.bytes[split],
                                      journal.sha256[split]) for split in SPLITS}
         if not all(digests.values()):
             log.info(f'{self.folder}: the saved progress is damaged; starting from the beginning')
             return False
 
         for split, digest in digests.items():
-            file = open(self.part_path(split), 'r+b')
-            self.parts[split] = PartFile(file, digest)
+            file = open(self.unfinished_path(split), 'r+b')
+            self.files[split] = UnfinishedFile(file, digest)
             file.seek(journal.bytes[split])
-            file.truncate()
+            file.truncate()                     # what was written after the progress was saved
         self.documents = journal.documents
         return True
 
-    def create_parts(self):
+    def create_files(self):
         remove_unfinished(self.folder)
         for split in SPLITS:
-            self.parts[split] = PartFile(open(self.part_path(split), 'xb'), hashlib.sha256())
+            file = open(self.unfinished_path(split), 'xb')
+            self.files[split] = UnfinishedFile(file, hashlib.sha256())
 
-    def part_path(self, split):
+    def unfinished_path(self, split):
         return self.folder / f'{split}.bin.part'
 
     def write(self, pieces: Iterable[Piece | tuple[str, str, bool]], encode: Callable, total: int,
@@ -187,7 +193,7 @@ class DatasetWriter:
         with bar, closing(in_order(encode_batch, batches, cores)) as results:
             for batch in results:
                 for split, ids in batch.ids.items():
-                    self.parts[split].write(ids)
+                    self.files[split].write(ids)
 
                 ended = sum(piece.ends_document for piece in batch.pieces)
                 self.documents += ended
@@ -219,14 +225,14 @@ class DatasetWriter:
 
     def progress(self, spec=None):
         """The journal of what is written. spec: the tokenizer, once that is all."""
-        sizes = {split: part.file.tell() for split, part in self.parts.items()}
-        digests = {split: part.digest.hexdigest() for split, part in self.parts.items()}
+        sizes = {split: file.size() for split, file in self.files.items()}
+        digests = {split: file.digest.hexdigest() for split, file in self.files.items()}
         return Journal(self.key, self.documents, sizes, digests, spec)
 
     def save_progress(self, spec=None):
         """Put the .part files on disk, and then the journal, for a later run to continue."""
-        for part in self.parts.values():
-            sync(part.file)
+        for file in self.files.values():
+            file.sync()
 
         content = asdict(self.progress(spec))
         if spec is None:
@@ -255,16 +261,17 @@ class DatasetWriter:
         # With the tokenizer in the journal, the new dataset is whole: if this run is killed from
         # here on, the next one completes the replacement.
         self.save_progress(self.spec)
-        for part in self.parts.values():
-            part.file.close()
+        for file in self.files.values():
+            file.close()
 
         replacement.rename_files()
         return journal
 
     def clean_up(self, error):
         """Close and remove the .part files, or leave them if the same command can continue."""
-        for part in self.parts.values():
-            part.close()
+        for file in self.files.values():
+            with suppress(OSError):             # closing flushes, and the disk may be full
+                file.close()
 
         journal = self.folder / JOURNAL
         if journal.exists() and not isinstance(error, UserError):

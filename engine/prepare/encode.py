@@ -32,10 +32,12 @@ def safe_pieces(texts: Iterable[str]) -> Iterator[TextPiece]:
     for text in texts:
         rest += text
         start = 0
+
         while match := CUT.search(rest, start + PIECE):
             end = match.start() + 1
             yield TextPiece(rest[start:end], False)
             start = end
+
         # what is left is too short, or has no place to cut so far
         rest = rest[start:]
     yield TextPiece(rest, True)
@@ -67,6 +69,7 @@ def in_order(function: Callable, items: Iterable, cores: int) -> Iterator:
                 pending.append(pool.submit(function, item))
                 if len(pending) > 2 * cores:
                     yield pending.popleft().result()
+
             while pending:
                 yield pending.popleft().result()
         finally:
@@ -89,10 +92,12 @@ def batch_pieces(pieces: Iterable) -> Iterator[list]:
     length = 0
     for piece in pieces:
         batch.append(piece)
-        length += len(piece.text) + 1
+        length += len(piece.text) + 1       # empty texts count too
+
         if length >= PIECE:
             yield batch
             batch = []
             length = 0
+
     if batch:
         yield batch

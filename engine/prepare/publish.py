@@ -48,7 +48,7 @@ class Replacement:
 
     @property
     def has_shards(self) -> bool:
-        return 'source' in self.meta
+        return 'train.bin' not in self.meta['sha256']
 
     @property
     def journal(self) -> Path:
@@ -193,8 +193,11 @@ def check_shards_meta(meta):
     if not all(type(meta['tokens'][split]) is int for split in SPLITS):
         raise ValueError('a number of tokens is none')
 
-    if not all(is_own_shard(name) for name in meta['sha256']):
-        raise ValueError('a name is not that of a shard')
+    if type(meta['sha256']) is not dict:
+        raise ValueError('there are no digests')
+    for name, digest in meta['sha256'].items():
+        if not is_own_shard(name) or type(digest) is not str:
+            raise ValueError('a shard is impossible')
 
     return meta
 

@@ -88,7 +88,7 @@ class Shard(NamedTuple):
 
 
 @dataclass
-class Journal:
+class PartJournal:
     """What a part of the work has done: the content of its journal.json."""
     key: str                                # as in ShardWriter.key
     chunks: list[Chunk] = field(default_factory=list)       # those that are whole
@@ -193,14 +193,14 @@ class ShardWriter:
         Otherwise that of a part that has not begun.
         """
         journal = read_json(self.work(part) / 'journal.json', self.check_journal)
-        return journal or Journal(self.key)
+        return journal or PartJournal(self.key)
 
     def check_journal(self, content):
-        """The Journal that `content` is, if its key is ours and its numbers are possible.
+        """The PartJournal that `content` is, if its key is ours and its numbers are possible.
 
         Raises ValueError, KeyError or TypeError otherwise.
         """
-        journal = Journal(**content)
+        journal = PartJournal(**content)
         journal.chunks = [Chunk(*chunk) for chunk in journal.chunks]
         if journal.document is not None:
             journal.document = Position(*journal.document)

@@ -427,6 +427,20 @@ def test_ids_beyond_65535_are_written_and_read_with_32_bits(tmp_path, monkeypatc
     assert stream.tolist() == sum([[69_999, *text[:-1]] for text in ids], [])
 
 
+def test_shards_replace_a_dataset_of_one_file_a_split(tmp_path):
+    with dataset_writer.dataset_writer(tmp_path, CHARACTERS) as writer:
+        pieces = [('train', 'abc', False), ('val', 'cab', False)]
+        writer.write(pieces, lambda text: np.zeros(len(text)), 6)
+    assert set(contents(tmp_path)) == {'train.bin', 'val.bin', 'meta.json', 'meta.pkl'}
+
+    def read_pieces(document):
+        return [((0, 0), 'some text', True)]
+
+    writer = shard_writer.ShardWriter(tmp_path, LARGE, 'key', 6, 0, 1)
+    assert writer.write(read_pieces, encode_large)
+    assert set(contents(tmp_path)) == {'val_000000.bin', 'train_000001.bin', 'meta.json'}
+
+
 CHARACTERS = dict(tokenizer='char', vocab_size=3, chars='abc')
 NO_END = dict(tokenizer='hf', vocab_size=300, end_of_text=None)
 
