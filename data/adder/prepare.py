@@ -1,9 +1,11 @@
-"""Sums of two numbers below 100, one token per character: a dataset on which a small GPT learns to add.
+"""Sums of two numbers below 100, one token per character: a dataset on which a small GPT learns to
+add.
 
     python data/adder/prepare.py
 
-Each record is a line such as `12+34=640`: both numbers with two digits, their sum with three digits and the ones
-first. A model that writes the ones first has the carry when it needs it, and learns faster.
+Each record is a line such as `12+34=640`: both numbers with two digits, their sum with three digits
+and the ones first. A model that writes the ones first has the carry when it needs it, and learns
+faster.
 """
 
 import json
@@ -21,38 +23,54 @@ from engine.errors import UserError
 from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
-held_out = 500      # of the 10,000 sums, for validation; the others are for training
-seed = 0            # of the order of the sums
+held_out = 500      # how many of the 10,000 sums are for validation; the others are for training
+seed = 0            # seed of the order of the sums
 
 
 def make_sums():
     """[(prompt, answer)] of all pairs of numbers, in a seeded order."""
-    sums = [(f'{a:02}+{b:02}=', f'{a + b:03}'[::-1]) for a in range(100) for b in range(100)]
+    sums = []
+    for a in range(100):
+        for b in range(100):
+            ones_first = f'{a + b:03}'[::-1]
+            sums.append((f'{a:02}+{b:02}=', ones_first))
     random.Random(seed).shuffle(sums)
     return sums
 
 
-def write_task(name, pairs):
+def join_lines(sums):
+    return ''.join(f'{prompt}{answer}\n' for prompt, answer in sums)
+
+
+def write_task(name, sums):
     """Write NAME.jsonl, which `evaluate.py --tasks=NAME` scores."""
     with atomic_write(FOLDER / f'{name}.jsonl') as file:
-        file.writelines(json.dumps(dict(prompt=prompt, answer=answer)) + '\n' for prompt, answer in pairs)
+        for prompt, answer in sums:
+            file.write(json.dumps(dict(prompt=prompt, answer=answer)) + '\n')
 
 
 def main():
     sums = make_sums()
     if not 0 < held_out < len(sums):
         raise UserError(f'held_out={held_out} should be from 1 to {len(sums) - 1}')
-    (prompt, answer), train, val = sums[0], sums[held_out:], sums[:held_out]
+    val = sums[:held_out]
+    train = sums[held_out:]
+
+    # training begins each sequence at a record, and the prompts are no targets
+    prompt, answer = sums[0]
     record = dict(length=len(prompt + answer) + 1, prompt=len(prompt))
-    train_text, val_text = (''.join(f'{prompt}{answer}\n' for prompt, answer in pairs) for pairs in (train, val))
-    spec = dict(char_spec(set(train_text + val_text)), record=record)       # engine.dataloader masks the prompts
-    with dataset_writer(FOLDER, spec, print0) as writer:
-        writer.write([('train', train_text, False), ('val', val_text, False)], Tokenizer(spec).encode_to_numpy,
-                     len(train_text + val_text))
+
+    train_text = join_lines(train)
+    val_text = join_lines(val)
+    spec = dict(char_spec(set(train_text + val_text)), record=record)
+    pieces = [('train', train_text, False), ('val', val_text, False)]
+    with dataset_writer(FOLDER, spec) as writer:
+        writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=len(train_text + val_text))
+
     write_task('exact', sums)
     write_task('held_out', val)
-    print0('exact.jsonl has all sums, held_out.jsonl those that are not trained on\n'
-           'next: python train.py config/train_adder.py')
+    print0('exact.jsonl has all sums, held_out.jsonl those that are not trained on')
+    print0('next: python train.py config/train_adder.py')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """Evaluation tasks in the format that evaluate.py reads.
 
-    python data/evals/prepare.py                                # downloads them from the Hugging Face hub
+    python data/evals/prepare.py                        # downloads them from the Hugging Face hub
     python data/evals/prepare.py --tasks=hellaswag,lambada
-    python data/evals/prepare.py --input=FOLDER                 # from the authors' files in a folder of yours
+    python data/evals/prepare.py --input=FOLDER         # from the authors' files in a folder
 
 Each task is written whole; tasks that are there already are written again.
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,23 +24,30 @@ from engine.atomic_files import atomic_write
 from engine.errors import RunError, UserError
 from engine.prepare import text_files
 
-input = ''          # a folder with the authors' files, which the readme names; '' downloads from the hub
+input = ''          # a folder with the authors' files, which the readme names; '' downloads from
+                    # the Hugging Face hub
 output = ''         # the folder to write to; '' is data/evals
-tasks = 'hellaswag,lambada,wikitext2,wikitext103,ptb,piqa,arc_easy,arc_challenge,winogrande'    # '' takes them all
+tasks = ('hellaswag,lambada,wikitext2,wikitext103,ptb,'
+         'piqa,arc_easy,arc_challenge,winogrande')          # the tasks to write; '' takes all
 
+
+# A row of a data set to an example of a task
 
 def clean_hellaswag(text):
-    """Text without the marks of its source, WikiHow: [title] begins a sentence, other brackets go."""
+    """Text without the marks of its source, WikiHow: [title] begins a sentence, others go."""
     text = text.strip().replace(' [title]', '. ')
     return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
 
 
 def hellaswag(row):
-    """As lm-evaluation-harness: the activity, then the context, whose second half begins with a capital."""
+    """As lm-evaluation-harness: the activity, then the context, whose second half begins with a
+    capital."""
     context = row['ctx']
     if 'activity_label' in row:
         context = f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}'
-    return dict(query=clean_hellaswag(context), choices=[clean_hellaswag(e) for e in row['endings']], gold=int(row['label']))
+    return dict(query=clean_hellaswag(context),
+                choices=[clean_hellaswag(ending) for ending in row['endings']],
+                gold=int(row['label']))
 
 
 def hellaswag_raw(row):
@@ -54,46 +62,91 @@ def lambada(row):
 
 
 def piqa(row):
-    return dict(query=f'Question: {row["goal"]}\nAnswer:', choices=[row['sol1'], row['sol2']], gold=int(row['label']))
+    return dict(query=f'Question: {row["goal"]}\nAnswer:',
+                choices=[row['sol1'], row['sol2']],
+                gold=int(row['label']))
 
 
 def arc(row):
     """row: of the hub, or of the authors' file, where question and choices are one object."""
-    question, choices = row['question'], row.get('choices')
+    question = row['question']
     if isinstance(question, dict):
-        question, choices = question['stem'], {key: [c[key] for c in question['choices']] for key in ('text', 'label')}
-    return dict(query=f'Question: {question}\nAnswer:', choices=choices['text'], gold=choices['label'].index(row['answerKey']))
+        texts = [choice['text'] for choice in question['choices']]
+        labels = [choice['label'] for choice in question['choices']]
+        question = question['stem']
+    else:
+        texts = row['choices']['text']
+        labels = row['choices']['label']
+    return dict(query=f'Question: {question}\nAnswer:',
+                choices=texts,
+                gold=labels.index(row['answerKey']))
 
 
 def winogrande(row):
-    """The sentence up to the gap, with either name in it; what follows the gap is scored (arXiv:1806.02847)."""
+    """The sentence up to the gap, with either name in it; what follows the gap is scored
+    (arXiv:1806.02847)."""
     before, _, after = row['sentence'].partition('_')
-    return dict(context_options=[before + row['option1'], before + row['option2']], continuation=after.strip(),
+    return dict(context_options=[before + row['option1'], before + row['option2']],
+                continuation=after.strip(),
                 gold=int(row['answer']) - 1)
 
 
+# The tasks
+
 class Source(NamedTuple):
-    """Where a task comes from: arguments of datasets.load_dataset, the authors' files that hold the same, and what
-    makes an example of a row. Text tasks take a column instead."""
-    hub: dict
-    files: tuple
-    convert: object
+    """Where a task comes from."""
+    hub: dict                           # arguments of datasets.load_dataset
+    files: tuple[str, ...]              # the authors' files that hold the same, any of them
+    convert: Callable | None = None     # makes an example of a row; None for a text
+    column: str | None = None           # the column of the hub's rows that has the lines of a text
 
 
-CONVERTED = 'refs/convert/parquet'      # the hub's own conversion of data sets that come as a script
-WIKI = dict(path='Salesforce/wikitext', split='test')
-SWAG = dict(path='Rowan/hellaswag', split='validation')
+CONVERTED = 'refs/convert/parquet'      # the hub's conversion of data sets that come as a script
+HELLASWAG = dict(path='Rowan/hellaswag', split='validation')
+
 SOURCES = {
-    'hellaswag': Source(SWAG, ('hellaswag_val.jsonl',), hellaswag),
-    'hellaswag_raw': Source(SWAG, ('hellaswag_val.jsonl',), hellaswag_raw),
-    'lambada': Source(dict(path='EleutherAI/lambada_openai', name='default', split='test'), ('lambada_test.jsonl',), lambada),
-    'wikitext2': Source(dict(WIKI, name='wikitext-2-raw-v1'), ('wikitext2_raw.test.txt', 'wikitext-2-raw/wiki.test.raw'), 'text'),
-    'wikitext103': Source(dict(WIKI, name='wikitext-103-raw-v1'), ('wikitext-103-raw/wiki.test.raw',), 'text'),
-    'ptb': Source(dict(path='ptb-text-only/ptb_text_only', revision=CONVERTED, split='test'), ('ptb.test.txt',), 'sentence'),
-    'piqa': Source(dict(path='ybisk/piqa', revision=CONVERTED, split='validation'), ('valid.jsonl', 'piqa_valid.jsonl'), piqa),
-    'arc_easy': Source(dict(path='allenai/ai2_arc', name='ARC-Easy', split='test'), ('ARC-Easy-Test.jsonl',), arc),
-    'arc_challenge': Source(dict(path='allenai/ai2_arc', name='ARC-Challenge', split='test'), ('ARC-Challenge-Test.jsonl',), arc),
-    'winogrande': Source(dict(path='allenai/winogrande', name='winogrande_xl', split='validation'), ('dev.jsonl',), winogrande)}
+    'hellaswag': Source(
+        HELLASWAG,
+        ('hellaswag_val.jsonl',), hellaswag),
+    'hellaswag_raw': Source(
+        HELLASWAG,
+        ('hellaswag_val.jsonl',), hellaswag_raw),
+    'lambada': Source(
+        dict(path='EleutherAI/lambada_openai', name='default', split='test'),
+        ('lambada_test.jsonl',), lambada),
+    'wikitext2': Source(
+        dict(path='Salesforce/wikitext', split='test', name='wikitext-2-raw-v1'),
+        ('wikitext2_raw.test.txt', 'wikitext-2-raw/wiki.test.raw'), column='text'),
+    'wikitext103': Source(
+        dict(path='Salesforce/wikitext', split='test', name='wikitext-103-raw-v1'),
+        ('wikitext-103-raw/wiki.test.raw',), column='text'),
+    'ptb': Source(
+        dict(path='ptb-text-only/ptb_text_only', revision=CONVERTED, split='test'),
+        ('ptb.test.txt',), column='sentence'),
+    'piqa': Source(
+        dict(path='ybisk/piqa', revision=CONVERTED, split='validation'),
+        ('valid.jsonl', 'piqa_valid.jsonl'), piqa),
+    'arc_easy': Source(
+        dict(path='allenai/ai2_arc', name='ARC-Easy', split='test'),
+        ('ARC-Easy-Test.jsonl',), arc),
+    'arc_challenge': Source(
+        dict(path='allenai/ai2_arc', name='ARC-Challenge', split='test'),
+        ('ARC-Challenge-Test.jsonl',), arc),
+    'winogrande': Source(
+        dict(path='allenai/winogrande', name='winogrande_xl', split='validation'),
+        ('dev.jsonl',), winogrande),
+}
+
+
+# Reading
+
+def find_input(source):
+    """The authors' file in the folder `input`, or None."""
+    for name in source.files:
+        path = Path(input) / name
+        if path.is_file():
+            return path
+    return None
 
 
 def download(source):
@@ -102,17 +155,23 @@ def download(source):
         from datasets import load_dataset
         return load_dataset(**source.hub)
     except Exception as error:          # the client raises errors of many libraries
-        raise RunError(f'cannot download {source.hub["path"]} ({type(error).__name__}: {" ".join(str(error).split())[:200]}); if '
+        what = ' '.join(str(error).split())[:200]
+        raise RunError(f'cannot download {source.hub["path"]} ({type(error).__name__}: {what}); if '
                        f'you have {source.files[0]}, use --input=FOLDER') from None
 
 
+def read_file(path):
+    return ''.join(text_files.read_text(path))
+
+
 def read_rows(path):
-    """The rows of an authors' .jsonl file, with the labels of PIQA, which lie in a file of their own."""
+    """The rows of an authors' .jsonl file, with the labels of PIQA, which lie in a file of their
+    own."""
     try:
-        rows = [json.loads(line) for line in ''.join(text_files.read_text(path)).split('\n') if line.strip()]
-        labels = path.with_name(f'{path.stem}-labels.lst')
-        if labels.is_file():
-            labels = ''.join(text_files.read_text(labels)).split()
+        rows = [json.loads(line) for line in read_file(path).split('\n') if line.strip()]
+        label_file = path.with_name(f'{path.stem}-labels.lst')
+        if label_file.is_file():
+            labels = read_file(label_file).split()
             rows = [dict(row, label=label) for row, label in zip(rows, labels, strict=True)]
         return rows
     except (json.JSONDecodeError, RecursionError, TypeError) as error:
@@ -121,57 +180,91 @@ def read_rows(path):
         raise UserError(f'{path}: {error}') from None
 
 
-def join_rows(name, texts):
-    """The text of a set whose lines are rows on the hub: there a blank line lost its space, and PTB its margins."""
-    return ''.join(f' {text} \n' if name == 'ptb' else text or ' \n' for text in texts)
+def join_lines(name, lines):
+    """A text whose lines are rows on the hub. There a blank line lost its space, and PTB's lines
+    their margins."""
+    if name == 'ptb':
+        return ''.join(f' {line} \n' for line in lines)
+    return ''.join(line or ' \n' for line in lines)
+
+
+# Making tasks
+
+class Task(NamedTuple):
+    file: str               # the name of its file
+    text: str               # what the file holds
+    size: int               # how many examples or lines it has
+    unit: str               # 'examples' or 'lines'
 
 
 def make_task(name, source, path):
-    """(file name, text of the task, number of its examples or lines). path: the authors' file, or None for the hub."""
-    if isinstance(source.convert, str):
-        text = ''.join(text_files.read_text(path)) if path else join_rows(name, download(source)[source.convert])
-        return f'{name}.txt', text, text.count('\n')
-    rows, lines = read_rows(path) if path else download(source), []
+    """The Task. path: the authors' file, or None for the hub."""
+    if source.convert is None:
+        if path:
+            text = read_file(path)
+        else:
+            text = join_lines(name, download(source)[source.column])
+        return Task(f'{name}.txt', text, text.count('\n'), 'lines')
+
+    rows = read_rows(path) if path else download(source)
+    lines = []
     for number, row in enumerate(progress_bar(name, rows, len(rows)), 1):
         try:
-            lines.append(json.dumps(source.convert(row), ensure_ascii=False) + '\n')
+            example = source.convert(row)
+            lines.append(json.dumps(example, ensure_ascii=False) + '\n')
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f'{path or source.hub["path"]}, row {number:,} is not an example of {name} '
-                            f'({type(error).__name__}: {str(error)[:100]})') from None
-    return f'{name}.jsonl', ''.join(lines), len(lines)
+            raise UserError(f'{path or source.hub["path"]}, row {number:,} is not an example of '
+                            f'{name} ({type(error).__name__}: {str(error)[:100]})') from None
+    return Task(f'{name}.jsonl', ''.join(lines), len(lines), 'examples')
 
 
-def find_input(source):
-    """The authors' file in the folder `input`, or None."""
-    return next((Path(input) / name for name in source.files if (Path(input) / name).is_file()), None)
+def write_task(task):
+    """Write the file of a task and print a line about it."""
+    data = task.text.encode('utf-8', 'surrogatepass')
+    target = Path(output) if output else FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target / task.file, 'wb') as file:
+        file.write(data)
+    print0(f'{task.file:<20} {task.size:>7,} {task.unit:<8}  '
+           f'sha256 {hashlib.sha256(data).hexdigest()}')
+
+
+def chosen_tasks():
+    """The names of the tasks to write."""
+    names = [name.strip() for name in tasks.split(',') if name.strip()]
+    if not names:
+        names = list(SOURCES)
+    if 'hellaswag' in names and 'hellaswag_raw' not in names:
+        names.insert(names.index('hellaswag') + 1, 'hellaswag_raw')
+
+    for name in names:
+        if name not in SOURCES:
+            raise UserError(f'there is no task {name!r}; --tasks= takes {", ".join(SOURCES)}')
+    return names
 
 
 def main():
-    names = [name.strip() for name in tasks.split(',') if name.strip()] or list(SOURCES)
-    if 'hellaswag' in names and 'hellaswag_raw' not in names:
-        names.insert(names.index('hellaswag') + 1, 'hellaswag_raw')
-    if unknown := [name for name in names if name not in SOURCES]:
-        raise UserError(f'there is no task {unknown[0]!r}; --tasks= takes {", ".join(SOURCES)}')
+    names = chosen_tasks()
     if input and not Path(input).is_dir():
-        raise UserError(f'{input} is not a folder; --input= takes one with the files that data/evals/readme.md names')
-    target = Path(output) if output else FOLDER
+        raise UserError(f'{input} is not a folder; --input= takes one with the files that '
+                        f'data/evals/readme.md names')
+
     written = 0
     for name in names:
         source = SOURCES[name]
-        path = find_input(source) if input else None
-        if input and not path:
-            print0(f'note: {name} is left out: {input} has no {" or ".join(source.files)}', file=sys.stderr)
-            continue
-        file_name, text, count = make_task(name, source, path)
-        data = text.encode('utf-8', 'surrogatepass')
-        target.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target / file_name, 'wb') as file:
-            file.write(data)
+        path = None
+        if input:
+            path = find_input(source)
+            if not path:
+                print0(f'note: {name} is left out: {input} has no {" or ".join(source.files)}',
+                       file=sys.stderr)
+                continue
+        write_task(make_task(name, source, path))
         written += 1
-        print0(f'{file_name:<20} {count:>7,} {"lines" if file_name.endswith(".txt") else "examples":<8}  '
-               f'sha256 {hashlib.sha256(data).hexdigest()}')
+
     if not written:
-        raise UserError(f'{input} has no file of {", ".join(names)}; data/evals/readme.md names them')
+        raise UserError(f'{input} has no file of {", ".join(names)}; '
+                        f'data/evals/readme.md names them')
     print0('next: python evaluate.py --init_from=gpt2 --tasks=hellaswag,lambada,wikitext2')
 
 

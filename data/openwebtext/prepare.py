@@ -1,7 +1,8 @@
-"""OpenWebText, or documents of your own, as tokens, each document followed by the end-of-text token.
+"""OpenWebText, or documents of your own, as tokens, each document followed by the end-of-text
+token.
 
-    python data/openwebtext/prepare.py                          # downloads 24 GB, writes 18 GB
-    python data/openwebtext/prepare.py --input=docs.jsonl       # or .parquet, .txt, a folder of them
+    python data/openwebtext/prepare.py                      # downloads 24 GB, writes 18 GB
+    python data/openwebtext/prepare.py --input=docs.jsonl   # or .parquet, .txt, a folder of them
 
 One document in 2,000 is held out. After a stop, the same command continues.
 """
@@ -22,77 +23,112 @@ import configurator
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_tokenizer
 from engine.prepare import text_files
-from engine.prepare.dataset_writer import dataset_writer
+from engine.prepare.dataset_writer import Piece, dataset_writer
 from engine.prepare.encode import document_pieces
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
                     # them; '' downloads OpenWebText from the Hugging Face hub
-max_docs = 0        # documents to use, from the first on; 0 uses all
-tokenizer = 'gpt2'  # gpt2, a folder with a tokenizer, such as one that export.py wrote, or a hub name
-num_proc = 0        # cores that encode, 0 for all; the result is the same
+max_docs = 0        # how many documents to use, from the first on; 0 uses all
+tokenizer = 'gpt2'  # gpt2, a folder with a tokenizer, such as one that export.py wrote, or a hub
+                    # name
+num_proc = 0        # how many cores encode, 0 for all; the result is the same
 
-DOCUMENTS = 8_013_769               # in all of OpenWebText
-VAL_FRACTION, VAL_SEED = 0.0005, 2357
+DOCUMENTS = 8_013_769           # in all of OpenWebText
+DOCUMENTS_IN_A_FILE = 90_000    # at least: the hub has 80 files of about 100,000 documents each
+VAL_FRACTION = 0.0005           # share of the documents that is held out
+VAL_SEED = 2357                 # seed of their choice
 
 
 def download():
     """The hub's parquet files, as many as max_docs needs. They stay in the hub's cache, where an
     interrupted download continues."""
-    parts = [f'{number:05}-*' for number in range(max_docs // 90_000 + 1)] if max_docs else ['*']
-    try:                            # 80 files of 100,000 documents each
+    parts = ['*']
+    if max_docs:
+        parts = [f'{number:05}-*' for number in range(max_docs // DOCUMENTS_IN_A_FILE + 1)]
+    patterns = [f'plain_text/train-{part}.parquet' for part in parts]
+    try:
         from huggingface_hub import snapshot_download
         folder = snapshot_download('Skylion007/openwebtext', repo_type='dataset',
-                                   allow_patterns=[f'plain_text/train-{part}.parquet' for part in parts])
+                                   allow_patterns=patterns)
         return text_files.find_files(folder, ('.parquet',))
     except Exception as error:      # the client raises errors of many libraries
-        raise RunError(f'cannot download OpenWebText ({type(error).__name__}: {str(error)[:200]}); '
-                       f'if you have the parquet files, use --input=FOLDER') from None
+        raise RunError(f'cannot download OpenWebText ({type(error).__name__}: '
+                       f'{str(error)[:200]}); if you have the parquet files, use '
+                       f'--input=FOLDER') from None
+
+
+def count_documents(files):
+    """The number of documents in each file."""
+    bar = tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1, disable=None)
+    with bar:
+        counts = [text_files.count_documents(path, bar) for path in files]
+
+    # without a network the hub's client returns what its cache has
+    expected = min(max_docs or DOCUMENTS, DOCUMENTS)
+    if not input and sum(counts) < expected:
+        raise RunError(f'the download has {sum(counts):,} of {expected:,} documents; go online and '
+                       f'run again, or use it as it is: --input={files[0].parent}')
+    return counts
+
+
+def choose_val_documents(total):
+    """The numbers of the documents in val.bin.
+
+    They are those that train_test_split of `datasets` chooses with test_size=VAL_FRACTION,
+    seed=VAL_SEED and shuffle=True.
+    """
+    order = np.random.default_rng(VAL_SEED).permutation(total)
+    return set(order[:math.ceil(VAL_FRACTION * total)].tolist())
 
 
 def read_pieces(files, counts, start, stop, val_documents, encoder):
-    """(split, text, ends_document) of the documents numbered start to stop."""
+    """The Pieces of the documents numbered start to stop. counts: how many each file has."""
     first = 0                               # the number of the file's first document
     for path, count in zip(files, counts):
         if start < first + count and first < stop:
             skip = max(start - first, 0)
             documents = islice(text_files.read_documents(path), skip, stop - first)
-            for number, (_, document) in enumerate(documents, first + skip):
+            for number, document in enumerate(documents, first + skip):
                 split = 'val' if number in val_documents else 'train'
-                yield from ((split, text, is_last) for text, is_last in document_pieces(document, encoder))
+                for text, is_last in document_pieces(document.texts, encoder):
+                    yield Piece(split, text, ends_document=is_last)
         first += count
-
-
-def choose_val_documents(total):
-    """The numbers of the documents in val.bin. They are those that train_test_split of `datasets`
-    chooses with test_size=VAL_FRACTION, seed=VAL_SEED and shuffle=True."""
-    order = np.random.default_rng(VAL_SEED).permutation(total)
-    return set(order[:math.ceil(VAL_FRACTION * total)].tolist())
 
 
 def main():
     if max_docs < 0 or max_docs == 1:
-        raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, or 0 for all')
+        raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, '
+                        f'or 0 for all')
     encoder = document_tokenizer(tokenizer)
-    files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, print0) if input else download()
+
+    # the documents
+    if input:
+        files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
+    else:
+        files = download()
     before = text_files.fingerprint(files)
-    with tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1, disable=None) as bar:
-        counts = [text_files.count_documents(path, bar) for path in files]
-    expected = min(max_docs or DOCUMENTS, DOCUMENTS)
-    if not input and sum(counts) < expected:
-        raise RunError(f'the download has {sum(counts):,} of {expected:,} documents; go online and run again, '
-                       f'or use it as it is: --input={files[0].parent}')
-    total = min(sum(counts), max_docs or sum(counts))
+    counts = count_documents(files)
+    total = sum(counts)
+    if max_docs:
+        total = min(total, max_docs)
     if total < 2:
-        raise UserError(f'train and val need a document each, and there is {total}; to split one text, '
-                        f'run: python data/text/prepare.py --input={input or "PATH"}')
-    val_documents, key = choose_val_documents(total), f'{before}, {total} documents, {encoder.spec.get("tokenizer_sha256", "gpt2")}'
-    with dataset_writer(FOLDER, encoder.spec, print0, key) as writer:
-        if writer.documents:
-            print0(f'continuing after {writer.documents:,} of {total:,} documents')
-        writer.write(read_pieces(files, counts, writer.documents, total, val_documents, encoder),
-                     encoder.encode_to_numpy, total, 'documents', num_proc)
+        raise UserError(f'train and val need a document each, and there is {total}; to split one '
+                        f'text, run: python data/text/prepare.py --input={input or "PATH"}')
+    val_documents = choose_val_documents(total)
+
+    # A run that was stopped has written the first documents. It continues only where these three
+    # are the same.
+    digest = encoder.spec.get('tokenizer_sha256', 'gpt2')
+    key = f'{before}, {total} documents, {digest}'
+    with dataset_writer(FOLDER, encoder.spec, key) as writer:
+        start = writer.documents
+        if start:
+            print0(f'continuing after {start:,} of {total:,} documents')
+        pieces = read_pieces(files, counts, start, total, val_documents, encoder)
+        writer.write(pieces, encoder.encode_to_numpy, total, 'documents', num_proc)
         if text_files.fingerprint(files) != before:
-            raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
+            raise UserError(f'{input} changed while it was read; run again when nothing writes to '
+                            f'it')
     print0(f'{total:,} documents, {len(val_documents):,} of them held out')
     print0('next: python train.py config/train_gpt2.py')
 

@@ -21,10 +21,14 @@ input = ''          # a UTF-8 text file; '' downloads tiny Shakespeare and keeps
 
 def main():
     text = text_files.read_shakespeare(input, FOLDER)
+
+    # the first 90% of the characters to train on, the rest to validate; no document ends there
     cut = int(len(text) * 0.9)
+    pieces = [('train', text[:cut], False), ('val', text[cut:], False)]
+
     encode = Tokenizer(GPT2).encode_to_numpy
-    with dataset_writer(FOLDER, GPT2, print0) as writer:
-        writer.write([('train', text[:cut], False), ('val', text[cut:], False)], encode, len(text))
+    with dataset_writer(FOLDER, GPT2) as writer:
+        writer.write(pieces, encode, total=len(text))
     print0('next: python train.py config/finetune_shakespeare.py')
 
 

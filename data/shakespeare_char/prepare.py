@@ -21,11 +21,16 @@ input = ''          # a UTF-8 text file; '' downloads tiny Shakespeare and keeps
 
 def main():
     text = text_files.read_shakespeare(input, FOLDER)
-    spec = char_spec(set(text))
+
+    # the first 90% of the characters to train on, the rest to validate; no document ends there
     cut = int(len(text) * 0.9)
-    with dataset_writer(FOLDER, spec, print0) as writer:
-        writer.write([('train', text[:cut], False), ('val', text[cut:], False)],
-                     Tokenizer(spec).encode_to_numpy, len(text))
+    pieces = [('train', text[:cut], False), ('val', text[cut:], False)]
+
+    # the vocabulary is the characters of the text
+    spec = char_spec(set(text))
+    encode = Tokenizer(spec).encode_to_numpy
+    with dataset_writer(FOLDER, spec) as writer:
+        writer.write(pieces, encode, total=len(text))
     print0('next: python train.py config/train_shakespeare_char.py')
 
 

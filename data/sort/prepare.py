@@ -1,9 +1,10 @@
-"""Six digits and the same digits sorted, one token per character: a dataset on which a small GPT learns to sort.
+"""Six digits and the same digits sorted, one token per character: a dataset on which a small GPT
+learns to sort.
 
     python data/sort/prepare.py
 
-Each record is a line such as `352914=123459`. The held-out lines have digits that, in their order, are not in the
-training text.
+Each record is a line such as `352914=123459`. The held-out lines have digits that, in their order,
+are not in the training text.
 """
 
 import json
@@ -21,27 +22,52 @@ from engine.errors import UserError
 from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
-train_records = 50_000      # of the million possible ones
-held_out = 5_000            # other ones, for validation
-digits = 6                  # in each record
-seed = 0                    # of the choice
+train_records = 50_000      # how many of the million possible records to train on
+held_out = 5_000            # how many others to validate on
+digits = 6                  # digits in each record
+seed = 0                    # seed of the choice
+
+
+def check_settings():
+    possible = 10 ** digits
+    is_possible = (1 <= digits <= 18 and train_records >= 1 and held_out >= 1
+                   and train_records + held_out <= possible)
+    if not is_possible:
+        raise UserError(f'train_records={train_records} and held_out={held_out} should be above 0, '
+                        f'and in all at most the {possible:,} records that digits={digits} makes '
+                        f'possible')
+
+
+def make_records():
+    """[(prompt, answer)] of different numbers, in a seeded order."""
+    numbers = random.Random(seed).sample(range(10 ** digits), train_records + held_out)
+    records = []
+    for number in numbers:
+        text = f'{number:0{digits}}'
+        records.append((f'{text}=', ''.join(sorted(text))))
+    return records
 
 
 def main():
-    if not 1 <= digits <= 18 or min(train_records, held_out) < 1 or train_records + held_out > 10 ** digits:
-        raise UserError(f'train_records={train_records} and held_out={held_out} should be above 0, and in all at most the '
-                        f'{10 ** digits:,} records that digits={digits} makes possible')
-    numbers = random.Random(seed).sample(range(10 ** digits), train_records + held_out)
-    pairs = [(f'{number:0{digits}}=', ''.join(sorted(f'{number:0{digits}}'))) for number in numbers]
-    lines = [f'{prompt}{answer}\n' for prompt, answer in pairs]
-    train, val = ''.join(lines[:train_records]), ''.join(lines[train_records:])
-    # engine.dataloader starts windows at records, and masks the prompts
-    spec = dict(char_spec(set(train + val)), record=dict(length=len(lines[0]), prompt=digits + 1))
-    with dataset_writer(FOLDER, spec, print0) as writer:
-        writer.write([('train', train, False), ('val', val, False)], Tokenizer(spec).encode_to_numpy, len(train + val))
+    check_settings()
+    records = make_records()
+    lines = [f'{prompt}{answer}\n' for prompt, answer in records]
+    train = ''.join(lines[:train_records])
+    val = ''.join(lines[train_records:])
+
+    # training begins each sequence at a record, and the prompts are no targets
+    record = dict(length=len(lines[0]), prompt=digits + 1)
+    spec = dict(char_spec(set(train + val)), record=record)
+    pieces = [('train', train, False), ('val', val, False)]
+    with dataset_writer(FOLDER, spec) as writer:
+        writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=len(train + val))
+
+    # a task for evaluate.py
     with atomic_write(FOLDER / 'exact.jsonl') as file:
-        file.writelines(json.dumps(dict(prompt=prompt, answer=answer)) + '\n' for prompt, answer in pairs[train_records:])
-    print0('exact.jsonl has the held-out records, for evaluate.py\nnext: python train.py config/train_sort.py')
+        for prompt, answer in records[train_records:]:
+            file.write(json.dumps(dict(prompt=prompt, answer=answer)) + '\n')
+    print0('exact.jsonl has the held-out records, for evaluate.py')
+    print0('next: python train.py config/train_sort.py')
 
 
 if __name__ == '__main__':

@@ -20,18 +20,21 @@ from engine.errors import UserError
 from engine.prepare.dataset_writer import dataset_writer
 from engine.tokenizer import Tokenizer, char_spec
 
-max_bytes = 2_000_000   # of source code to use
-val_fraction = 0.1      # of those bytes, held out as whole files
+max_bytes = 2_000_000   # bytes of source code to use
+val_fraction = 0.1      # share of those bytes that is held out, as whole files
 
 # Packages of others, tests, and generated code: its tables differ little from file to file, and
 # would make the validation loss look better than it is.
-EXCLUDED = re.compile(r'(^|/)(site-packages|dist-packages|tests?|idlelib|turtledemo|lib2to3|ensurepip|'
-                      r'encodings|pydoc_data|_sysconfigdata[^/]*|config-[^/]*)(/|$)')
+EXCLUDED = re.compile(r'(^|/)(site-packages|dist-packages|tests?|idlelib|turtledemo|lib2to3|'
+                      r'ensurepip|encodings|pydoc_data|_sysconfigdata[^/]*|config-[^/]*)(/|$)')
 
 
 def read_sources(root):
-    """The text of each ASCII source file below `root`. The order is fixed and mixes the packages, so
-    the last files, which are held out, resemble the others."""
+    """The text of each ASCII source file below `root`.
+
+    The order is fixed and mixes the packages, so the last files, which are held out, resemble the
+    others.
+    """
     names = [path.relative_to(root).as_posix() for path in root.rglob('*.py')]
     names = [name for name in names if not EXCLUDED.search(name)]
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -40,27 +43,50 @@ def read_sources(root):
             yield data.decode('ascii')
 
 
+def take_sources(root):
+    """The texts of the first source files below `root`, at most max_bytes together."""
+    texts = []
+    size = 0
+    for text in read_sources(root):
+        size += len(text)
+        if size > max_bytes:
+            break
+        texts.append(text)
+    return texts
+
+
+def count_train_files(texts):
+    """How many of `texts` are to train on: all but the last ones, which have val_fraction of the
+    bytes or a little more."""
+    size = sum(len(text) for text in texts)
+    train_files = len(texts)
+    val_size = 0
+    while train_files and val_size < val_fraction * size:
+        train_files -= 1
+        val_size += len(texts[train_files])
+    return train_files
+
+
 def main():
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} should be between 0 and 1, such as 0.1')
-    root, texts, size = Path(sysconfig.get_path('stdlib')), [], 0
-    for text in read_sources(root):
-        if size + len(text) > max_bytes:
-            break
-        texts.append(text)
-        size += len(text)
-    first_val, val_size = len(texts), 0             # texts[first_val:] are held out
-    while first_val and val_size < val_fraction * size:
-        first_val -= 1
-        val_size += len(texts[first_val])
-    if not first_val:
-        raise UserError(f'{len(texts)} source files from {root}, {size:,} bytes, are too few for train and val; '
-                        f'try a larger --max_bytes, such as the default, 2_000_000')
-    train, val = ''.join(texts[:first_val]), ''.join(texts[first_val:])
+    root = Path(sysconfig.get_path('stdlib'))
+    texts = take_sources(root)
+    size = sum(len(text) for text in texts)
+
+    train_files = count_train_files(texts)
+    if not train_files:
+        raise UserError(f'{len(texts)} source files from {root}, {size:,} bytes, are too few for '
+                        f'train and val; try a larger --max_bytes, such as the default, 2_000_000')
+    train = ''.join(texts[:train_files])
+    val = ''.join(texts[train_files:])
+
     spec = char_spec(set(train + val))
-    with dataset_writer(FOLDER, spec, print0) as writer:
-        writer.write([('train', train, False), ('val', val, False)], Tokenizer(spec).encode_to_numpy, size)
-    print0(f'{first_val} files to train on, {len(texts) - first_val} held out; Python {sys.version.split()[0]}')
+    pieces = [('train', train, False), ('val', val, False)]
+    with dataset_writer(FOLDER, spec) as writer:
+        writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=size)
+    print0(f'{train_files} files to train on, {len(texts) - train_files} held out; '
+           f'Python {sys.version.split()[0]}')
     print0('next: python train.py config/train_stdlib_char.py')
 
 

@@ -28,14 +28,38 @@ from engine.prepare.dataset_writer import dataset_writer
 from engine.prepare.encode import safe_pieces
 from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
 
-input = ''              # the file or folder; hidden files in a folder are skipped
-name = ''               # of the dataset, a folder in data/; '' uses the input's name without its ending
-tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the characters of the text;
-                        # 'bpe': byte pair encoding trained on this text; or a folder with a tokenizer,
-                        # a dataset's such as data/notes, or a hub name such as HuggingFaceTB/SmolLM2-135M
-vocab_size = 4096       # tokens to train with --tokenizer=bpe, at least 257
-val_fraction = 0.1      # of all characters, the last ones, held out as val.bin
-num_proc = 0            # cores that encode, 0 for all; the result is the same
+input = ''              # the file or folder to read; hidden files in a folder are skipped
+name = ''               # name of the dataset, a folder in data/; '' uses the input's name without
+                        # its ending
+tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the characters of the
+                        # text; 'bpe': byte pair encoding trained on this text; or a folder with a
+                        # tokenizer, a dataset's such as data/notes, or a hub name such as
+                        # HuggingFaceTB/SmolLM2-135M
+vocab_size = 4096       # how many tokens --tokenizer=bpe trains, at least 257
+val_fraction = 0.1      # share of all characters, the last ones, that is held out as val.bin
+num_proc = 0            # how many cores encode, 0 for all; the result is the same
+
+
+# Settings
+
+def chosen_spec():
+    """The spec of the tokenizer that a setting names; None if it comes from the text."""
+    if tokenizer in ('char', 'bpe'):
+        return None
+    spec = named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
+    if spec['tokenizer'] == 'char':
+        raise UserError(f'{tokenizer} has a vocabulary of characters, which may lack those of this '
+                        f'text; try --tokenizer=char')
+    return spec
+
+
+def check_settings():
+    configurator.check_range(globals(), 'vocab_size', 257, MAX_VOCAB_SIZE)
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} should be between 0 and 1; try '
+                        f'--val_fraction=0.1')
+    if not input:
+        raise UserError('no text is named; type --input=PATH, a UTF-8 file or a folder of them')
 
 
 def dataset_folder():
@@ -49,18 +73,33 @@ def dataset_folder():
     return folder
 
 
+# Reading: once to count, and once more to encode
+
 def count_characters(files):
     """The number of characters of each file, and with 'char' the set of all characters."""
-    counts, seen = [], np.zeros(0x110000, bool)
-    with tqdm(desc='reading', unit=' characters', unit_scale=True, delay=1, disable=None) as bar:
+    counts = []
+    seen = np.zeros(0x110000, bool)         # which code points occur
+    bar = tqdm(desc='reading', unit=' characters', unit_scale=True, delay=1, disable=None)
+    with bar:
         for path in files:
-            counts.append(0)
+            count = 0
             for text in text_files.read_text(path):
-                counts[-1] += len(text)
+                count += len(text)
                 if tokenizer == 'char':
                     seen[code_points(text)] = True
                 bar.update(len(text))
+            counts.append(count)
     return counts, {chr(code) for code in np.flatnonzero(seen)}
+
+
+def train_characters(total):
+    """How many of all characters train.bin gets."""
+    share = 1 - Decimal(str(val_fraction))      # exact: 0.93 of 100 is 93, not 92.99...
+    cut = int(total * share)
+    if not 0 < cut < total:
+        raise UserError(f'{input} has {total:,} characters, and val_fraction={val_fraction} leaves '
+                        f'{cut:,} to train on; --input= takes more text')
+    return cut
 
 
 def split_at(texts, cut):
@@ -74,36 +113,51 @@ def split_at(texts, cut):
 
 
 def read_splits(files, counts, cut):
-    """(split, texts of one document) of all files. The first `cut` characters of them all are 'train'."""
+    """(split, texts of one document) of all files. The first `cut` characters of them all are
+    'train'."""
     for path, count in zip(files, counts):
-        for split, parts in groupby(split_at(text_files.read_text(path), cut), key=lambda part: part[0]):
-            yield split, (text for _, text in parts)
+        parts = split_at(text_files.read_text(path), cut)
+        for split, group in groupby(parts, key=lambda part: part[0]):
+            yield split, (text for _, text in group)
         cut = max(cut - count, 0)
 
 
 def read_pieces(documents, encoder):
-    """(split, text, False) of all documents, as the writer takes them. An empty text ends a document."""
+    """(split, text, False) of all documents, as the writer takes them.
+
+    encode() adds the end of a document: to a text that is one, or for an empty text.
+    """
     for split, texts in documents:
         if encoder.chars:
-            yield from ((split, text, False) for text in texts)
+            for text in texts:
+                yield split, text, False
         elif encoder.splits_like_gpt2:
-            yield from ((split, text, False) for text, _ in safe_pieces(texts) if text)
+            for text, _ in safe_pieces(texts):
+                if text:
+                    yield split, text, False
             yield split, '', False
         else:
             yield split, ''.join(texts), False
 
 
 def train_tokenizer(documents, total):
-    """The spec of a byte-level BPE tokenizer, trained on the text of train.bin: `total` characters of `documents`."""
-    with tqdm(desc='training the tokenizer', total=total, unit=' characters', unit_scale=True, delay=1, disable=None) as bar:
-        def train_texts():
-            for texts in (texts for split, texts in documents if split == 'train'):
+    """The spec of a byte-level BPE tokenizer, trained on the text of train.bin: `total` characters
+    of `documents`."""
+    bar = tqdm(desc='training the tokenizer', total=total, unit=' characters', unit_scale=True,
+               delay=1, disable=None)
+
+    def train_texts():
+        for split, texts in documents:
+            if split == 'train':
                 for text, _ in safe_pieces(texts):
                     yield text
                     bar.update(len(text))
+
+    with bar:
         spec = train_bpe(train_texts(), vocab_size)
     if spec['vocab_size'] < vocab_size:
-        print0(f'note: the text has pairs for {spec["vocab_size"]:,} tokens, not for {vocab_size:,}')
+        print0(f'note: the text has pairs for {spec["vocab_size"]:,} tokens, not for '
+               f'{vocab_size:,}')
     return spec
 
 
@@ -112,39 +166,40 @@ def next_command(dataset):
     options = [f'--dataset={dataset}', f'--out_dir=out-{dataset}']
     if tokenizer == 'char':
         return shlex.join(['python', 'train.py', 'config/train_stdlib_char.py', *options])
-    return shlex.join(['python', 'train.py', 'config/train_gpt2.py', *options, '--wandb_log=False'])
+    return shlex.join(['python', 'train.py', 'config/train_gpt2.py', *options,
+                       '--wandb_log=False'])
 
 
 def main():
-    # A name that leads nowhere fails here, before the text is read.
-    spec = None if tokenizer in ('char', 'bpe') else named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
-    if spec and spec['tokenizer'] == 'char':
-        raise UserError(f'{tokenizer} has a vocabulary of characters, which may lack those of this text; try --tokenizer=char')
-    configurator.check_range(globals(), 'vocab_size', 257, MAX_VOCAB_SIZE)
-    if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction} should be between 0 and 1; try --val_fraction=0.1')
-    if not input:
-        raise UserError('no text is named; type --input=PATH, a UTF-8 file or a folder of them')
+    spec = chosen_spec()            # a name that leads nowhere fails before the text is read
+    check_settings()
     folder = dataset_folder()
-    files = text_files.find_files(input, print_line=print0)
+
+    # read and count
+    files = text_files.find_files(input, log_skipped=True)
     before = text_files.fingerprint(files)
     counts, chars = count_characters(files)
     total = sum(counts)
-    cut = int(total * (1 - Decimal(str(val_fraction))))     # exact: 0.93 of 100 is 93, not 92.99...
-    if not 0 < cut < total:
-        raise UserError(f'{input} has {total:,} characters, and val_fraction={val_fraction} leaves '
-                        f'{cut:,} to train on; --input= takes more text')
+    cut = train_characters(total)
+
+    # the tokenizer
     if tokenizer == 'bpe':
         spec = train_tokenizer(read_splits(files, counts, cut), cut)
-    encoder = Tokenizer(spec or char_spec(chars))
+    elif tokenizer == 'char':
+        spec = char_spec(chars)
+    encoder = Tokenizer(spec)
 
     def encode(text):
-        return encoder.encode_to_numpy(text, as_document=not text or not encoder.splits_like_gpt2)
+        is_end = not text or not encoder.splits_like_gpt2
+        return encoder.encode_to_numpy(text, as_document=is_end)
 
-    with dataset_writer(folder, encoder.spec, print0) as writer:
-        writer.write(read_pieces(read_splits(files, counts, cut), encoder), encode, total, cores=num_proc)
+    # encode and write
+    with dataset_writer(folder, encoder.spec) as writer:
+        pieces = read_pieces(read_splits(files, counts, cut), encoder)
+        writer.write(pieces, encode, total, cores=num_proc)
         if text_files.fingerprint(files) != before:
-            raise UserError(f'{input} changed while it was read; run again when nothing writes to it')
+            raise UserError(f'{input} changed while it was read; run again when nothing writes to '
+                            f'it')
     print0(f'files: {len(files):,}, of them empty: {counts.count(0):,}; characters: {total:,}')
     print0(f'next: {next_command(folder.name)}')
 

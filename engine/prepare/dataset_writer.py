@@ -1,159 +1,306 @@
-"""Writing token files for the prepare scripts: text is encoded on every core, and the finished
-files replace an earlier dataset together.
+"""Writes the token files of a dataset: text is encoded on every core, and the finished files
+replace an earlier dataset together.
 
-train.bin and val.bin hold token ids, little-endian uint16, or uint32 for more than 65,536 ids, documents
-joined. meta.json holds the tokenizer, the token counts and a SHA-256 of both files. meta.pkl is nanoGPT's
-form of a character vocabulary. engine.prepare.shard_writer writes shards.
+train.bin and val.bin hold token ids, little-endian uint16, or uint32 for more than 65,536 ids,
+documents joined. meta.json holds the tokenizer, the token counts and a SHA-256 of both files.
+meta.pkl is nanoGPT's form of a character vocabulary. engine.prepare.shard_writer writes shards.
+
+The files have names that end in .part until all are written. unfinished.json is the journal: how
+much of them is on disk. engine.prepare.publish says how they replace an earlier dataset.
 """
 
 import hashlib
-import json
-import os
-import pickle
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from engine.atomic_files import atomic_write, sync, sync_folder
-from engine.dataloader.token_files import DTYPES, token_dtype
+from engine.atomic_files import sync
+from engine.dataloader.token_files import DTYPES, SPLITS, token_dtype
 from engine.errors import UserError
+from engine.log import log
 from engine.prepare.encode import batch_pieces, in_order
-from engine.prepare.publish import FILES, SPLITS, hash_start, write_lock
+from engine.prepare.publish import (
+    JOURNAL,
+    Replacement,
+    hash_start,
+    read_json,
+    write_json,
+    write_lock,
+)
 from engine.tokenizer import check_spec, end_of_text
 
 SAVE_SECONDS = 30           # a killed run that can be continued loses at most this much work
-JOURNAL = 'unfinished.json'
+
+
+class Piece(NamedTuple):
+    """A text to encode, which may be a part of a document."""
+    split: str              # 'train' or 'val'
+    text: str
+    ends_document: bool     # the end-of-text token follows it
+
+
+class EncodedBatch(NamedTuple):
+    """Some pieces and their tokens."""
+    pieces: list[Piece]
+    ids: dict[str, np.ndarray]      # the ids of each split that has any, joined
+
+
+@dataclass
+class Journal:
+    """The content of unfinished.json: how much of train.bin.part and val.bin.part is written."""
+    key: str                        # as in dataset_writer()
+    documents: int                  # how many documents are written
+    bytes: dict[str, int]           # the size of each split
+    sha256: dict[str, str]          # the digest of those bytes
+    tokenizer: dict | None = None   # the spec; its presence says that both files are whole
+
+    def describe_dataset(self) -> dict:
+        """The content of meta.json, once both files are whole."""
+        dtype = token_dtype(self.tokenizer['vocab_size'])
+        itemsize = DTYPES[dtype].itemsize
+        return dict(
+            self.tokenizer,
+            dtype=dtype,
+            tokens={split: self.bytes[split] // itemsize for split in SPLITS},
+            sha256={f'{split}.bin': self.sha256[split] for split in SPLITS})
+
+
+def check_journal(content):
+    """The Journal that `content` is, if its numbers are possible.
+
+    Raises ValueError, KeyError or TypeError otherwise.
+    """
+    journal = Journal(**content)
+
+    numbers = [journal.documents, *(journal.bytes[split] for split in SPLITS)]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError('a number is impossible')
+
+    if any(journal.bytes[split] % 2 for split in SPLITS):
+        raise ValueError('half a token is written')
+
+    if not all(type(journal.sha256[split]) is str for split in SPLITS):
+        raise ValueError('a digest is no text')
+    return journal
+
+
+class UnfinishedFile:
+    """An open file NAME.part, and the hash of what is in it."""
+
+    def __init__(self, file, digest):
+        self.file = file
+        self.digest = digest
+
+    def write(self, ids):
+        self.file.write(ids)
+        self.digest.update(ids)
+
+    def size(self):
+        return self.file.tell()
+
+    def sync(self):
+        sync(self.file)
+
+    def close(self):
+        self.file.close()
 
 
 class DatasetWriter:
-    """The files of a dataset while they are written; see dataset_writer()."""
+    """The files of a dataset while they are written; see dataset_writer().
 
-    def __init__(self, folder, spec, key, print_line):
-        self.folder, self.key, self.print_line = folder, key, print_line
-        self.dtype, self.end_of_text = DTYPES[token_dtype(spec['vocab_size'])], end_of_text(spec)
-        self.documents, self.saved_at = 0, time.monotonic()     # documents that are written
-        self.files, self.digests = {}, {}                       # one of each per split
+    documents: how many documents are written, including those of an earlier run with the same key.
+    """
+
+    def __init__(self, folder: Path, spec: dict, key: str):
+        self.folder = folder
+        self.spec = spec
+        self.key = key
+        self.dtype = DTYPES[token_dtype(spec['vocab_size'])]
+        self.end_of_text = end_of_text(spec)
+        self.documents = 0
+        self.saved_at = time.monotonic()
+        self.files = {}                         # {split: UnfinishedFile}
+        self.finished = None                    # the journal, if nothing is left to write
+
         completed = complete_replacement(folder)
         if completed:
-            print_line(f'{folder}: the last run stopped while it replaced the dataset; the replacement is now complete')
-        # The journal of the finished dataset, if the last run had the same key: nothing is left to write.
-        self.finished = completed if completed and key and completed['key'] == key else None
-        if self.finished:
-            self.documents = completed['documents']
-        else:
-            self.open_parts()
+            log.info(f'{folder}: the last run stopped while it replaced the dataset; '
+                     f'the replacement is now complete')
 
-    def open_parts(self):
-        """Open the .part files: after the saved progress of a run with the same key, or empty."""
-        journal = read_journal(self.folder)
-        paths = {split: self.folder / f'{split}.bin.part' for split in SPLITS}
-        if journal and self.key and journal['key'] == self.key:
-            self.digests = {split: hash_start(path, journal['bytes'][split], journal['sha256'][split])
-                            for split, path in paths.items()}
-            if all(self.digests.values()):
-                self.documents = journal['documents']
-                for split, path in paths.items():
-                    self.files[split] = file = open(path, 'r+b')
-                    file.seek(journal['bytes'][split])
-                    file.truncate()
+            # if the same command runs again, all of its work is done
+            if key and completed.key == key:
+                self.finished = completed
+                self.documents = completed.documents
                 return
-            self.print_line(f'{self.folder}: the saved progress is damaged; starting from the beginning')
+
+        if not self.continue_files():
+            self.create_files()
+
+    def continue_files(self):
+        """Open the .part files after the progress that a run with the same key saved.
+
+        False if there is none.
+        """
+        journal = read_json(self.folder / JOURNAL, check_journal)
+        if not journal or not self.key or journal.key != self.key:
+            return False
+
+        digests = {split: hash_start(self.unfinished_path(split), journal.bytes[split],
+                                     journal.sha256[split]) for split in SPLITS}
+        if not all(digests.values()):
+            log.info(f'{self.folder}: the saved progress is damaged; starting from the beginning')
+            return False
+
+        for split, digest in digests.items():
+            file = open(self.unfinished_path(split), 'r+b')
+            self.files[split] = UnfinishedFile(file, digest)
+            file.seek(journal.bytes[split])
+            file.truncate()                     # what was written after the progress was saved
+        self.documents = journal.documents
+        return True
+
+    def create_files(self):
         remove_unfinished(self.folder)
-        for split, path in paths.items():
-            self.files[split], self.digests[split] = open(path, 'xb'), hashlib.sha256()
+        for split in SPLITS:
+            file = open(self.unfinished_path(split), 'xb')
+            self.files[split] = UnfinishedFile(file, hashlib.sha256())
 
-    def write(self, pieces, encode, total, unit='characters', cores=0):
-        """Append the tokens of `pieces`, an iterable of (split, text, ends_document). `<|endoftext|>`
-        follows a text that ends a document.
+    def unfinished_path(self, split):
+        return self.folder / f'{split}.bin.part'
 
-        encode: text to an array of ids. total: how many `unit` there are, 'characters' or 'documents'.
+    def write(self, pieces: Iterable[Piece | tuple[str, str, bool]], encode: Callable, total: int,
+              unit: str = 'characters', cores: int = 0):
+        """Append the tokens of `pieces`, of which each is (split, text, ends_document).
+
+        encode: turns a text into an array of ids.
+        total: how many `unit` there are, 'characters' or 'documents', for the progress bar.
+        cores: how many threads encode; 0 takes one per core.
+
+        Raises UserError if a piece ends a document and the vocabulary has no end-of-text token.
         """
         def encode_batch(batch):
-            arrays = {split: [] for split in SPLITS}
-            for split, text, ends in batch:
-                if ends and self.end_of_text is None:
-                    raise UserError(f'{self.folder}: the vocabulary has no end-of-text token; leave ends_document False')
-                arrays[split] += [encode(text), [self.end_of_text]] if ends else [encode(text)]
-            return batch, {split: np.concatenate(ids, dtype=self.dtype, casting='unsafe')
-                           for split, ids in arrays.items() if ids}
+            return self.encode_batch(batch, encode)
 
-        with (tqdm(desc='encoding', total=total, initial=self.documents, unit=f' {unit}',
-                   unit_scale=True, delay=1, mininterval=1, disable=None) as bar,
-              closing(in_order(encode_batch, batch_pieces(pieces), cores)) as results):
-            for batch, encoded in results:
-                for split, ids in encoded.items():
+        batches = batch_pieces(Piece(*piece) for piece in pieces)
+        bar = tqdm(desc='encoding', total=total, initial=self.documents, unit=f' {unit}',
+                   unit_scale=True, delay=1, mininterval=1, disable=None)
+        with bar, closing(in_order(encode_batch, batches, cores)) as results:
+            for batch in results:
+                for split, ids in batch.ids.items():
                     self.files[split].write(ids)
-                    self.digests[split].update(ids)
-                ended = sum(ends for _, _, ends in batch)
+
+                ended = sum(piece.ends_document for piece in batch.pieces)
                 self.documents += ended
-                bar.update(ended if unit == 'documents' else sum(len(text) for _, text, _ in batch))
-                if self.key and batch[-1][2] and time.monotonic() >= self.saved_at + SAVE_SECONDS:
+                if unit == 'documents':
+                    bar.update(ended)
+                else:
+                    bar.update(sum(len(piece.text) for piece in batch.pieces))
+
+                # progress is a number of documents, so it is saved between two of them
+                is_due = time.monotonic() >= self.saved_at + SAVE_SECONDS
+                if self.key and is_due and batch.pieces[-1].ends_document:
                     self.save_progress()
 
-    def progress(self):
-        """The journal: how much is written."""
-        return dict(key=self.key, documents=self.documents,
-                    bytes={split: file.tell() for split, file in self.files.items()},
-                    sha256={split: digest.hexdigest() for split, digest in self.digests.items()})
+    def encode_batch(self, pieces, encode):
+        """The EncodedBatch of a list of pieces."""
+        arrays = {}                             # {split: the arrays to join}
+        for piece in pieces:
+            split_arrays = arrays.setdefault(piece.split, [])
+            split_arrays.append(encode(piece.text))
+            if piece.ends_document:
+                if self.end_of_text is None:
+                    raise UserError(f'{self.folder}: the vocabulary has no end-of-text token; '
+                                    f'leave ends_document False')
+                split_arrays.append([self.end_of_text])
 
-    def save_progress(self, **more):
-        """Sync the .part files and write the journal, for a later run to continue."""
+        joined = {split: np.concatenate(split_arrays, dtype=self.dtype, casting='unsafe')
+                  for split, split_arrays in arrays.items()}
+        return EncodedBatch(pieces, joined)
+
+    def progress(self, spec=None):
+        """The journal of what is written. spec: the tokenizer, once that is all."""
+        sizes = {split: file.size() for split, file in self.files.items()}
+        digests = {split: file.digest.hexdigest() for split, file in self.files.items()}
+        return Journal(self.key, self.documents, sizes, digests, spec)
+
+    def save_progress(self, spec=None):
+        """Put the .part files on disk, and then the journal, for a later run to continue."""
         for file in self.files.values():
-            sync(file)
-        with atomic_write(self.folder / JOURNAL) as file:
-            json.dump(dict(self.progress(), **more), file)
+            file.sync()
+
+        content = asdict(self.progress(spec))
+        if spec is None:
+            del content['tokenizer']
+        write_json(self.folder / JOURNAL, content)
         self.saved_at = time.monotonic()
 
-    def finish(self, spec):
-        """Replace the earlier dataset. spec: the tokenizer."""
-        journal = self.finished or dict(self.progress(), tokenizer=spec)
-        meta = describe_dataset(journal)
-        if not self.finished:
-            for split in SPLITS:
-                if not meta['tokens'][split]:
-                    raise UserError(f'{split}.bin would be empty; --input= takes a longer text')
-            write_meta_parts(self.folder, meta)
-            # With the tokenizer in the journal, the new dataset is whole: if this run is killed from
-            # here on, the next one completes the replacement.
-            self.save_progress(tokenizer=spec)
-            for file in self.files.values():
-                file.close()
-            replace_dataset(self.folder)
-        self.print_line(f'{self.folder}: train.bin has {meta["tokens"]["train"]:,} tokens, val.bin '
-                 f'{meta["tokens"]["val"]:,}; vocabulary {meta["vocab_size"]:,} ({meta["tokenizer"]})')
+    def finish(self):
+        """Replace the earlier dataset."""
+        journal = self.finished or self.publish()
+        meta = journal.describe_dataset()
+        log.info(f'{self.folder}: train.bin has {meta["tokens"]["train"]:,} tokens, '
+                 f'val.bin {meta["tokens"]["val"]:,}; '
+                 f'vocabulary {meta["vocab_size"]:,} ({meta["tokenizer"]})')
+
+    def publish(self):
+        """Replace the earlier dataset with what is written, and return its journal."""
+        journal = self.progress(self.spec)
+        for split in SPLITS:
+            if not journal.bytes[split]:
+                raise UserError(f'{split}.bin would be empty; --input= takes a longer text')
+
+        replacement = Replacement(self.folder, journal.describe_dataset())
+        replacement.write_meta()
+
+        # With the tokenizer in the journal, the new dataset is whole: if this run is killed from
+        # here on, the next one completes the replacement.
+        self.save_progress(self.spec)
+        for file in self.files.values():
+            file.close()
+
+        replacement.rename_files()
+        return journal
 
     def clean_up(self, error):
         """Close and remove the .part files, or leave them if the same command can continue."""
         for file in self.files.values():
-            with suppress(OSError):                     # closing flushes, and the disk may be full
+            with suppress(OSError):             # closing flushes, and the disk may be full
                 file.close()
-        if (self.folder / JOURNAL).exists() and not isinstance(error, UserError):
-            self.print_line(f'{self.folder / JOURNAL}: the work so far is kept; the same command continues it')
+
+        journal = self.folder / JOURNAL
+        if journal.exists() and not isinstance(error, UserError):
+            log.info(f'{journal}: the work so far is kept; the same command continues it')
         else:
             remove_unfinished(self.folder)
 
 
 @contextmanager
-def dataset_writer(folder, spec, print_line, key=''):
-    """Yield a DatasetWriter. When the block ends without an exception, its files replace the dataset in `folder`.
+def dataset_writer(folder: Path, spec: dict, key: str = '') -> Iterator[DatasetWriter]:
+    """Yield a DatasetWriter. When the block ends without an exception, its files replace the
+    dataset in `folder`.
 
-    Until then, and after a failure or a signal, an earlier dataset stays whole. A run that was killed
-    between two renames is completed here first.
+    Until then, and after a failure or a signal, an earlier dataset stays whole. If a run was killed
+    while it replaced the dataset, the replacement is completed here first.
 
-    spec: the tokenizer. print_line: called with lines to print. key: '' removes all work after a failure.
-    Otherwise progress is saved every SAVE_SECONDS, and `documents` of a later writer with the same key
-    is the number of documents to skip.
+    spec: the spec of the tokenizer, as in engine.tokenizer.
+    key: names the input. With a key, progress is saved every SAVE_SECONDS, and a later writer with
+        the same key continues: its `documents` is the number of documents to skip. With '', all
+        work is removed after a failure.
     """
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
     try:
         with write_lock(folder / 'prepare.lock'):
-            writer = DatasetWriter(folder, spec, key, print_line)
+            writer = DatasetWriter(folder, spec, key)
             try:
                 yield writer
-                writer.finish(spec)
+                writer.finish()
             except BaseException as error:
                 writer.clean_up(error)
                 raise
@@ -163,78 +310,28 @@ def dataset_writer(folder, spec, print_line, key=''):
                 folder.rmdir()                          # succeeds only if a failure left it empty
 
 
-def read_journal(folder):
-    """The journal of a killed run, if there is one and its numbers are possible; else None."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        journal = json.loads((folder / JOURNAL).read_text(encoding='utf-8'))
-        sizes = [journal['bytes'][split] for split in SPLITS]
-        numbers_are_possible = all(type(n) is int and n >= 0 for n in (journal['documents'], *sizes))
-        fields_are_there = 'key' in journal and all(split in journal['sha256'] for split in SPLITS)
-        if numbers_are_possible and fields_are_there and not any(size % 2 for size in sizes):
-            return journal
-    return None
-
-
-def describe_dataset(journal):
-    """The content of meta.json for the dataset that a journal with a tokenizer describes."""
-    dtype = token_dtype(journal['tokenizer']['vocab_size'])
-    return dict(journal['tokenizer'], dtype=dtype,
-                tokens={split: journal['bytes'][split] // DTYPES[dtype].itemsize for split in SPLITS},
-                sha256={f'{split}.bin': journal['sha256'][split] for split in SPLITS})
-
-
-def write_meta_parts(folder, meta):
-    """Write meta.json.part, and meta.pkl.part for a character vocabulary."""
-    with atomic_write(folder / 'meta.json.part') as file:
-        json.dump(meta, file)
-    if meta['tokenizer'] == 'char':
-        itos = dict(enumerate(meta['chars']))
-        stoi = {char: i for i, char in itos.items()}
-        with atomic_write(folder / 'meta.pkl.part', 'wb') as file:
-            pickle.dump(dict(vocab_size=len(itos), itos=itos, stoi=stoi), file, protocol=2)
-    else:
-        (folder / 'meta.pkl.part').unlink(missing_ok=True)
-
-
-def replace_dataset(folder):
-    """Rename the .part files over the earlier dataset. Calling it again completes it after a kill.
-
-    train.bin is removed first and renamed last, so whoever finds one finds the val.bin and meta.json
-    of the same run beside it.
-    """
-    if (folder / 'train.bin.part').exists():
-        (folder / 'train.bin').unlink(missing_ok=True)
-        if not (folder / 'meta.pkl.part').exists():
-            (folder / 'meta.pkl').unlink(missing_ok=True)       # of an earlier character dataset
-    for name in FILES:
-        if (folder / f'{name}.part').exists():
-            os.replace(folder / f'{name}.part', folder / name)
-    sync_folder(folder)                 # before the journal goes: without it nothing completes the rest
-    (folder / JOURNAL).unlink(missing_ok=True)
-
-
 def complete_replacement(folder):
-    """Complete the replacement that a killed run began, and return its journal; else None.
-    A replacement whose files are damaged is not completed."""
-    journal = read_journal(folder)
-    if not journal or 'tokenizer' not in journal:
+    """Complete the replacement that a killed run began, and return its journal.
+
+    None if there is none, or if its files are damaged.
+    """
+    journal = read_json(folder / JOURNAL, check_journal)
+    if not journal or journal.tokenizer is None:
         return None
-    for split in SPLITS:
-        part, final = folder / f'{split}.bin.part', folder / f'{split}.bin'
-        path = part if part.exists() else final
-        if not hash_start(path, journal['bytes'][split], journal['sha256'][split]):
-            return None
     try:
-        check_spec(journal['tokenizer'])
+        check_spec(journal.tokenizer)
     except UserError:
         return None
-    write_meta_parts(folder, describe_dataset(journal))
-    replace_dataset(folder)
+
+    replacement = Replacement(folder, journal.describe_dataset())
+    if not replacement.complete():
+        return None
     return journal
 
 
 def remove_unfinished(folder):
     """Remove the journal, and then the files that it describes."""
-    for name in (JOURNAL, *(f'{file}.part' for file in FILES)):
+    parts = [f'{name}.part' for name in ('meta.json', 'meta.pkl', 'val.bin', 'train.bin')]
+    for name in (JOURNAL, *parts):
         for path in (folder / f'{name}.tmp', folder / name):
             path.unlink(missing_ok=True)

@@ -3,14 +3,11 @@
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import pickle
 import pickletools
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,99 +16,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import ROOT
+from prepare_harness import (
+    contents,
+    load,
+    meta,
+    random_text,
+    run,
+    sha256,
+    tokens,
+    write_jsonl,
+    write_parquet,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 import configurator
 from engine.errors import RunError, UserError
-from engine.prepare import dataset_writer, encode, text_files
+from engine.prepare import dataset_writer, encode, publish, text_files
 from engine.tokenizer import GPT2, Tokenizer, char_spec, code_points, read_meta
 
-SCRIPTS = sorted({path.parent.name for path in (ROOT / 'data').glob('*/prepare.py')} - {'evals'})    # which is no dataset
-# what GPT-2's pattern treats specially: contractions, runs of whitespace, kinds of space, scripts
-WORDS = ["it's", "we'll", "'", "''re", 'word', ' ', '  ', '\n', '\n\n  ', ' \n', '\t', '\r\n', '\u00a0',
-         '\u3000', '\x1c', '12', '3.5', '...', '<|endoftext|>', 'naïve', '日本語。', '🙂', 'e\u0301',
-         '\u200b', '\u2028', '-', 'I']
-
-
-@pytest.fixture(scope='module')
-def gpt2():
-    import tiktoken
-    try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception as error:
-        pytest.skip(f"tiktoken cannot fetch GPT-2's encoding: {type(error).__name__}")
-
-
-@pytest.fixture(scope='module')
-def shakespeare():
-    path = os.environ.get('SHAKESPEARE')
-    if not path:
-        pytest.skip('the environment variable SHAKESPEARE names no file with tiny Shakespeare')
-    return Path(path)
-
-
-@pytest.fixture
-def data(tmp_path):
-    """The folder data/ in a copy of the scripts, so that their output goes to a temporary folder."""
-    for pattern in ('configurator.py', 'console.py', 'engine/*.py', 'data/*/prepare.py'):
-        for path in ROOT.glob(pattern):
-            copy = tmp_path / 'repo' / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-    return tmp_path / 'repo' / 'data'
-
-
-def run(data, name, *arguments, **environment):
-    """Run data/NAME/prepare.py as a person does, from another folder."""
-    command = [sys.executable, str(data / name / 'prepare.py'), *map(str, arguments)]
-    return subprocess.run(command, cwd=data.parents[1], env={**os.environ, **environment},
-                          capture_output=True, text=True, encoding='utf-8')
-
-
-def load(data, name, monkeypatch, /, *arguments, **settings):
-    """The script as a module, configured. Its main() runs in this process, with this process's engine."""
-    monkeypatch.setattr(sys, 'path', list(sys.path))
-    spec = importlib.util.spec_from_file_location(f'prepare_{name}', data / name / 'prepare.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    configurator.configure(vars(script), arguments)
-    for key, value in settings.items():
-        assert hasattr(script, key)
-        setattr(script, key, value)
-    return script
-
-
-def tokens(folder, split):
-    return np.fromfile(folder / f'{split}.bin', dtype='<u2')
-
-
-def meta(folder):
-    return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def random_text(length, seed):
-    choose = random.Random(seed).choice
-    return ''.join(choose(WORDS) for _ in range(length))
-
-
-def write_jsonl(path, documents):
-    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in documents), encoding='utf-8')
-    return path
-
-
-def write_parquet(path, documents):
-    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
-    pq.write_table(pa.table({'id': list(range(len(documents))), 'text': documents}), path, row_group_size=7)
-    return path
+# all scripts but that of the evaluation tasks, which makes no dataset
+SCRIPTS = sorted({path.parent.name for path in ROOT.glob('data/*/prepare.py')} - {'evals'})
 
 
 # cutting and encoding
@@ -131,10 +55,12 @@ def test_a_document_cut_in_pieces_has_the_tokens_of_the_whole(gpt2, monkeypatch,
     assert len(pieces) > 20
     assert ''.join(piece for piece, _ in pieces) == text
     assert [is_last for _, is_last in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert [i for piece, _ in pieces for i in gpt2.encode_ordinary(piece)] == gpt2.encode_ordinary(text)
+    ids = [i for piece, _ in pieces for i in gpt2.encode_ordinary(piece)]
+    assert ids == gpt2.encode_ordinary(text)
 
 
-@pytest.mark.parametrize('text', ['', 'a <|endoftext|> b', 'half a pair \ud83d here', random_text(300, 99)])
+@pytest.mark.parametrize('text', ['', 'a <|endoftext|> b', 'half a pair \ud83d here',
+                                  random_text(300, 99)])
 def test_ids_equal_encode_ordinary(gpt2, text):
     assert Tokenizer(GPT2).encode_to_numpy(text).tolist() == gpt2.encode_ordinary(text)
 
@@ -158,8 +84,8 @@ def test_characters_that_straddle_blocks_are_read_whole(tmp_path, monkeypatch, b
 
 
 @pytest.mark.parametrize('block', [1, 4, 1 << 18])
-@pytest.mark.parametrize('data', [b'abc\xe9def', 'ß🙂'.encode() + b'\xf0\x9f\x99', b'ab\xc3\xc3', b'\xff\xfea',
-                                  b'\xed\xa0\x80'])
+@pytest.mark.parametrize('data', [b'abc\xe9def', 'ß🙂'.encode() + b'\xf0\x9f\x99',
+                                  b'ab\xc3\xc3', b'\xff\xfea', b'\xed\xa0\x80'])
 def test_the_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch, data, block):
     monkeypatch.setattr(text_files, 'BLOCK', block)
     path = tmp_path / 'a.txt'
@@ -171,7 +97,7 @@ def test_the_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch, data, block):
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with a name')
-def test_a_pipe_or_device_is_refused_and_skipped_in_a_folder(tmp_path):
+def test_a_pipe_or_device_is_refused_and_skipped_in_a_folder(tmp_path, capsys):
     os.mkfifo(tmp_path / 'pipe.txt')
     os.symlink('nowhere', tmp_path / 'broken.txt')
     for path in (tmp_path / 'pipe.txt', '/dev/zero'):
@@ -180,20 +106,26 @@ def test_a_pipe_or_device_is_refused_and_skipped_in_a_folder(tmp_path):
         with pytest.raises(UserError, match='is a pipe or a device'):
             text_files.read_shakespeare(str(path), tmp_path)
     (tmp_path / 'a.txt').write_text('text')
-    lines = []
-    assert text_files.find_files(tmp_path, ('.txt',), lines.append) == [tmp_path / 'a.txt']
+    capsys.readouterr()
+    assert text_files.find_files(tmp_path, ('.txt',), log_skipped=True) == [tmp_path / 'a.txt']
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and 'skipping 2' in lines[0]
+    text_files.find_files(tmp_path, ('.txt',))
+    assert not capsys.readouterr().out
 
 
 # tiny Shakespeare
 
-@pytest.mark.parametrize('name, train, val, symbols', [('shakespeare_char', 1003854, 111540, 65),
-                                                       ('shakespeare', 301966, 36059, 50257)])
-def test_shakespeare_has_the_published_counts(data, shakespeare, request, name, train, val, symbols):
+@pytest.mark.parametrize('name, train, val, symbols', [
+    ('shakespeare_char', 1003854, 111540, 65),
+    ('shakespeare', 301966, 36059, 50257)])
+def test_shakespeare_has_the_published_counts(data, shakespeare, request, name, train, val,
+                                              symbols):
     bpe = request.getfixturevalue('gpt2') if name == 'shakespeare' else None
     result = run(data, name, f'--input={shakespeare}')
     assert result.returncode == 0 and result.stderr == '', result.stderr
-    folder, text = data / name, shakespeare.read_text(encoding='utf-8')
+
+    folder = data / name
     dataset = meta(folder)
     assert dataset['tokens'] == {'train': train, 'val': val} and dataset['vocab_size'] == symbols
     assert dataset['dtype'] == 'uint16' and dataset['tokenizer'] == ('gpt2' if bpe else 'char')
@@ -201,6 +133,8 @@ def test_shakespeare_has_the_published_counts(data, shakespeare, request, name, 
         path = folder / f'{split}.bin'
         assert dataset['sha256'][path.name] == sha256(path)
         assert path.stat().st_size == 2 * dataset['tokens'][split]
+
+    text = shakespeare.read_text(encoding='utf-8')
     ids = [*tokens(folder, 'train').tolist(), *tokens(folder, 'val').tolist()]
     assert (bpe.decode(ids) if bpe else ''.join(dataset['chars'][i] for i in ids)) == text
     assert f'{train:,}' in result.stdout and f'{val:,}' in result.stdout
@@ -225,7 +159,8 @@ def test_a_download_of_something_else_is_not_kept(data, monkeypatch):
 
 
 def test_a_download_is_kept_as_input_txt_and_not_repeated(data, monkeypatch):
-    page, text = data / 'page.txt', 'First Citizen: speak, speak.\n' * 9
+    text = 'First Citizen: speak, speak.\n' * 9
+    page = data / 'page.txt'
     page.write_bytes(text.encode())
     monkeypatch.setattr(text_files, 'SHAKESPEARE_URL', page.as_uri())
     monkeypatch.setattr(text_files, 'SHAKESPEARE_SHA256', sha256(page))
@@ -239,15 +174,18 @@ def test_a_download_is_kept_as_input_txt_and_not_repeated(data, monkeypatch):
 # the standard library
 
 def test_stdlib_char_holds_out_whole_files_that_training_never_sees(data, monkeypatch):
-    script, folder = load(data, 'stdlib_char', monkeypatch), data / 'stdlib_char'
+    script = load(data, 'stdlib_char', monkeypatch)
+    folder = data / 'stdlib_char'
     script.main()
     first = contents(folder)
     script.main()
     assert contents(folder) == first
+
     chars = meta(folder)['chars']
     train, val = (''.join(chars[i] for i in tokens(folder, split)) for split in ('train', 'val'))
     assert chars.isascii() and 1_500_000 < len(train) + len(val) <= 2_000_000
     assert 0.1 <= len(val) / (len(train) + len(val)) < 0.2
+
     library = Path(sysconfig.get_path('stdlib'))
     files = [path.read_bytes().replace(b'\r\n', b'\n') for path in library.rglob('*.py')
              if 'site-packages' not in path.parts]
@@ -265,9 +203,11 @@ def test_text_as_characters_comes_back(data, tmp_path):
     result = run(data, 'text', f'--input={tmp_path / "my book.txt"}', '--tokenizer=char',
                  '--val_fraction=0.07')
     assert result.returncode == 0, result.stderr
+
     folder = data / 'my book'
     chars = meta(folder)['chars']
     assert chars == ''.join(sorted(set(text))) and meta(folder)['vocab_size'] == len(chars)
+
     train, val = (''.join(chars[i] for i in tokens(folder, split)) for split in ('train', 'val'))
     assert train + val == text and len(train) == len(text) * 93 // 100
     assert sorted(contents(folder)) == ['meta.json', 'meta.pkl', 'train.bin', 'val.bin']
@@ -276,16 +216,20 @@ def test_text_as_characters_comes_back(data, tmp_path):
 
 
 @pytest.mark.parametrize('cores', [1, 3])
-def test_a_folder_is_documents_in_order_split_at_the_fraction(data, tmp_path, monkeypatch, gpt2, cores):
+def test_a_folder_is_documents_in_order_split_at_the_fraction(data, tmp_path, monkeypatch, gpt2,
+                                                              cores):
     monkeypatch.setattr(encode, 'PIECE', 50)
     monkeypatch.setattr(text_files, 'BLOCK', 64)
-    texts = {'a.txt': random_text(400, 1), 'b/c.md': random_text(100, 2), 'b/d.txt': '', 'e': random_text(300, 3)}
+    texts = {'a.txt': random_text(400, 1), 'b/c.md': random_text(100, 2), 'b/d.txt': '',
+             'e': random_text(300, 3)}
     for name, text in {**texts, '.hidden': 'no', '.git/config': 'no'}.items():
         (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'in' / name).write_bytes(text.encode('utf-8'))
     load(data, 'text', monkeypatch, input=str(tmp_path / 'in'), name='mine', val_fraction=0.25,
          num_proc=cores).main()
-    cut, expected = sum(map(len, texts.values())) * 3 // 4, {'train': [], 'val': []}
+
+    cut = sum(map(len, texts.values())) * 3 // 4
+    expected = {'train': [], 'val': []}
     for text in texts.values():
         for split, part in (('train', text[:max(cut, 0)]), ('val', text[max(cut, 0):])):
             expected[split] += [*gpt2.encode_ordinary(part), 50256] if part else []
@@ -294,13 +238,16 @@ def test_a_folder_is_documents_in_order_split_at_the_fraction(data, tmp_path, mo
         assert tokens(data / 'mine', split).tolist() == expected[split]
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux reports the peak of one program')
+@pytest.mark.skipif(not sys.platform.startswith('linux'),
+                    reason='only Linux reports the peak of one program')
 def test_memory_does_not_grow_with_the_text(data, tmp_path):
     peaks = []                                                          # MB
     for megabytes in (4, 64):
         path = tmp_path / f'{megabytes}.txt'
-        path.write_bytes(b'To be, or not to be: that is the question.\n' * (megabytes * 1000000 // 43))
-        code = (f'import runpy, sys; sys.argv = ["prepare.py", {f"--input={path}"!r}, "--tokenizer=char"]; '
+        line = b'To be, or not to be: that is the question.\n'
+        path.write_bytes(line * (megabytes * 1000000 // len(line)))
+        arguments = ['prepare.py', f'--input={path}', '--tokenizer=char']
+        code = (f'import runpy, sys; sys.argv = {arguments!r}; '
                 f'runpy.run_path({str(data / "text" / "prepare.py")!r}, run_name="__main__"); '
                 f'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
         result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -321,27 +268,32 @@ def test_held_out_documents_are_those_of_train_test_split(data, monkeypatch, tot
 
 def test_documents_of_every_format_and_number_of_cores(data, tmp_path, monkeypatch, gpt2):
     monkeypatch.setattr(encode, 'PIECE', 40)
-    texts = [random_text(length % 60, length) for length in range(60)]       # the first one is empty
+    texts = [random_text(length % 60, length) for length in range(60)]  # the first one is empty
     (tmp_path / 'in').mkdir()
     write_parquet(tmp_path / 'in' / 'a.parquet', texts[:20])
     write_jsonl(tmp_path / 'in' / 'b.jsonl', texts[20:40])
     for i, text in enumerate(texts[40:]):
         (tmp_path / 'in' / f'c{i:02}.txt').write_bytes(text.encode('utf-8'))
     (tmp_path / 'in' / 'README.md').write_text('not a document', encoding='utf-8')
+
     for cores, max_docs in ((1, 0), (4, 0), (2, 33)):
         script = load(data, 'openwebtext', monkeypatch, input=str(tmp_path / 'in'), num_proc=cores,
                       max_docs=max_docs)
         script.main()
-        chosen, expected = texts[:max_docs or 60], {'train': [], 'val': []}
+
+        chosen = texts[:max_docs or 60]
+        expected = {'train': [], 'val': []}
         for number, text in enumerate(chosen):
             split = 'val' if number in script.choose_val_documents(len(chosen)) else 'train'
             expected[split] += [*gpt2.encode_ordinary(text), 50256]
         for split in ('train', 'val'):
             assert tokens(data / 'openwebtext', split).tolist() == expected[split]
-        assert meta(data / 'openwebtext')['tokens'] == {split: len(ids) for split, ids in expected.items()}
+        counts = {split: len(ids) for split, ids in expected.items()}
+        assert meta(data / 'openwebtext')['tokens'] == counts
 
 
-def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, tmp_path, monkeypatch, gpt2):
+def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, tmp_path, monkeypatch,
+                                                                   gpt2):
     hub = pytest.importorskip('huggingface_hub')
     (tmp_path / 'snapshot' / 'plain_text').mkdir(parents=True)
     path = tmp_path / 'snapshot' / 'plain_text' / 'train-00000-of-00080.parquet'
@@ -351,19 +303,24 @@ def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, tmp_pat
     def snapshot_download(name, **options):
         request.update(options, name=name)
         return str(tmp_path / 'snapshot')
+
     monkeypatch.setattr(hub, 'snapshot_download', snapshot_download)
     with pytest.raises(RunError, match='4 of 8,013,769 documents'):
         load(data, 'openwebtext', monkeypatch).main()
-    assert request['name'] == 'Skylion007/openwebtext' and request['allow_patterns'] == ['plain_text/train-*.parquet']
+    assert request['name'] == 'Skylion007/openwebtext'
+    assert request['allow_patterns'] == ['plain_text/train-*.parquet']
+
     load(data, 'openwebtext', monkeypatch, max_docs=3).main()
     assert request['allow_patterns'] == ['plain_text/train-00000-*.parquet']
-    assert sum(meta(data / 'openwebtext')['tokens'].values()) == len(gpt2.encode_ordinary('one|two|three')) + 1
+    count = sum(meta(data / 'openwebtext')['tokens'].values())
+    assert count == len(gpt2.encode_ordinary('one|two|three')) + 1
 
 
 def test_a_hub_out_of_reach_is_one_line_and_exit_code_1(data, tmp_path):
     pytest.importorskip('huggingface_hub')
     result = run(data, 'openwebtext', HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'none'))
-    assert result.returncode == 1 and result.stderr.count('\n') == 1 and '--input=FOLDER' in result.stderr
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert '--input=FOLDER' in result.stderr
 
 
 # stopped runs
@@ -373,13 +330,19 @@ class Stoppable:
 
     def __init__(self, data, path, monkeypatch):
         self.texts = [random_text(20, seed) + f' number {seed}' for seed in range(200)]
-        self.path, self.folder = write_jsonl(path, self.texts), data / 'openwebtext'
+        self.path = write_jsonl(path, self.texts)
+        self.folder = data / 'openwebtext'
         self.script = load(data, 'openwebtext', monkeypatch, input=str(path), num_proc=1)
         self.script.main()
         self.whole = contents(self.folder)
-        self.encode, self.encoded, self.stop_at = Tokenizer(GPT2).encode_to_numpy, [], None
+        self.encode = Tokenizer(GPT2).encode_to_numpy
+        self.encoded = []
+        self.stop_at = None
+
+        # this object takes the place of the script's tokenizer
         self.monkeypatch = monkeypatch
-        self.spec, self.splits_like_gpt2 = GPT2, True
+        self.spec = GPT2
+        self.splits_like_gpt2 = True
         monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 
@@ -397,10 +360,14 @@ class Stoppable:
             self.script.main()
 
     def stop(self, stop_at):
-        """Run until the piece of that number, saving progress after each document. Returns the journal."""
+        """Run until the piece of that number, saving progress after each document.
+
+        Returns the journal.
+        """
         with pytest.raises(KeyboardInterrupt):
             self.run(stop_at, save_seconds=0)
-        assert {name: file for name, file in contents(self.folder).items() if name in self.whole} == self.whole
+        found = contents(self.folder)
+        assert {name: found[name] for name in self.whole} == self.whole
         return json.loads((self.folder / 'unfinished.json').read_text())
 
     def finish(self):
@@ -472,7 +439,8 @@ def test_a_damaged_journal_starts_from_the_beginning(stoppable):
 # mistakes
 
 MANY = ''.join(chr(i) for i in range(0x20, 0x20 + 65537 + 2048) if not 0xd800 <= i < 0xe000)
-MISTAKES = [        # script, the input's name and bytes (None: no such file), arguments, part of the message
+# script, the input's name and bytes (None: no such file), arguments, part of the message
+MISTAKES = [
     ('text', None, None, [], '--input=PATH'),
     ('text', 'a.txt', None, [], 'no file or folder'),
     ('text', 'a.txt', b'', [], '0 characters'),
@@ -505,10 +473,13 @@ MISTAKES = [        # script, the input's name and bytes (None: no such file), a
     ('fineweb_edu', 'a.jsonl', None, [], 'no file or folder'),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', [], '4 tokens are not more than one shard'),
     ('fineweb_edu', 'a.jsonl', b'', [], '0 tokens are not more than one shard'),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--shard_tokens=0'], 'shard_tokens=0 should be at least 1'),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'], 'line 2 has no string'),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--shard_tokens=0'],
+     'shard_tokens=0 should be at least 1'),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'],
+     'line 2 has no string'),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=1/1'], "part='1/1' should be i/n"),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=half'], "part='half' should be i/n"),
+    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=half'],
+     "part='half' should be i/n"),
     ('fineweb_edu', None, None, ['--sample=10BT'], "sample='10BT' is unknown; try sample-10BT"),
     ('shakespeare', 'a.txt', b'', [], 'is empty'),
     ('shakespeare', 'data', None, [], 'is a folder'),
@@ -531,13 +502,19 @@ def make_mistake(data, tmp_path, name, file, content):
         (folder / part).write_bytes(b'earlier ' + part.encode())
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    path = data if file == 'data' else file if file and file[0] in '~/' else tmp_path / str(file)
-    return [f'--input={path}'] if file else []
+    if not file:
+        return []
+    path = tmp_path / file
+    if file == 'data':
+        path = data
+    elif file[0] in '~/':
+        path = file
+    return [f'--input={path}']
 
 
 @pytest.mark.parametrize('name, file, content, arguments, message', MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_the_earlier_dataset(data, tmp_path, monkeypatch, name, file, content,
-                                                              arguments, message):
+def test_a_mistake_is_one_line_and_leaves_the_earlier_dataset(data, tmp_path, monkeypatch, name,
+                                                              file, content, arguments, message):
     arguments = [*make_mistake(data, tmp_path, name, file, content), *arguments]
     before = all_contents(data)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -549,7 +526,8 @@ def test_a_mistake_exits_2_with_one_line_on_stderr(data, tmp_path):
     arguments = make_mistake(data, tmp_path, 'text', 'a.txt', b'text\0text')
     before = all_contents(data)
     result = run(data, 'text', *arguments, '--tokenizer=char')
-    assert result.returncode == 2 and result.stderr.count('\n') == 1 and 'byte 4 is NUL' in result.stderr
+    assert result.returncode == 2 and result.stderr.count('\n') == 1
+    assert 'byte 4 is NUL' in result.stderr
     assert all_contents(data) == before
 
 
@@ -557,7 +535,8 @@ def test_a_mistake_exits_2_with_one_line_on_stderr(data, tmp_path):
                                              ({'text': ['a', None, 'c']}, 'row 2 has no string'),
                                              ({'text': [1, 2]}, 'row 1 has no string')])
 def test_parquet_without_text_is_refused(data, tmp_path, monkeypatch, gpt2, column, message):
-    pa, pq = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    pa = pytest.importorskip('pyarrow')
+    pq = pytest.importorskip('pyarrow.parquet')
     pq.write_table(pa.table(column), tmp_path / 'a.parquet')
     with pytest.raises(UserError, match=message):
         load(data, 'openwebtext', monkeypatch, input=str(tmp_path / 'a.parquet')).main()
@@ -577,7 +556,8 @@ def test_help_lists_the_settings_and_the_path_as_typed(data, name, monkeypatch, 
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_the_last_line_is_a_next_command_whose_settings_exist(data, tmp_path, monkeypatch, capsys, gpt2, name):
+def test_the_last_line_is_a_next_command_whose_settings_exist(data, tmp_path, monkeypatch, capsys,
+                                                              gpt2, name):
     text = write_jsonl(tmp_path / 'a.jsonl', ['some text'] * 5)
     script = load(data, name, monkeypatch)
     if hasattr(script, 'input'):
@@ -585,6 +565,7 @@ def test_the_last_line_is_a_next_command_whose_settings_exist(data, tmp_path, mo
     if hasattr(script, 'shard_tokens'):
         script.shard_tokens = 4
     script.main()
+
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith('next: python train.py config/')
     config, *flags = last.split()[3:]
@@ -594,7 +575,8 @@ def test_the_last_line_is_a_next_command_whose_settings_exist(data, tmp_path, mo
 
 
 def test_the_prepare_scripts_start_without_torch(data):
-    code = 'import runpy, sys; [runpy.run_path(p) for p in sys.argv[1:]]; assert "torch" not in sys.modules'
+    code = ('import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]; '
+            'assert "torch" not in sys.modules')
     subprocess.run([sys.executable, '-c', code, *map(str, data.glob('*/prepare.py'))], check=True)
 
 
@@ -602,7 +584,7 @@ def test_the_prepare_scripts_start_without_torch(data):
 
 def write_chars(folder, text, encode=None):
     spec = char_spec(set(text))
-    with dataset_writer.dataset_writer(folder, spec, lambda line: None) as writer:
+    with dataset_writer.dataset_writer(folder, spec) as writer:
         writer.write([('train', text, False), ('val', text, False)],
                      encode or Tokenizer(spec).encode_to_numpy, 2 * len(text))
 
@@ -613,9 +595,10 @@ def fail_with(error):
     return encode
 
 
-@pytest.mark.parametrize('failure, raised', [(KeyboardInterrupt(), KeyboardInterrupt),
-                                             (UserError('bad row'), UserError),
-                                             (OSError(errno.ENOSPC, 'No space left on device'), RunError)])
+@pytest.mark.parametrize('failure, raised', [
+    (KeyboardInterrupt(), KeyboardInterrupt),
+    (UserError('bad row'), UserError),
+    (OSError(errno.ENOSPC, 'No space left on device'), RunError)])
 @pytest.mark.parametrize('earlier', [True, False])
 def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, failure, raised, earlier):
     folder = tmp_path / 'mine'
@@ -638,50 +621,57 @@ def test_sigterm_cleans_up_and_exits_with_143(tmp_path, monkeypatch):
             if number == 50:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield 'train', 'xyz', False
+
     spec = char_spec('xyz')
-    with pytest.raises(SystemExit) as stopped, dataset_writer.dataset_writer(tmp_path, spec, lambda line: None) as writer:
+    with (pytest.raises(SystemExit) as stopped,
+          dataset_writer.dataset_writer(tmp_path, spec) as writer):
         writer.write(pieces(), Tokenizer(spec).encode_to_numpy, 300)
     assert stopped.value.code == 143 and contents(tmp_path) == before
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def read_dataset(folder):
-    """The text of a character dataset or the length of another, after checking that all its files agree;
-    None without a train.bin."""
+    """The text of a character dataset or the length of another; None without a train.bin.
+
+    Checks that all its files agree.
+    """
     if not (folder / 'train.bin').exists():
         return None
-    dataset, (train, val) = meta(folder), (tokens(folder, split) for split in ('train', 'val'))
-    assert dataset['sha256'] == {f'{split}.bin': sha256(folder / f'{split}.bin') for split in ('train', 'val')}
+    dataset = meta(folder)
+    digests = {name: sha256(folder / name) for name in ('train.bin', 'val.bin')}
+    assert dataset['sha256'] == digests
+
+    train = tokens(folder, 'train')
+    val = tokens(folder, 'val')
     assert train.tolist() == val.tolist()
     if dataset['tokenizer'] == 'gpt2':
         assert not (folder / 'meta.pkl').exists()
         return len(train)
-    assert pickle.loads((folder / 'meta.pkl').read_bytes())['itos'] == dict(enumerate(dataset['chars']))
+    itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
+    assert itos == dict(enumerate(dataset['chars']))
     return ''.join(dataset['chars'][i] for i in train)
-
-
-@pytest.fixture
-def no_fsync(monkeypatch):
-    """A cut between two calls finds the same files without it, and sooner."""
-    monkeypatch.setattr(os, 'fsync', lambda handle: None)
 
 
 @contextlib.contextmanager
 def power_cut(monkeypatch, step):
-    """From rename or removal number `step` on, none happens any more, not even those of the clean-up.
-    Yields a list that tells whether it came to that."""
-    count, happened = [0], []
+    """From rename or removal number `step` on, none happens any more, not even in the clean-up.
+
+    Yields a list that tells whether it came to that.
+    """
+    count = 0
+    happened = []
 
     def cut(function):
         def stand_in(*arguments, **options):
-            if Path(arguments[0]).name == 'prepare.lock':
-                return function(*arguments, **options)
-            count[0] += 1
-            if count[0] > step:
-                happened.append(arguments)
-                raise SystemExit('power cut')
+            nonlocal count
+            if Path(arguments[0]).name != 'prepare.lock':
+                count += 1
+                if count > step:
+                    happened.append(arguments)
+                    raise SystemExit('power cut')
             return function(*arguments, **options)
         return stand_in
+
     with contextlib.suppress(SystemExit), monkeypatch.context() as patch:
         patch.setattr(os, 'replace', cut(os.replace))
         patch.setattr(Path, 'unlink', cut(Path.unlink))
@@ -690,48 +680,63 @@ def power_cut(monkeypatch, step):
 
 def write_ids(folder, text):
     """A dataset with GPT-2's tokenizer, which has no meta.pkl."""
-    with dataset_writer.dataset_writer(folder, GPT2, lambda line: None) as writer:
+    with dataset_writer.dataset_writer(folder, GPT2) as writer:
         writer.write([('train', text, False), ('val', text, False)],
                      lambda text: code_points(text).astype('<u2'), 2 * len(text))
 
 
-@pytest.mark.parametrize('write_old, write_new', [(None, write_chars), (write_chars, write_chars),
-                                                  (write_ids, write_chars), (write_chars, write_ids)])
-def test_a_power_cut_leaves_the_old_dataset_or_a_new_one_to_complete(tmp_path, monkeypatch, no_fsync, write_old,
-                                                                     write_new):
-    """At every rename and removal. Whoever finds a train.bin finds the other files of its run; and the next run,
-    even one that fails, leaves the whole dataset, old or new."""
+@pytest.mark.parametrize('write_old, write_new', [
+    (None, write_chars),
+    (write_chars, write_chars),
+    (write_ids, write_chars),
+    (write_chars, write_ids)])
+def test_a_power_cut_leaves_the_old_dataset_or_a_new_one_to_complete(
+        tmp_path, monkeypatch, no_fsync, write_old, write_new):
+    """At every rename and removal. Whoever finds a train.bin finds the other files of its run; and
+    the next run, even one that fails, leaves the whole dataset, old or new."""
     outcomes = []
     for step in range(100):
         folder = tmp_path / str(step)
         folder.mkdir()
         if write_old:
             write_old(folder, 'abc')
-        old, new = read_dataset(folder), 'longer' if write_new is write_chars else 6
+        old = read_dataset(folder)
+        new = 'longer' if write_new is write_chars else 6
         with power_cut(monkeypatch, step) as happened:
             write_new(folder, 'longer')
         found = read_dataset(folder)
         assert found in (old, new, None)
+
         for again in range(3):                          # the power fails in the next runs, too
             with power_cut(monkeypatch, again):
                 write_chars(folder, 'xyz', fail_with(SystemExit()))
             assert read_dataset(folder) in ((new, None) if found == new else (old, new, None))
+
         with pytest.raises(KeyboardInterrupt):
             write_chars(folder, 'xyz', fail_with(KeyboardInterrupt()))
-        outcomes.append(read_dataset(folder))
-        assert outcomes[-1] in ((new,) if found == new else (old, new))
-        assert len(contents(folder)) == {None: 0, str: 4, int: 3}[outcomes[-1] and type(outcomes[-1])]
+        outcome = read_dataset(folder)
+        outcomes.append(outcome)
+        assert outcome in ((new,) if found == new else (old, new))
+        assert len(contents(folder)) == {None: 0, str: 4, int: 3}[outcome and type(outcome)]
+
         write_chars(folder, 'again')
         assert read_dataset(folder) == 'again'
         if not happened:
             break
-    assert step >= 9 and outcomes == sorted(outcomes, key=lambda outcome: outcome != old) and outcomes[-1] == new
+
+    assert step >= 9 and outcomes[-1] == new
+    assert outcomes == sorted(outcomes, key=lambda outcome: outcome != old)     # never back again
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='Windows has no inodes to know a file by')
 def test_everything_is_on_disk_before_the_earlier_dataset_changes(tmp_path, monkeypatch):
     write_chars(tmp_path, 'abc')
-    before, synced, fsync, unlink = contents(tmp_path), set(), os.fsync, Path.unlink
+    before = contents(tmp_path)
+    synced = set()
+    checked = []
+    fsync = os.fsync
+    unlink = Path.unlink
+    parts = ('train.bin.part', 'val.bin.part', 'meta.json.part', 'meta.pkl.part')
 
     def record(handle):
         synced.add(os.fstat(handle).st_ino)
@@ -739,12 +744,13 @@ def test_everything_is_on_disk_before_the_earlier_dataset_changes(tmp_path, monk
 
     def check(path, **options):
         if path.name == 'train.bin':
-            assert {name: data for name, data in contents(tmp_path).items() if name in before} == before
-            for name in ('train.bin.part', 'val.bin.part', 'meta.json.part', 'meta.pkl.part', 'unfinished.json'):
+            found = contents(tmp_path)
+            assert {name: found[name] for name in before} == before
+            for name in (*parts, 'unfinished.json'):
                 assert (tmp_path / name).stat().st_ino in synced
             checked.append(path)
         unlink(path, **options)
-    checked = []
+
     monkeypatch.setattr(os, 'fsync', record)
     monkeypatch.setattr(Path, 'unlink', check)
     write_chars(tmp_path, 'xyz')
@@ -752,22 +758,25 @@ def test_everything_is_on_disk_before_the_earlier_dataset_changes(tmp_path, monk
 
 
 @pytest.mark.parametrize('damaged', [False, True])
-def test_the_same_command_completes_a_killed_replacement_unless_a_file_is_damaged(stoppable, monkeypatch, damaged):
+def test_the_same_command_completes_a_killed_replacement_unless_a_file_is_damaged(
+        stoppable, monkeypatch, damaged):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dataset_writer, 'replace_dataset', fail_with(KeyboardInterrupt()))
+        patch.setattr(publish.Replacement, 'rename_files', fail_with(KeyboardInterrupt()))
         stoppable.finish()
     if damaged:
         with open(stoppable.folder / 'train.bin.part', 'r+b') as file:
             file.write(b'\xff')
-    assert stoppable.finish() == (''.join(stoppable.texts) if damaged else '')      # the text that it encodes
+    encoded = stoppable.finish()
+    assert encoded == (''.join(stoppable.texts) if damaged else '')
     assert contents(stoppable.folder) == stoppable.whole
 
 
 def test_two_runs_at_once_are_refused(data, tmp_path):
     (tmp_path / 'a.txt').write_text('some text', encoding='utf-8')
-    with dataset_writer.dataset_writer(data / 'a', char_spec({'x'}), lambda line: None) as writer:
+    with dataset_writer.dataset_writer(data / 'a', char_spec({'x'})) as writer:
         result = run(data, 'text', f'--input={tmp_path / "a.txt"}', '--tokenizer=char')
-        writer.write([('train', 'x', False), ('val', 'x', False)], lambda text: np.zeros(1, '<u2'), 2)
+        pieces = [('train', 'x', False), ('val', 'x', False)]
+        writer.write(pieces, lambda text: np.zeros(1, '<u2'), 2)
     assert result.returncode == 2 and 'another run' in result.stderr
     assert meta(data / 'a')['tokens'] == {'train': 1, 'val': 1}
 
@@ -778,11 +787,15 @@ def test_nanogpts_scripts_decode_a_character_dataset(tmp_path):
     text = 'naïve 🙂\n'
     write_chars(tmp_path, text)
     data = (tmp_path / 'meta.pkl').read_bytes()
-    assert not {'GLOBAL', 'STACK_GLOBAL', 'REDUCE'} & {op.name for op, _, _ in pickletools.genops(data)}
+    operations = {operation.name for operation, _, _ in pickletools.genops(data)}
+    assert not {'GLOBAL', 'STACK_GLOBAL', 'REDUCE'} & operations
+
     loaded = pickle.loads(data)
     ids = tokens(tmp_path, 'train').tolist()
-    assert ''.join(loaded['itos'][i] for i in ids) == text and [loaded['stoi'][c] for c in text] == ids
+    assert ''.join(loaded['itos'][i] for i in ids) == text
+    assert [loaded['stoi'][char] for char in text] == ids
     assert loaded['vocab_size'] == len(set(text))
+
     spec = read_meta(tmp_path)
     (tmp_path / 'meta.json').unlink()
     assert read_meta(tmp_path) == spec

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_prepare import data, load, write_jsonl  # noqa: F401
+from prepare_harness import load, write_jsonl
 
 from engine.errors import UserError
 from engine.hf.tokenizer_json import train_bpe
@@ -32,7 +32,8 @@ def folder(workspace):
 
 
 def prepare(workspace, *flags, code=0, name='mine'):
-    return workspace.run('data/text/prepare.py', '--input=documents', f'--name={name}', '--val_fraction=0.2', *flags, code=code)
+    return workspace.run('data/text/prepare.py', '--input=documents', f'--name={name}',
+                         '--val_fraction=0.2', *flags, code=code)
 
 
 def tokens(folder, split, name='mine'):
@@ -45,7 +46,8 @@ def contents(folder):
 
 def split_documents():
     """[(split, text)] as the script's readme has them: the last fifth of all characters is val."""
-    cut, parts = int(len(TEXT) * 0.8), []
+    cut = int(len(TEXT) * 0.8)
+    parts = []
     for text in DOCUMENTS:
         parts += [('train', text[:max(cut, 0)]), ('val', text[max(cut, 0):])]
         cut -= len(text)
@@ -53,20 +55,35 @@ def split_documents():
 
 
 @pytest.mark.parametrize('cores', [1, 2])
-def test_bpe_is_trained_on_the_train_split_and_ends_each_document(workspace, folder, monkeypatch, cores):
+def test_bpe_is_trained_on_the_train_split_and_ends_each_document(workspace, folder, monkeypatch,
+                                                                  cores):
     monkeypatch.setattr(text_files, 'BLOCK', 100)
     result = prepare(workspace, '--tokenizer=bpe', '--vocab_size=320', f'--num_proc={cores}')
     spec = read_meta(folder / 'data' / 'mine')
-    assert 'vocabulary 320' in result.stdout and spec['vocab_size'] == 320 and spec['tokenizer_name'] == 'bpe'
+    assert 'vocabulary 320' in result.stdout
+    assert spec['vocab_size'] == 320 and spec['tokenizer_name'] == 'bpe'
+
+    # the tokenizer is that of the train split
     parts = split_documents()
-    assert spec['tokenizer_sha256'] == train_bpe([text for split, text in parts if split == 'train'], 320)['tokenizer_sha256']
+    train_texts = [text for split, text in parts if split == 'train']
+    assert spec['tokenizer_sha256'] == train_bpe(train_texts, 320)['tokenizer_sha256']
+
+    # the ids are the reference's
     reference = tokenizers.Tokenizer.from_str(spec['tokenizer_json'])
     reference.encode_special_tokens = True
     for split in ('train', 'val'):
-        expected = [i for part, text in parts if part == split for i in [*reference.encode(text).ids, spec['end_of_text']]]
+        expected = []
+        for part, text in parts:
+            if part == split:
+                expected += [*reference.encode(text).ids, spec['end_of_text']]
         assert tokens(folder, split) == expected
-    assert Tokenizer(spec).decode(tokens(folder, 'train')).replace('<|endoftext|>', '') == ''.join(
-        text for split, text in parts if split == 'train').replace('<|endoftext|>', '')
+
+    def without_ends(text):
+        return text.replace('<|endoftext|>', '')
+
+    decoded = Tokenizer(spec).decode(tokens(folder, 'train'))
+    assert without_ends(decoded) == without_ends(''.join(train_texts))
+
     before = contents(folder / 'data' / 'mine')
     prepare(workspace, '--tokenizer=bpe', '--vocab_size=320')
     assert contents(folder / 'data' / 'mine') == before         # the same command, the same bytes
@@ -77,14 +94,18 @@ def save_tokenizer(path, eos='</s>', size=None):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>'))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     tokenizer.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
-        vocab_size=200, special_tokens=['<unk>', '<s>', '</s>'], show_progress=False))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=200, special_tokens=['<unk>', '<s>', '</s>'], show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
     if size:
         tokenizer.add_tokens([f'<{i}>' for i in range(size - tokenizer.get_vocab_size())])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<s> $A', special_tokens=[('<s>', 1)])
+
     path.mkdir(exist_ok=True)
     tokenizer.save(str(path / 'tokenizer.json'))
-    (path / 'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=eos)))
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=eos)
+    (path / 'tokenizer_config.json').write_text(json.dumps(config))
 
 
 def test_the_tokenizer_of_a_folder_encodes_whole_documents(workspace, folder):
@@ -92,41 +113,50 @@ def test_the_tokenizer_of_a_folder_encodes_whole_documents(workspace, folder):
     prepare(workspace, '--tokenizer=foreign')
     reference = transformers.AutoTokenizer.from_pretrained(folder / 'foreign')
     for split in ('train', 'val'):
-        expected = [i for part, text in split_documents() if part == split for i in [*reference(text).input_ids, 2]]
+        expected = []
+        for part, text in split_documents():
+            if part == split:
+                expected += [*reference(text).input_ids, 2]
         assert tokens(folder, split) == expected
     assert read_meta(folder / 'data' / 'mine')['tokenizer_name'] == 'foreign'
 
 
 @pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb_edu'])
-def test_datasets_of_documents_take_a_tokenizer(data, tmp_path, monkeypatch, dataset):      # noqa: F811
+def test_datasets_of_documents_take_a_tokenizer(data, tmp_path, monkeypatch, dataset):
     """The reference reads each document whole: cut as GPT-2's tokens may be, these would differ."""
     monkeypatch.setattr(encode, 'PIECE', 20)
     save_tokenizer(tmp_path / 'foreign')
     texts = [f'{DOCUMENTS[i % 4]} {i}' for i in range(12)]
+    path = write_jsonl(tmp_path / 'a.jsonl', texts)
     options = dict(shard_tokens=500) if dataset == 'fineweb_edu' else {}
-    load(data, dataset, monkeypatch, input=str(write_jsonl(tmp_path / 'a.jsonl', texts)), num_proc=2,
+    load(data, dataset, monkeypatch, input=str(path), num_proc=2,
          tokenizer=str(tmp_path / 'foreign'), **options).main()
+
     reference = tokenizers.Tokenizer.from_file(str(tmp_path / 'foreign' / 'tokenizer.json'))
     documents = [reference.encode(text, add_special_tokens=False).ids for text in texts]
-    found = {path.name: np.fromfile(path, '<u2').tolist() for path in sorted((data / dataset).glob('*.bin'))}
+    paths = sorted((data / dataset).glob('*.bin'))
+    found = {path.name: np.fromfile(path, '<u2').tolist() for path in paths}
     if dataset == 'fineweb_edu':
-        assert sum(found.values(), []) != [] and len(found) > 2
-        assert found['val_000000.bin'] + sum((found[name] for name in sorted(found) if name.startswith('train')), []) == [
-            i for ids in documents for i in (2, *ids)]
+        assert len(found) > 2
+        ids = found.pop('val_000000.bin') + sum(found.values(), [])
+        assert ids == sum(([2, *document] for document in documents), [])
     else:
         val = [i for i in range(12) if found['val.bin'] == [*documents[i], 2]]
-        assert len(val) == 1 and found['train.bin'] == [
-            i for number, ids in enumerate(documents) if number != val[0] for i in (*ids, 2)]
+        assert len(val) == 1
+        del documents[val[0]]
+        assert found['train.bin'] == sum(([*document, 2] for document in documents), [])
     assert read_meta(data / dataset)['tokenizer_name'] == 'foreign'
 
 
 @pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb_edu'])
-def test_a_tokenizer_without_an_end_of_text_is_refused_for_documents(data, tmp_path, monkeypatch, dataset):     # noqa: F811
+def test_a_tokenizer_without_an_end_of_text_is_refused_for_documents(data, tmp_path, monkeypatch,
+                                                                     dataset):
     save_tokenizer(tmp_path / 'foreign', eos=None)
-    script = load(data, dataset, monkeypatch, input=str(write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)),
-                  tokenizer=str(tmp_path / 'foreign'))
+    path = write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)
+    script = load(data, dataset, monkeypatch, input=str(path), tokenizer=str(tmp_path / 'foreign'))
     with pytest.raises(UserError, match='has no token that ends a document'):
         script.main()
+
     script.tokenizer = 'gpt3'
     with pytest.raises(UserError, match="'gpt3' is unknown; try --tokenizer=gpt2, a folder"):
         script.main()
@@ -135,15 +165,19 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_for_documents(data, tmp_p
 def test_another_dataset_takes_the_tokenizer_of_a_first(workspace, folder):
     prepare(workspace, '--tokenizer=bpe', '--vocab_size=300')
     (folder / 'more.txt').write_text('Other words, and the end. ' * 50, encoding='utf-8')
-    workspace.run('data/text/prepare.py', '--input=more.txt', '--name=more', '--tokenizer=data/mine')
-    first, second = (read_meta(folder / 'data' / name) for name in ('mine', 'more'))
-    assert first == second
-    assert Tokenizer(second).decode(tokens(folder, 'val', 'more')).endswith('Other words, and the end. <|endoftext|>')
+    workspace.run('data/text/prepare.py', '--input=more.txt', '--name=more',
+                  '--tokenizer=data/mine')
+
+    spec = read_meta(folder / 'data' / 'more')
+    assert spec == read_meta(folder / 'data' / 'mine')
+    text = Tokenizer(spec).decode(tokens(folder, 'val', 'more'))
+    assert text.endswith('Other words, and the end. <|endoftext|>')
 
 
 def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder):
     prepare(workspace, '--tokenizer=bpe', '--vocab_size=300')
     before = contents(folder / 'data' / 'mine')
+
     (folder / 'documents' / '9.txt').write_bytes(b'text\0text')
     try:
         refused = prepare(workspace, '--tokenizer=bpe', '--vocab_size=310', code=2)
@@ -156,24 +190,30 @@ def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder
     (['--tokenizer=bpe', '--vocab_size=256'], 'vocab_size=256 should be at least 257'),
     (['--tokenizer=bpe', '--vocab_size=20000000'], 'vocab_size=20000000 should be'),
     (['--tokenizer=data/toy'], 'data/toy has a vocabulary of characters'),
-    (['--tokenizer=words'], "tokenizer='words' is unknown"), (['--tokenizer=documents'], 'documents holds no tokenizer')])
+    (['--tokenizer=words'], "tokenizer='words' is unknown"),
+    (['--tokenizer=documents'], 'documents holds no tokenizer')])
 def test_settings_that_name_no_tokenizer_are_refused(workspace, folder, flags, words):
     refused = prepare(workspace, *flags, code=2).stderr
-    assert words in refused and refused.count('\n') == 1 and not (folder / 'data' / 'mine').exists()
+    assert words in refused and refused.count('\n') == 1
+    assert not (folder / 'data' / 'mine').exists()
 
 
 def test_a_vocabulary_over_65536_takes_four_bytes_per_token(workspace, folder, monkeypatch):
     save_tokenizer(folder / 'large', size=70_000)
-    (folder / 'documents' / '9.txt').write_text('<60000> and <66000>', encoding='utf-8')
+    text = '<60000> and <66000>'
+    (folder / 'documents' / '9.txt').write_text(text, encoding='utf-8')
     prepare(workspace, '--tokenizer=large')
     (folder / 'documents' / '9.txt').unlink()
+
     ids = np.fromfile(folder / 'data' / 'mine' / 'val.bin', '<u4')
     spec = read_meta(folder / 'data' / 'mine')
     assert spec['vocab_size'] == 70_000 and ids.max() > 65_535
-    assert ids[-5:].tolist() == Tokenizer(spec).encode_to_numpy('<60000> and <66000>', as_document=True).tolist()[-5:]
+    expected = Tokenizer(spec).encode_to_numpy(text, as_document=True)
+    assert ids[-5:].tolist() == expected[-5:].tolist()
 
 
 def test_a_text_that_is_too_short_for_the_vocabulary_says_so(workspace, folder):
-    assert 'note: the text has pairs for ' in prepare(workspace, '--tokenizer=bpe', '--vocab_size=60000').stdout
+    result = prepare(workspace, '--tokenizer=bpe', '--vocab_size=60000')
+    assert 'note: the text has pairs for ' in result.stdout
     with pytest.raises(UserError, match='at least 257'):
         train_bpe(['a'], 256)
