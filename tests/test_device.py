@@ -75,7 +75,7 @@ def test_a_broken_compiler_means_eager_or_a_reason(monkeypatch):
     monkeypatch.setattr(torch, 'compile', broken)
     chosen, reason = devices.choose_compile('auto', GPU)
     assert chosen is False and 'no C compiler was found' in reason
-    assert devices.choose_compile('auto', CPU)[0] is False and devices.choose_compile(False, GPU) == (False, '')
+    assert devices.choose_compile('auto', CPU)[0] is False and devices.choose_compile(False, GPU) == (False, None)
     with pytest.raises(UserError, match='no C compiler was found.*--compile=False'):
         devices.choose_compile(True, CPU)
     with pytest.raises(UserError, match="compile='maybe' should be True, False or 'auto'"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from engine import distributed, rendezvous
+from engine import distributed
 from engine.distributed import agree_on_name
 
 
@@ -53,8 +53,8 @@ def test_a_rank_that_never_comes_is_an_error(missing):
 def test_the_ranks_see_no_address_of_an_earlier_start(monkeypatch):
     """torchrun's kept store still has the addresses of ranks that died."""
     store, stores = HashStore(), []
-    monkeypatch.setattr(rendezvous.dist.distributed_c10d, 'rendezvous', lambda url, timeout: iter([(store, 0, 1)]))
-    monkeypatch.setattr(rendezvous.dist, 'init_process_group', lambda backend, store, **options: stores.append(store))
+    monkeypatch.setattr(distributed.dist.distributed_c10d, 'rendezvous', lambda url, timeout: iter([(store, 0, 1)]))
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda backend, store, **options: stores.append(store))
     for _ in range(2):
         assert distributed.init_process_group('gloo', torch.device('cpu'), timeout=5) == 'gloo'
         assert not stores[-1].check(['address of rank 0'])

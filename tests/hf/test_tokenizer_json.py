@@ -28,7 +28,7 @@ from engine.hf.tokenizer_json import (
 from engine.prepare import encode
 from engine.tokenizer import (
     GPT2,
-    HFTokenizer,
+    TokenizerJson,
     Tokenizer,
     byte_letters,
     char_spec,
@@ -160,8 +160,8 @@ def test_a_tokenizer_that_looks_across_a_cut_is_not_cut(change):
     parts['model']['vocab']['x y'] = parts['model']['vocab'].pop('<|endoftext|>')
     if 'added_tokens' not in change:
         parts['added_tokens'] = []
-    assert HFTokenizer(json.dumps(dict(parts, added_tokens=[]))).splits_like_gpt2
-    assert not HFTokenizer(json.dumps(dict(parts, **change))).splits_like_gpt2
+    assert TokenizerJson(json.dumps(dict(parts, added_tokens=[]))).splits_like_gpt2
+    assert not TokenizerJson(json.dumps(dict(parts, **change))).splits_like_gpt2
 
 
 def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
@@ -169,7 +169,7 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
     expected = tokenizer.encode(TEXT).ids
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=10)
-    assert HFTokenizer(tokenizer.to_str()).encode(TEXT) == expected
+    assert TokenizerJson(tokenizer.to_str()).encode(TEXT) == expected
 
 
 def test_ids_over_65535_take_four_bytes(tmp_path):
@@ -217,7 +217,7 @@ def test_training_merges_the_most_frequent_pairs():
 
 
 def test_training_gives_the_same_tokenizer_with_one_thread_and_with_several():
-    code = ('from engine.tokenizer_files import train_bpe; import sys; '
+    code = ('from engine.hf.tokenizer_json import train_bpe; import sys; '
             'print(train_bpe([sys.argv[1]] * 9, 380)["tokenizer_sha256"])')
     found = {subprocess.run([sys.executable, '-c', code, TEXT], cwd=ROOT, text=True, capture_output=True, check=True, env=dict(
         os.environ, RAYON_NUM_THREADS=threads, PYTHONHASHSEED=threads)).stdout for threads in ('1', '3')}
@@ -251,7 +251,7 @@ def test_gpt2s_tokenizer_is_recognized_however_it_is_written(gpt2_folder, tmp_pa
     transformers.AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path)
     text = (tmp_path / 'tokenizer.json').read_text(encoding='utf-8')
     assert text != (gpt2_folder / 'tokenizer.json').read_text(encoding='utf-8')
-    assert HFTokenizer(text).fingerprint == GPT2_FINGERPRINT and known_spec(text) == GPT2
+    assert TokenizerJson(text).fingerprint == GPT2_FINGERPRINT and known_spec(text) == GPT2
     parts = json.loads(text)
     parts['model']['merges'][100:102] = parts['model']['merges'][101:99:-1]
     assert known_spec(json.dumps(parts)) is None    # two merges in another order
