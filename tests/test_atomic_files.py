@@ -1,3 +1,5 @@
+"""Files that are whole or not there, whatever fails."""
+
 import os
 import stat
 
@@ -12,7 +14,8 @@ def test_a_file_is_replaced_and_the_one_before_is_kept(tmp_path):
     for text in ('one', 'twö'):
         with atomic_write(path, keep_as='b.txt') as file:
             file.write(text)
-    assert path.read_bytes() == 'twö'.encode() and (tmp_path / 'b.txt').read_bytes() == b'one'
+    assert path.read_bytes() == 'twö'.encode()
+    assert (tmp_path / 'b.txt').read_bytes() == b'one'
     assert {p.name for p in tmp_path.iterdir()} == {'a.txt', 'b.txt'}
 
 
@@ -43,7 +46,8 @@ def test_a_planted_link_is_never_followed(tmp_path):
         with atomic_write(tmp_path / 'a', 'wb') as file:
             file.write(b'new')
         assert (tmp_path / 'target').read_bytes() == b'precious'
-        assert (tmp_path / 'a').read_bytes() == b'new' and not (tmp_path / 'a').is_symlink()
+        assert (tmp_path / 'a').read_bytes() == b'new'
+        assert not (tmp_path / 'a').is_symlink()
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='Windows asks for a privilege to make links')
@@ -55,14 +59,17 @@ def test_a_link_planted_at_the_last_moment_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         with atomic_write(tmp_path / 'a', 'wb'):
             pass
-    assert (tmp_path / 'target').read_bytes() == b'precious' and not (tmp_path / 'a').exists()
+    assert (tmp_path / 'target').read_bytes() == b'precious'
+    assert not (tmp_path / 'a').exists()
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='Windows syncs a folder by itself')
 def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """The order of the system calls of a save that keeps the file before."""
     (tmp_path / 'a').write_bytes(b'old')
-    order, fsync, replace = [], os.fsync, os.replace
+    order = []
+    fsync = os.fsync
+    replace = os.replace
 
     def record_fsync(descriptor):
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
@@ -72,6 +79,7 @@ def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     def record_replace(old, new):
         order.append(f'{old.name} to {new.name}')
         replace(old, new)
+
     monkeypatch.setattr(atomic_files.os, 'fsync', record_fsync)
     monkeypatch.setattr(atomic_files.os, 'replace', record_replace)
     with atomic_write(tmp_path / 'a', 'wb', keep_as='b') as file:

@@ -1,36 +1,47 @@
+"""Ranks: how they meet, collectives, signals, failures."""
+
 import json
 import os
 import signal
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
 from harness import CAN_FORK
+from torch.distributed import HashStore
 
 from engine import distributed
+from engine.distributed import agree_on_name
 from engine.errors import UserError
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (dict(device='gpu'), "device='gpu' is unknown"), (dict(dtype='half'), "dtype='half' is unknown"),
-    (dict(compile='yes'), "compile='yes'"), (dict(backend='mpi'), "backend='mpi' is unknown; try 'auto', 'nccl' or 'gloo'")])
+    (dict(device='gpu'), "device='gpu' is unknown"),
+    (dict(dtype='half'), "dtype='half' is unknown"),
+    (dict(compile='yes'), "compile='yes'"),
+    (dict(backend='mpi'), "backend='mpi' is unknown; try 'auto', 'nccl' or 'gloo'"),
+])
 def test_an_unknown_choice_is_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         distributed.start(**{'device': 'cpu', **arguments})
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason='this machine has a GPU')
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(),
+                    reason='this machine has a GPU')
 def test_the_summary_says_what_was_chosen_and_why():
     env = distributed.start(compile='auto')
     assert (env.device.type, env.dtype, env.compile) == ('cpu', 'float32', False)
-    assert env.summary.startswith('device cpu (no GPU found), dtype float32 (default on cpu')
+    beginning = 'device cpu (no GPU found), dtype float32 (default on cpu'
+    assert env.summary.startswith(beginning)
     assert env.summary.endswith('not compiled (eager starts sooner on cpu)')
 
 
 def test_one_process_is_one_rank():
     env = distributed.start(device='cpu')
     assert (env.rank, env.local_rank, env.world_size, env.is_main) == (0, 0, 1, True)
-    assert env.all_reduce(torch.ones(2)).tolist() == [1, 1] and env.all_gather('a') == ['a']
+    assert env.all_reduce(torch.ones(2)).tolist() == [1, 1]
+    assert env.all_gather('a') == ['a']
     env.barrier()
     env.assert_same_on_all_ranks({'seed': 1})
     with pytest.raises(UserError, match='a mistake'):
@@ -39,11 +50,16 @@ def test_one_process_is_one_rank():
 
 
 @pytest.mark.parametrize('variables, words', [
-    (dict(WORLD_SIZE='two'), "WORLD_SIZE='two' should be a number"), (dict(WORLD_SIZE='0'), "WORLD_SIZE='0'"),
-    (dict(RANK='1'), "RANK='1' should be a number from 0 to 0.*unset RANK LOCAL_RANK WORLD_SIZE"),
-    (dict(WORLD_SIZE='2', RANK='2'), "RANK='2'"), (dict(WORLD_SIZE='2', LOCAL_RANK='-1'), "LOCAL_RANK='-1'"),
+    (dict(WORLD_SIZE='two'), "WORLD_SIZE='two' should be a number"),
+    (dict(WORLD_SIZE='0'), "WORLD_SIZE='0'"),
+    (dict(RANK='1'),
+     "RANK='1' should be a number from 0 to 0.*unset RANK LOCAL_RANK WORLD_SIZE"),
+    (dict(WORLD_SIZE='2', RANK='2'), "RANK='2'"),
+    (dict(WORLD_SIZE='2', LOCAL_RANK='-1'), "LOCAL_RANK='-1'"),
     (dict(WORLD_SIZE='2', MASTER_ADDR='localhost'), "MASTER_PORT=''"),
-    (dict(WORLD_SIZE='2', MASTER_PORT='29500'), 'WORLD_SIZE=2 needs MASTER_ADDR; start the ranks with torchrun')])
+    (dict(WORLD_SIZE='2', MASTER_PORT='29500'),
+     'WORLD_SIZE=2 needs MASTER_ADDR; start the ranks with torchrun'),
+])
 def test_impossible_variables_are_refused(monkeypatch, variables, words):
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.delenv(name, raising=False)
@@ -54,20 +70,93 @@ def test_impossible_variables_are_refused(monkeypatch, variables, words):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(backend='nccl'), 'backend=nccl moves data between NVIDIA GPUs, and this runs on cpu; try --backend=gloo'),
-    (dict(device='cuda:1'), 'device=cuda:1 is one device, and 2 ranks need one each; try --device=auto')])
+    (dict(backend='nccl'),
+     'backend=nccl moves data between NVIDIA GPUs, and this runs on cpu; try --backend=gloo'),
+    (dict(device='cuda:1'),
+     'device=cuda:1 is one device, and 2 ranks need one each; try --device=auto'),
+])
 def test_what_several_ranks_cannot_use_is_refused(monkeypatch, options, words):
-    for name, value in dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='localhost', MASTER_PORT='29500').items():
+    variables = dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='localhost',
+                     MASTER_PORT='29500')
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
         distributed.start(**{'device': 'cpu', **options})
 
 
+# How the ranks meet
+
+def make_store(timeout):
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
+
+
+def start_ranks(store, world_size, delays):
+    """The name that each rank of one start gets, in order of rank. delays: seconds, by rank."""
+    names = [None] * world_size
+
+    def run(rank):
+        names[rank] = agree_on_name(store, rank, world_size, timeout=10)
+
+    threads = [threading.Timer(delays[rank], run, [rank]) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return names
+
+
+@pytest.mark.parametrize('delays', [(0, 0, 0), (0.3, 0, 0), (0, 0, 0.3)])
+def test_every_start_over_a_kept_store_gets_one_new_name(delays):
+    store = make_store(timeout=10)
+    starts = [start_ranks(store, 3, delays) for _ in range(3)]
+    for names in starts:
+        assert len(set(names)) == 1
+        assert names[0]
+    assert len({names[0] for names in starts}) == 3
+
+
+def test_a_rank_that_died_while_the_ranks_met_does_not_hold_up_the_next_start():
+    store = make_store(timeout=10)
+    store.set('rank 1', 'id of a dead rank')
+    store.add('answers to a dead rank 0', 1)
+    assert len(set(start_ranks(store, 2, (0, 0.2)))) == 1
+
+
+@pytest.mark.parametrize('missing', [0, 1])
+def test_a_rank_that_never_comes_is_an_error(missing):
+    """Also where the store has an id of it from an earlier start."""
+    store = make_store(timeout=0.3)
+    store.set('rank 1', 'id of a dead rank')
+    with pytest.raises(RuntimeError, match='(?i)some ranks were missing|timeout'):
+        agree_on_name(store, 1 - missing, 2, timeout=0.3)
+
+
+def test_the_ranks_see_no_address_of_an_earlier_start(monkeypatch):
+    """torchrun's kept store still has the addresses of ranks that died."""
+    store = HashStore()
+    stores = []
+    monkeypatch.setattr(distributed.dist.distributed_c10d, 'rendezvous',
+                        lambda url, timeout: iter([(store, 0, 1)]))
+    monkeypatch.setattr(distributed.dist, 'init_process_group',
+                        lambda backend, store, **options: stores.append(store))
+    for _ in range(2):
+        cpu = torch.device('cpu')
+        assert distributed.init_process_group('gloo', cpu, timeout=5) == 'gloo'
+        assert not stores[-1].check(['address of rank 0'])
+        stores[-1].set('address of rank 0', '10.0.0.1:1234')
+
+
 # Signals
+
+def get_handlers():
+    return {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+
 
 @pytest.fixture
 def restored_handlers():
-    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    before = get_handlers()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -77,10 +166,13 @@ def restored_handlers():
 def test_the_first_signal_is_noted_and_kills_nothing(restored_handlers):
     env = distributed.start(device='cpu')
     env.catch_signals()
-    assert env.stop_signal() == distributed.signal_number(env.stop_flags().tolist()) == 0
+    assert env.stop_signal() == 0
+    assert distributed.signal_number(env.stop_flags().tolist()) == 0
+
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert env.stop_signal() == distributed.signal_number(env.stop_flags().tolist()) == signal.SIGUSR1
+    assert env.stop_signal() == signal.SIGUSR1
+    assert distributed.signal_number(env.stop_flags().tolist()) == signal.SIGUSR1
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no SIGHUP')
@@ -90,6 +182,7 @@ def test_a_closed_terminal_stops_a_run_but_for_nohup(restored_handlers):
     env.catch_signals()
     os.kill(os.getpid(), signal.SIGHUP)
     assert env.stop_signal() == 0
+
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     env.catch_signals()
     os.kill(os.getpid(), signal.SIGHUP)
@@ -106,14 +199,19 @@ def test_only_the_named_signals_are_caught(restored_handlers):
 def test_the_handlers_of_before_the_run_come_back(restored_handlers):
     received = []
     signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    before = get_handlers()
+
+    # as in training; SIGTERM keeps the handler of before the first call
     env = distributed.start(device='cpu')
     env.catch_signals(signal.SIGTERM)
-    env.catch_signals()                                 # as in training; SIGTERM keeps the handler of before the first call
+    env.catch_signals()
     env.restore_signals()
-    assert {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS} == before
+    assert get_handlers() == before
+
     os.kill(os.getpid(), signal.SIGINT)
-    assert received == [signal.SIGINT] and not env.stop_signal()
+    assert received == [signal.SIGINT]
+    assert not env.stop_signal()
+
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     env.restore_signals()                               # nothing is left to put back
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
@@ -121,13 +219,16 @@ def test_the_handlers_of_before_the_run_come_back(restored_handlers):
 
 # NCCL
 
+END = 'so this one stops; the saved files are whole, go on with --init_from=auto\n'
+
+
 @pytest.mark.parametrize('error, first, line', [
-    ('TIMEOUT', True, 'rank 3: another rank did not answer within --rank_timeout, so this one stops; the saved files are '
-                      'whole, go on with --init_from=auto\n'),
-    ('COMM_ERROR', True, 'rank 3: another rank ended, so this one stops; the saved files are whole, '
-                         'go on with --init_from=auto\n'),
-    ('TIMEOUT', False, '')])
-def test_an_error_that_only_the_watchdog_of_nccl_sees_ends_the_rank_in_one_line(monkeypatch, capsys, error, first, line):
+    ('TIMEOUT', True, f'rank 3: another rank did not answer within --rank_timeout, {END}'),
+    ('COMM_ERROR', True, f'rank 3: another rank ended, {END}'),
+    ('TIMEOUT', False, ''),
+])
+def test_an_error_that_only_the_watchdog_of_nccl_sees_ends_the_rank_in_one_line(
+        monkeypatch, capsys, error, first, line):
     ErrorType = torch._C._distributed_c10d.ErrorType    # what a backend's get_error returns
 
     class Backend:
@@ -138,13 +239,20 @@ def test_an_error_that_only_the_watchdog_of_nccl_sees_ends_the_rank_in_one_line(
 
     ended = threading.Event()
     codes = []
+
+    def exit_with(code):
+        codes.append(code)
+        ended.set()
+
     monkeypatch.setattr(distributed.time, 'sleep', lambda seconds: None)
-    monkeypatch.setattr(distributed.os, '_exit', lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(distributed.os, '_exit', exit_with)
     monkeypatch.setattr(distributed.dist, 'get_rank', lambda: 3)
     monkeypatch.setattr(distributed, 'is_first_failure', lambda: first)
     distributed.watch_nccl(Backend())
-    assert ended.wait(10) and codes == [1]
-    assert capsys.readouterr().err == line and not Backend.answers
+    assert ended.wait(10)
+    assert codes == [1]
+    assert capsys.readouterr().err == line
+    assert not Backend.answers
 
 
 def test_a_store_that_does_not_answer_makes_a_rank_report_its_failure(monkeypatch):
@@ -168,7 +276,8 @@ from engine.errors import RunError, UserError
 
 def collectives(env):
     env.barrier()
-    found = dict(rank=env.rank, is_main=env.is_main, summed=env.all_reduce(torch.tensor([env.rank + 1.0])).tolist(),
+    found = dict(rank=env.rank, is_main=env.is_main,
+                 summed=env.all_reduce(torch.tensor([env.rank + 1.0])).tolist(),
                  gathered=env.all_gather({'rank': env.rank}))
     os.write(1, (json.dumps(found) + '\\n').encode())     # in one piece: the ranks share the file
 
@@ -205,24 +314,30 @@ def run_probe(workspace):
 def test_collectives_reach_every_rank(run_probe):
     result = run_probe('collectives')
     assert result.codes == [0, 0], result.stderr
-    lines = sorted((json.loads(line) for line in result.stdout.splitlines()), key=lambda line: line['rank'])
-    for rank, line in enumerate(lines):
-        assert line == dict(rank=rank, is_main=rank == 0, summed=[3.0], gathered=[{'rank': 0}, {'rank': 1}])
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    gathered = [{'rank': 0}, {'rank': 1}]
+    for rank, line in enumerate(sorted(lines, key=lambda line: line['rank'])):
+        assert line == dict(rank=rank, is_main=rank == 0, summed=[3.0], gathered=gathered)
 
 
-@pytest.mark.parametrize('case, codes, line', [
-    ('mistake', {2, -signal.SIGTERM}, 'probe.py: rank 1 found a mistake\n'),
-    ('different', {2, -signal.SIGTERM}, 'probe.py: the ranks differ in batch_size: 8, 9\n')])
-def test_a_mistake_of_any_rank_ends_all_in_one_line(run_probe, case, codes, line):
+@pytest.mark.parametrize('case, line', [
+    ('mistake', 'probe.py: rank 1 found a mistake\n'),
+    ('different', 'probe.py: the ranks differ in batch_size: 8, 9\n'),
+])
+def test_a_mistake_of_any_rank_ends_all_in_one_line(run_probe, case, line):
     """torchrun ends the ranks that are still there when the first one exits."""
     result = run_probe(case)
-    assert result.codes[0] == 2 and set(result.codes) <= codes and result.stderr == line
+    assert result.codes[0] == 2
+    assert set(result.codes) <= {2, -signal.SIGTERM}
+    assert result.stderr == line
 
 
 def test_only_the_first_rank_that_fails_prints_its_error(run_probe):
     result = run_probe('failure')
-    assert 1 in result.codes and set(result.codes) <= {1, -signal.SIGTERM}
-    assert result.stderr.count('this rank failed') == 1 == result.stderr.count('\n')
+    assert 1 in result.codes
+    assert set(result.codes) <= {1, -signal.SIGTERM}
+    assert result.stderr.count('this rank failed') == 1
+    assert result.stderr.count('\n') == 1
 
 
 def test_a_signal_to_one_rank_reaches_all(run_probe):

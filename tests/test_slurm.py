@@ -18,11 +18,23 @@ if sys.platform != 'linux' or not shutil.which('bash'):
 from chaos import differences
 
 RUN = dict(max_iters=100, lr_decay_iters=100, eval_interval=25, init_from='auto')
-STAND_INS = {
-    # Like SLURM's, it passes signals on to what it runs.
-    'srun': '#!/bin/bash\nshift\n"$@" &\ntrap "kill -USR1 $!" USR1\nwait $! || wait $!\n',
-    'scontrol': '#!/bin/bash\necho "$@" >> scontrol.txt\n[ $1 = show ] && echo 127.0.0.1\nexit 0\n',
-    'torchrun': f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run --rdzv_conf=is_host=true "$@"\n'}
+
+SRUN = '''#!/bin/bash
+# Like SLURM's, it passes signals on to what it runs.
+shift
+"$@" &
+trap "kill -USR1 $!" USR1
+wait $! || wait $!
+'''
+SCONTROL = '''#!/bin/bash
+echo "$@" >> scontrol.txt
+[ $1 = show ] && echo 127.0.0.1
+exit 0
+'''
+TORCHRUN = f'''#!/bin/bash
+exec {sys.executable} -m torch.distributed.run --rdzv_conf=is_host=true "$@"
+'''
+STAND_INS = {'srun': SRUN, 'scontrol': SCONTROL, 'torchrun': TORCHRUN}
 
 
 @pytest.fixture
@@ -31,19 +43,27 @@ def slurm(workspace):
     programs = workspace.folder / 'slurm'
     programs.mkdir(exist_ok=True)
     for name, text in STAND_INS.items():
-        (programs / name).write_text(text.replace('29500', str(free_port())), encoding='utf-8')
+        (programs / name).write_text(text, encoding='utf-8')
         (programs / name).chmod(0o755)
+
     script = workspace.folder / 'config' / 'slurm.sh'
-    script.write_text(script.read_text(encoding='utf-8').replace('29500', str(free_port())), encoding='utf-8')
+    text = script.read_text(encoding='utf-8').replace('29500', str(free_port()))
+    script.write_text(text, encoding='utf-8')
 
     jobs = []
 
     def start(out_dir, **environment):
-        variables = dict(SLURM_SUBMIT_DIR=str(workspace.folder), SLURM_JOB_NODELIST='node[1]', SLURM_NNODES='1', SLURM_JOB_ID='77',
-                         SLURM_GPUS_ON_NODE='2', PATH=f'{programs}{os.pathsep}{os.environ["PATH"]}', **environment)
-        jobs.append(subprocess.Popen(['bash', str(script), *workspace.flags(out_dir, **RUN)], env=script_environment(**variables),
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True))
-        return jobs[-1]
+        variables = dict(
+            SLURM_SUBMIT_DIR=str(workspace.folder), SLURM_JOB_NODELIST='node[1]',
+            SLURM_NNODES='1', SLURM_JOB_ID='77', SLURM_GPUS_ON_NODE='2',
+            PATH=f'{programs}{os.pathsep}{os.environ["PATH"]}', **environment)
+        job = subprocess.Popen(
+            ['bash', str(script), *workspace.flags(out_dir, **RUN)],
+            env=script_environment(**variables), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        jobs.append(job)
+        return job
+
     yield start
     for job in jobs:
         if job.poll() is None:                          # the test failed
@@ -51,24 +71,31 @@ def slurm(workspace):
 
 
 def test_a_job_saves_before_its_time_limit_queues_again_and_goes_on(workspace, slurm):
-    out_dir, requests = workspace.folder / 'out-slurm', workspace.folder / 'scontrol.txt'
+    out_dir = workspace.folder / 'out-slurm'
+    requests = workspace.folder / 'scontrol.txt'
     job = slurm(out_dir)
     while job.poll() is None:                           # until it is well under way
         with suppress(OSError, IndexError):
             if read_records(out_dir)[-1]['iter'] >= 30:
                 break
         time.sleep(0.05)
+
+    # near its time limit
     job.send_signal(signal.SIGUSR1)
     output = job.communicate(timeout=60)[0]
-    assert job.returncode and 'SIGUSR1: saved at iteration' in output, output
-    assert requests.read_text(encoding='utf-8').splitlines() == ['show hostnames node[1]', 'requeue 77']
+    assert job.returncode, output
+    assert 'SIGUSR1: saved at iteration' in output, output
+    lines = requests.read_text(encoding='utf-8').splitlines()
+    assert lines == ['show hostnames node[1]', 'requeue 77']
     stopped_at = read_records(out_dir)[-1]['iter']
     assert 30 <= stopped_at < RUN['max_iters']
 
+    # queued again
     job = slurm(out_dir, SLURM_RESTART_COUNT='1')
     output = job.communicate(timeout=120)[0]
     assert job.returncode == 0, output
     assert requests.read_text(encoding='utf-8').count('requeue') == 1
+
     reference = workspace.folder / 'out-slurm-straight'
     workspace.run('train.py', *workspace.flags(reference, **RUN), ranks=2)
     assert not differences(out_dir, reference)

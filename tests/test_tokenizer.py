@@ -1,3 +1,5 @@
+"""Tokenizers of characters and of GPT-2, specs, meta files. tests/hf has the others."""
+
 import json
 import os
 import pickle
@@ -7,6 +9,8 @@ import pytest
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import RunError, UserError
 from engine.tokenizer import GPT2, Tokenizer, char_spec, check_spec, read_meta
+
+THOUSAND = [chr(1000 + i) for i in range(1000)]
 
 
 class Evil:
@@ -18,7 +22,8 @@ class Evil:
 
 def test_characters_come_back_and_unknown_ones_are_named():
     tokenizer = Tokenizer(dict(tokenizer='char', vocab_size=4, chars='\nabé'))
-    assert tokenizer.encode('aé\nb') == [1, 3, 0, 2] and tokenizer.decode([1, 3, 0, 2]) == 'aé\nb'
+    assert tokenizer.encode('aé\nb') == [1, 3, 0, 2]
+    assert tokenizer.decode([1, 3, 0, 2]) == 'aé\nb'
     assert tokenizer.encode_to_numpy('aé\nb').tolist() == [1, 3, 0, 2]
     assert tokenizer.decode_bytes([3]) == 'é'.encode()
     with pytest.raises(UserError, match="the character 'z' is not in the vocabulary of this model"):
@@ -37,59 +42,81 @@ def test_gpt2_tokens_come_back_and_may_end_within_a_character():
     except RunError as error:
         pytest.skip(str(error))
     assert tokenizer.encode('Hello world<|endoftext|>') == [15496, 995, 50256]
+
     text = 'naïve 漢字 🙂'
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b''.join(tokenizer.decode_bytes([i]) for i in ids).decode() == text
     assert tokenizer.encode_to_numpy(text).tolist() == ids
-    assert 50256 not in tokenizer.encode_to_numpy('<|endoftext|>')      # a dataset's text cannot end its document
 
+    # a dataset's text cannot end its document
+    assert 50256 not in tokenizer.encode_to_numpy('<|endoftext|>')
+
+
+# Meta files
 
 def test_a_dataset_without_a_meta_file_is_gpt2s(tmp_path):
-    assert read_meta(tmp_path) == GPT2 and dataset_tokenizer(None) == GPT2
+    assert read_meta(tmp_path) == GPT2
+    assert dataset_tokenizer(None) == GPT2
 
 
 def test_meta_json_is_read(tmp_path):
     spec = dict(tokenizer='char', vocab_size=3, chars='aéb')
-    (tmp_path / 'meta.json').write_text(json.dumps(dict(spec, tokens={'train': 5}, dtype='uint16')), encoding='utf-8')
+    meta = dict(spec, tokens={'train': 5}, dtype='uint16')
+    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     assert read_meta(tmp_path) == spec
 
 
 def test_nanogpts_meta_pkl_is_read(tmp_path):
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(
-        vocab_size=1000, itos={i: chr(1000 + i) for i in range(1000)}, stoi={chr(1000 + i): i for i in range(1000)})))
-    assert read_meta(tmp_path) == dict(tokenizer='char', vocab_size=1000, chars=''.join(map(chr, range(1000, 2000))))
+    itos = dict(enumerate(THOUSAND))
+    stoi = {char: i for i, char in enumerate(THOUSAND)}
+    content = pickle.dumps(dict(vocab_size=1000, itos=itos, stoi=stoi))
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    expected = dict(tokenizer='char', vocab_size=1000, chars=''.join(THOUSAND))
+    assert read_meta(tmp_path) == expected
 
 
 @pytest.mark.parametrize('meta, words', [
-    ('', 'JSONDecodeError'), ('{"tokenizer": ', 'JSONDecodeError'), ('[]', ''), ('7', ''), ('[' * 100_000, 'RecursionError'),
+    ('', 'JSONDecodeError'),
+    ('{"tokenizer": ', 'JSONDecodeError'),
+    ('[]', ''),
+    ('7', ''),
+    ('[' * 100_000, 'RecursionError'),
     ('{"tokenizer": "char"}', 'vocab_size is None'),
-    ('{"tokenizer": "char", "vocab_size": 3, "chars": "aab"}', 'chars should be 3 different characters'),
-    ('{"tokenizer": "char", "vocab_size": 3, "chars": 7}', 'chars should be 3 different characters'),
-    ('{"tokenizer": "char", "vocab_size": 70000, "chars": "a"}', 'chars should be 70000 different characters'),
+    ('{"tokenizer": "char", "vocab_size": 3, "chars": "aab"}',
+     'chars should be 3 different characters'),
+    ('{"tokenizer": "char", "vocab_size": 3, "chars": 7}',
+     'chars should be 3 different characters'),
+    ('{"tokenizer": "char", "vocab_size": 70000, "chars": "a"}',
+     'chars should be 70000 different characters'),
     ('{"tokenizer": "char", "vocab_size": 16777217, "chars": "a"}', 'vocab_size is 16777217'),
     ('{"tokenizer": "hf", "vocab_size": 300}', 'tokenizer_name should be a text'),
     ('{"tokenizer": "hf", "vocab_size": 300, "end_of_text": 300}', 'end_of_text is 300'),
-    ('{"tokenizer": "hf", "vocab_size": 300, "tokenizer_name": "a", "tokenizer_sha256": "a", "tokenizer_json": ["a"]}',
-     'tokenizer_json should be a text'),
+    ('{"tokenizer": "hf", "vocab_size": 300, "tokenizer_name": "a", "tokenizer_sha256": "a", '
+     '"tokenizer_json": ["a"]}', 'tokenizer_json should be a text'),
     ('{"tokenizer": "gpt2", "vocab_size": -1}', 'vocab_size is -1'),
     ('{"tokenizer": "gpt2", "vocab_size": 17}', "unknown tokenizer 'gpt2' of 17"),
     ('{"tokenizer": "../gpt2", "vocab_size": 17}', "unknown tokenizer '../gpt2'"),
-    ('\udcff', 'UnicodeDecodeError')])
+    ('\udcff', 'UnicodeDecodeError'),
+])
 def test_a_damaged_meta_json_is_refused(tmp_path, meta, words):
     (tmp_path / 'meta.json').write_bytes(meta.encode('utf-8', 'surrogateescape'))
-    with pytest.raises(UserError, match=f'meta.json cannot be read: .*{words}.*; prepare the dataset again'):
+    line = f'meta.json cannot be read: .*{words}.*; prepare the dataset again'
+    with pytest.raises(UserError, match=line):
         read_meta(tmp_path)
 
 
 @pytest.mark.parametrize('content, words', [
     (pickle.dumps(Evil()), r'it asks to run \w+.system'),
     (pickle.dumps(dict(vocab_size=Evil())), r'it asks to run \w+.system'),
-    (b'', ''), (pickle.dumps([1]), ''),
-    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a' * 10, 1: 'b'}}), 'itos should map ids to single characters'),
+    (b'', ''),
+    (pickle.dumps([1]), ''),
+    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a' * 10, 1: 'b'}}),
+     'itos should map ids to single characters'),
     (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}), 'different characters'),
     (pickle.dumps({'vocab_size': 10 ** 12, 'itos': {0: 'a'}}), ''),
-    (b'\x80\x04r\xff\xff\xff\x7f.', '')])
+    (b'\x80\x04r\xff\xff\xff\x7f.', ''),
+])
 def test_a_damaged_or_hostile_meta_pkl_is_refused(tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)                                 # where Evil would create its file
     (tmp_path / 'meta.pkl').write_bytes(content)
@@ -99,8 +126,16 @@ def test_a_damaged_or_hostile_meta_pkl_is_refused(tmp_path, monkeypatch, content
 
 
 @pytest.mark.parametrize('spec', [
-    None, ['a'], {}, {'tokenizer': 'char'}, {'tokenizer': 'char', 'vocab_size': True, 'chars': 'a'},
-    {'tokenizer': 'char', 'vocab_size': 17, 'chars': 7}, {'tokenizer': ['gpt2'], 'vocab_size': 50257}])
+    None,
+    ['a'],
+    {},
+    {'tokenizer': 'char'},
+    {'tokenizer': 'char', 'vocab_size': True, 'chars': 'a'},
+    {'tokenizer': 'char', 'vocab_size': 17, 'chars': 7},
+    {'tokenizer': ['gpt2'], 'vocab_size': 50257},
+])
 def test_a_damaged_spec_of_a_checkpoint_is_refused(spec):
     with pytest.raises(UserError):
         check_spec(spec)
+    with pytest.raises(UserError):
+        Tokenizer(spec)

@@ -1,1 +1,9 @@
-"""Reads prepared datasets: token files, the order of windows, batches on the device."""
+"""Reads prepared datasets: their token files, the order of training windows, batches on the device.
+
+What others use: `batches` (TokenDataset, open_dataset, train_batches, eval_batches, prefetch,
+dataset_tokenizer) and `token_files` (the layout of token files, which engine.prepare writes).
+`window_order` serves `batches`.
+
+This wing imports ground files of engine/ and no other wing. Only `batches` imports torch, so a
+prepare.py, which imports token_files, starts without it.
+"""

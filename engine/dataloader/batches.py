@@ -6,7 +6,9 @@ between batches, so a resumed run and any number of ranks draw the same ones.
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,178 +25,320 @@ from engine.dataloader.token_files import (
     token_dtype,
 )
 from engine.dataloader.window_order import epoch_starts, weyl_starts
+from engine.distributed import Environment
 from engine.errors import RunError, UserError, check_choice
-from engine.tokenizer import GPT2, end_of_text, read_meta, same_tokens
+from engine.tokenizer import GPT2, end_of_text, read_meta, read_spec_and_fields, same_tokens
 
 CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
 DATA = Path(__file__).resolve().parents[2] / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
+IGNORED = -1                    # a target that does not count in the loss
 
 
-class BatchRequest(NamedTuple):     # for TokenDataset.batch
+class BatchRequest(NamedTuple):
+    """The arguments of TokenDataset.batch."""
+
     seed: int
     stream: str
     first: int
     count: int
 
 
+class Batch(NamedTuple):
+    """Inputs and targets, each (count, block_size) int64. Targets are inputs one token later."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """The field `record` of meta.json: a dataset of records of one length, each with a prompt."""
+
+    length: int                 # tokens of each record
+    prompt: int                 # tokens at its start that are no targets
+
+
 class TokenDataset:
     """The token files of data/NAME, checked once: see engine.dataloader.token_files.
 
-    sampling: 'windows' draws training windows evenly over the text, 'epoch' reads every window once before
-    any comes again. documents: 'any' starts a window anywhere, 'whole' starts training windows at documents.
-    tokens: {'train': TokenStream, 'val': ...}. fingerprint: a short hash of both. tokenizer: a spec
-    of engine.tokenizer. record: of read_record. Set block_size with `set_block_size` before `batch`.
-    Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or documents.
+    sampling: 'windows' draws training windows evenly over the text, and 'epoch' reads every window
+    once before any comes again. documents: 'any' starts a window anywhere, and 'whole' starts
+    training windows at documents.
+
+    Attributes: tokens is {'train': TokenStream, 'val': ...}. tokenizer is a spec of
+    engine.tokenizer. record is a Record, or None. fingerprint is a short hash of both splits.
+    Call `set_block_size` before `batch`.
+
+    Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or
+    documents.
     """
 
-    def __init__(self, name, sampling='windows', documents='any'):
-        self.folder, self.sampling, self.documents = dataset_folder(name), sampling, documents
+    def __init__(self, name: str, sampling: str = 'windows', documents: str = 'any'):
+        self.folder = dataset_folder(name)
         check_order(sampling, documents)
-        files = find_token_files(self.folder)
-        if not files['train'] or not files['val']:
-            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor shards of both; '
-                            f'{advice(name)}')
-        if (self.folder / REPLACING).exists():
-            raise UserError(f'{self.folder} is being replaced; if no prepare.py runs, start it again to complete that')
-        self.tokenizer = read_meta(self.folder)
+        self.sampling = sampling
+        self.documents = documents
+        files = self.find_files()
+
+        # What meta.json says
+        self.tokenizer, meta = read_spec_and_fields(self.folder)
         self.vocab_size = self.tokenizer['vocab_size']
-        meta = read_fields(self.folder)
-        dtype = meta.get('dtype', token_dtype(self.vocab_size))
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or uint32; prepare the dataset '
-                            f'again')
-        expected = meta['sha256'] if isinstance(meta.get('sha256'), dict) else {}
-        self.tokens, digests = {}, []
+        dtype = self.read_dtype(meta)
+        expected = meta.get('sha256')
+        if not isinstance(expected, dict):
+            expected = {}
+
+        # What the files hold
+        self.tokens = {}
+        facts = []
         for split in SPLITS:
             self.tokens[split] = TokenStream(self.folder, files[split], dtype)
-            digests.append(check_split(self.tokens[split], split, self.vocab_size, expected))
+            facts.append(check_split(self.tokens[split], split, self.vocab_size, expected))
+
         self.record = read_record(self.folder, meta, self.tokens)
-        facts = digests + ([json.dumps(self.record, sort_keys=True)] if self.record else [])
+        self.stride = 1                     # windows of evaluation start at multiples of it
+        if self.record:
+            self.stride = self.record.length
+            facts.append(json.dumps(asdict(self.record), sort_keys=True))
         self.fingerprint = hashlib.sha256(''.join(facts).encode()).hexdigest()[:16]
 
-    def set_block_size(self, block_size):
-        """Batches have block_size tokens from now on. UserError where a split is shorter, and with documents='whole'
-        where train has no end-of-text token."""
-        for split, tokens in self.tokens.items():
-            if len(tokens) <= block_size:
-                file = f'{split}.bin' if len(tokens.names) == 1 else f'the shards of {split}'
-                raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
-                                f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
-        if self.record and block_size < self.record['prompt']:
-            raise UserError(f'block_size={block_size} ends within the prompt of a record, so no target would count; '
-                            f'try --block_size={self.record["length"] - 1}')
-        if self.record and self.documents == 'whole':
-            raise UserError(f'the windows of {self.folder.name} start at its records; leave --documents=any')
+    def find_files(self):
+        """The token files of both splits. UserError where a split is missing or being replaced."""
+        name = self.folder.name
+        files = find_token_files(self.folder)
+        if not files['train'] or not files['val']:
+            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor '
+                            f'shards of both; {advice(name)}')
+
+        if (self.folder / REPLACING).exists():
+            raise UserError(f'{self.folder} is being replaced; if no prepare.py runs, start it '
+                            f'again to complete that')
+        return files
+
+    def read_dtype(self, meta):
+        """The type of ids, from meta.json or else from the vocabulary."""
+        dtype = meta.get('dtype', token_dtype(self.vocab_size))
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or '
+                            f'uint32; prepare the dataset again')
+        return dtype
+
+    # The size of windows
+
+    def set_block_size(self, block_size: int) -> None:
+        """Batches have block_size tokens from now on.
+
+        Raises UserError where a split is shorter, where block_size does not fit the records, and
+        with documents='whole' where train has no end-of-text token.
+        """
+        for split in SPLITS:
+            self.check_length(split, block_size)
+        if self.record:
+            self.check_records(block_size)
+
         self.block_size = block_size
         if self.documents == 'whole':
             self.first_document = self.next_document(0)
             if self.first_document is None:
-                raise UserError(f'{self.folder} has no end-of-text token among its first {SEARCHED_TOKENS:,}, so '
-                                f"documents='whole' finds no document to start at; leave --documents=any")
+                raise UserError(f'{self.folder} has no end-of-text token among its first '
+                                f"{SEARCHED_TOKENS:,}, so documents='whole' finds no document to "
+                                f'start at; leave --documents=any')
 
-    def next_document(self, start):
-        """The position of the first end-of-text token of train at `start` or up to SEARCHED_TOKENS after, with a
-        block after it; else None. The token separates documents, before or after each."""
-        last = len(self.tokens['train']) - self.block_size - 1
+    def check_length(self, split, block_size):
+        """UserError where a split has no window of block_size tokens and the one after."""
+        tokens = self.tokens[split]
+        if len(tokens) > block_size:
+            return
+        file = f'{split}.bin'
+        if len(tokens.names) > 1:
+            file = f'the shards of {split}'
+        raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
+                        f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
+
+    def check_records(self, block_size):
+        """UserError where the records do not fit the settings."""
+        if block_size < self.record.prompt:
+            raise UserError(f'block_size={block_size} ends within the prompt of a record, so no '
+                            f'target would count; try --block_size={self.record.length - 1}')
+
+        if self.documents == 'whole':
+            raise UserError(f'the windows of {self.folder.name} start at its records; leave '
+                            f'--documents=any')
+
+    # Batches
+
+    def batch(self, seed: int, stream: str, first: int, count: int) -> Batch:
+        """`count` sequences of a stream, starting at sequence number `first`.
+
+        stream: 'train', 'eval train' or 'eval val'. Evaluation windows depend on no setting, so all
+        runs are judged by the same text. engine.dataloader.window_order has the orders of 'train'.
+        In a dataset of records, windows start at records, and y is -1 where the target lies in a
+        prompt.
+
+        With documents='whole' a window moves forward to the next end-of-text token, and from the
+        end of the text, or where the document is longer than SEARCHED_TOKENS, to the first one. So
+        text further than block_size into its document is not read, and what follows a long document
+        is read more often.
+
+        Raises RunError for an id beyond the vocabulary.
+        """
+        split = 'train'
+        if stream == 'eval val':
+            split = 'val'
+        tokens = self.tokens[split]
+
+        # Where the windows start: (count,)
+        if stream == 'train':
+            starts = self.training_starts(seed, first, count)
+        else:
+            starts = weyl_starts(first, count, self.count_starts(tokens)) * self.stride
+
+        # The tokens of each window, and the one after it: (count, block_size + 1)
+        windows = torch.from_numpy(tokens.windows(starts, self.block_size + 1))
+        self.check_ids(windows, tokens, starts)
+
+        x = windows[:, :-1]
+        y = windows[:, 1:]
+        if self.record:
+            y = y.masked_fill(self.is_prompt(), IGNORED)
+        return Batch(x, y)
+
+    def count_starts(self, tokens):
+        """How many multiples of the stride a window of `tokens` can start at."""
+        return (len(tokens) - self.block_size - 1) // self.stride + 1
+
+    def training_starts(self, seed, first, count):
+        """The starts of training windows, in the order that the settings choose. (count,)"""
+        tokens = self.tokens['train']
+        n_starts = self.count_starts(tokens)
+
+        if self.sampling == 'windows':
+            starts = weyl_starts(first, count, n_starts, seed) * self.stride
+        elif self.record:
+            # Counted in records: epoch_starts cuts n + 1 of them into n windows of one.
+            starts = epoch_starts(first, count, n_starts + 1, 1, seed) * self.stride
+        else:
+            starts = epoch_starts(first, count, len(tokens), self.block_size, seed)
+
+        if self.documents == 'whole':
+            starts = np.array([self.document_from(start) for start in starts.tolist()])
+        return starts
+
+    def document_from(self, start):
+        """Where the first document at or after `start` begins; else the first one of the text."""
+        found = self.next_document(start)
+        if found is None:
+            return self.first_document
+        return found
+
+    def next_document(self, start: int) -> int | None:
+        """The position of the first end-of-text token of train at `start` or after, or None.
+
+        The search ends SEARCHED_TOKENS after `start`, and before the last block. The token
+        separates documents: it stands before or after each.
+        """
         token = end_of_text(self.tokenizer)
-        return None if token is None else self.tokens['train'].find(token, start, min(start + SEARCHED_TOKENS, last + 1))
+        if token is None:
+            return None
 
-    def check_same(self, saved, accept_change):
-        """UserError where a saved run used another vocabulary, or (unless accepted) another text."""
-        tokenizer, fingerprint = saved.get('tokenizer'), saved.get('fingerprint')
+        tokens = self.tokens['train']
+        last = len(tokens) - self.block_size - 1
+        return tokens.find(token, start, min(start + SEARCHED_TOKENS, last + 1))
+
+    def is_prompt(self):
+        """True for the targets of a window that lie in the prompt of a record. (block_size,)"""
+        places = torch.arange(1, self.block_size + 1) % self.record.length
+        return places < self.record.prompt
+
+    def check_ids(self, windows, tokens, starts):
+        """RunError where an id is beyond the vocabulary.
+
+        Files are checked at the start, shards only in part, and a program may have written over
+        them since.
+        """
+        largest = windows.max()
+        if largest < self.vocab_size:
+            return
+
+        row, column = divmod(int(windows.argmax()), self.block_size + 1)
+        path, position = tokens.locate(starts[row] + column)
+        raise RunError(f'{path} is damaged, or changed while it was read: id {largest} of token '
+                       f'{position:,} is beyond the vocabulary of {self.vocab_size}; restore it, '
+                       f'and go on with --init_from=resume')
+
+    # Resuming
+
+    def check_same(self, saved: dict, accept_change: bool) -> None:
+        """UserError where a saved run used another vocabulary, or another text.
+
+        saved: the checkpoint, with the `tokenizer` and the `fingerprint` of its dataset, where it
+        has them. accept_change: accept another text.
+        """
+        tokenizer = saved.get('tokenizer')
         if tokenizer and not same_tokens(tokenizer, self.tokenizer):
-            raise UserError(f'{self.folder.name} has another vocabulary than the run, so its tokens mean other '
-                            f'text; resume with the dataset of the run')
+            raise UserError(f'{self.folder.name} has another vocabulary than the run, so its '
+                            f'tokens mean other text; resume with the dataset of the run')
+
+        fingerprint = saved.get('fingerprint')
         if fingerprint and fingerprint != self.fingerprint and not accept_change:
             raise UserError(f'{self.folder.name} is not what the run was trained on (fingerprint '
                             f'{self.fingerprint}, was {fingerprint}); restore it, or go on with '
                             f'--accept_dataset_change=True')
 
-    def batch(self, seed, stream, first, count):
-        """`count` sequences of a stream ('train', 'eval train' or 'eval val'), starting at number `first`.
 
-        Returns (x, y), each (count, block_size) int64; y is x one token later. engine.dataloader.window_order has the orders
-        of 'train'. Evaluation windows depend on no setting, so all runs are judged by the same text.
-        In a dataset of records, windows start at records, and y is -1 where the target lies in a prompt.
+# Opening datasets
 
-        With documents='whole' a window moves forward to the next end-of-text token, and from the end of the
-        text, or where the document is longer than SEARCHED_TOKENS, to the first one. So text further than
-        block_size into its document is not read, and what follows a long document is read more often.
-        """
-        tokens = self.tokens['val' if stream == 'eval val' else 'train']
-        step = self.record['length'] if self.record else 1
-        n_starts = (len(tokens) - self.block_size - 1) // step + 1
-        if stream != 'train':
-            starts = weyl_starts(first, count, n_starts) * step
-        elif self.sampling == 'windows':
-            starts = weyl_starts(first, count, n_starts, seed) * step
-        elif self.record:       # counted in records; epoch_starts cuts n + 1 of them into n windows of one
-            starts = epoch_starts(first, count, n_starts + 1, 1, seed) * step
-        else:
-            starts = epoch_starts(first, count, len(tokens), self.block_size, seed)
-        if stream == 'train' and self.documents == 'whole':
-            found = (self.next_document(start) for start in starts.tolist())
-            starts = np.array([self.first_document if start is None else start for start in found])
-        windows = torch.from_numpy(tokens.windows(starts, self.block_size + 1))         # (count, block_size + 1)
-        # Files are checked at the start, shards only in part; and a program may have written over them since.
-        if windows.max() >= self.vocab_size:
-            row, column = divmod(int(windows.argmax()), self.block_size + 1)
-            path, position = tokens.locate(starts[row] + column)
-            raise RunError(f'{path} is damaged, or changed while it was read: id {windows.max()} of token {position:,} is '
-                           f'beyond the vocabulary of {self.vocab_size}; restore it, and go on with --init_from=resume')
-        x, y = windows[:, :-1], windows[:, 1:]
-        if self.record:
-            places = torch.arange(1, self.block_size + 1) % self.record['length']       # of the targets in their records
-            y = y.masked_fill(places < self.record['prompt'], -1)
-        return x, y
+def open_dataset(
+    name: str, env: Environment, sampling: str = 'windows', documents: str = 'any',
+) -> TokenDataset:
+    """The TokenDataset of data/NAME, on every rank.
+
+    The first rank of each machine checks the files, and the others find its result in the cache.
+    """
+    data = None
+    with env.raise_on_all_ranks():
+        if env.local_rank == 0:
+            data = TokenDataset(name, sampling, documents)
+
+    with env.raise_on_all_ranks():
+        if env.local_rank != 0:
+            data = TokenDataset(name, sampling, documents)
+    return data
 
 
-def check_order(sampling, documents):
+def check_order(sampling: str, documents: str) -> None:
     """UserError where `sampling` or `documents` is unknown, or the two do not fit each other."""
+    settings = dict(sampling=sampling, documents=documents)
     for name, values in CHOICES.items():
-        check_choice(dict(sampling=sampling, documents=documents), name, values)
+        check_choice(settings, name, values)
+
     if sampling == 'epoch' and documents == 'whole':
-        raise UserError('sampling=epoch reads each window once, and documents=whole moves windows, so that some coincide; '
-                        'try --sampling=windows or --documents=any')
+        raise UserError('sampling=epoch reads each window once, and documents=whole moves windows, '
+                        'so that some coincide; try --sampling=windows or --documents=any')
 
 
-def open_dataset(name, env, sampling='windows', documents='any'):
-    """The TokenDataset of data/NAME, on every rank. The first rank of each machine checks the files, and the
-    others find its result in the cache."""
-    with env.raise_on_all_ranks():
-        data = TokenDataset(name, sampling, documents) if env.local_rank == 0 else None
-    with env.raise_on_all_ranks():
-        return data or TokenDataset(name, sampling, documents)
-
-
-def train_batches(data, seed, iterations, env):
-    """This rank's micro-batches on its device. The ranks share the global batch.
-    iterations: (number of its first sequence, micro_steps, micro_batch_size) of each; see BatchSchedule."""
-    requests = (BatchRequest(seed, 'train', first + (env.rank * micro_steps + m) * size, size)
-                for first, micro_steps, size in iterations for m in range(micro_steps))
-    return prefetch(data.batch, requests, env.device)
-
-
-def eval_batches(data, split, count, batch_size, env):
-    """This rank's share of the `count` evaluation batches, which are the same for every run. Every rank gets
-    the same number, because the ranks of a sharded model compute together; a rank's last batch may repeat another."""
-    numbers = (min(first + env.rank, count - 1) for first in range(0, count, env.world_size))
-    requests = (BatchRequest(0, f'eval {split}', number * batch_size, batch_size) for number in numbers)
-    return prefetch(data.batch, requests, env.device)
-
-
-def dataset_folder(name):
+def dataset_folder(name: str) -> Path:
     """The folder data/NAME. UserError where `name` is not a plain folder name."""
-    if (not isinstance(name, str) or not name or name.startswith('.') or set(name) & set('/\\:\0')
-            or len(name.encode('utf-8', 'replace')) > 200):
+    if not is_folder_name(name):
         raise UserError(f'dataset={name!r} should be the name of a folder in {DATA}')
     return DATA / name
 
 
-def dataset_tokenizer(name):
+def is_folder_name(name):
+    """True for a name that stays within its folder on every system."""
+    if not isinstance(name, str) or not name:
+        return False
+    if name.startswith('.') or set(name) & set('/\\:\0'):
+        return False
+    return len(name.encode('utf-8', 'replace')) <= 200
+
+
+def dataset_tokenizer(name: str | None) -> dict:
     """The tokenizer spec of data/NAME; GPT-2's where `name` is None or there is no such folder."""
-    return read_meta(dataset_folder(name)) if name else GPT2
+    if not name:
+        return GPT2
+    return read_meta(dataset_folder(name))
 
 
 def advice(name):
@@ -204,64 +348,132 @@ def advice(name):
         return 'prepare.py stopped before it finished; run the same command again'
     if (folder / 'prepare.py').is_file():
         return f'run: python data/{name}/prepare.py'
-    prepared = sorted({path.parent.name for pattern in ('*/train.bin', '*/*train_*.bin') for path in DATA.glob(pattern)})
-    return (f'prepared datasets: {", ".join(prepared) or "none"}; for text of your own run: '
+
+    token_files = [*DATA.glob('*/train.bin'), *DATA.glob('*/*train_*.bin')]
+    prepared = ', '.join(sorted({path.parent.name for path in token_files}))
+    return (f'prepared datasets: {prepared or "none"}; for text of your own run: '
             f'python data/text/prepare.py --input=PATH --name={name}')
 
 
-def read_fields(folder):
-    """What meta.json says of the token files, {} without one. read_meta() has refused a damaged one."""
-    path = folder / 'meta.json'
-    return json.loads(path.read_text(encoding='utf-8-sig')) if path.is_file() else {}
-
-
 def read_record(folder, meta, tokens):
-    """The field `record` of meta.json, {'length': tokens of each record, 'prompt': those at its start that are not
-    targets}, or None. UserError where that does not fit the token files."""
-    record = meta.get('record')
-    if record is None:
+    """The Record of meta.json's fields, or None. UserError where the token files do not fit it."""
+    found = meta.get('record')
+    if found is None:
         return None
-    numbers = [record.get(name) for name in ('length', 'prompt')] if isinstance(record, dict) else [None]
-    if not all(type(number) is int for number in numbers) or not 0 < numbers[1] < numbers[0]:
-        raise UserError(f'{folder / "meta.json"}: record is {record!r:.60}, and should be like '
+
+    if not is_record(found):
+        raise UserError(f'{folder / "meta.json"}: record is {found!r:.60}, and should be like '
                         f'{{"length": 10, "prompt": 6}}; prepare the dataset again')
-    length, prompt = numbers
+
+    record = Record(found['length'], found['prompt'])
     for split, stream in tokens.items():
-        if len(stream) % length:
-            raise UserError(f'{folder}: the {len(stream):,} tokens of {split} are not whole records of {length:,}; '
-                            f'prepare the dataset again')
-    return dict(length=length, prompt=prompt)
+        if len(stream) % record.length:
+            raise UserError(f'{folder}: the {len(stream):,} tokens of {split} are not whole '
+                            f'records of {record.length:,}; prepare the dataset again')
+    return record
 
 
-def prefetch(make_batch, requests, device):
-    """Yield make_batch(*request) on `device` for each request, with one batch prepared in the background.
-    Batches for a GPU are copied from pinned memory on a stream of their own, beside the computation."""
-    is_cuda = device.type == 'cuda'
-    copy_stream = torch.cuda.Stream(device) if is_cuda else None
+def is_record(found):
+    """True for a dict with the fields of a Record: integers of which the prompt is the smaller."""
+    if not isinstance(found, dict):
+        return False
+    length = found.get('length')
+    prompt = found.get('prompt')
+    return type(length) is int and type(prompt) is int and 0 < prompt < length
 
-    def use_device():                   # a new thread starts on GPU 0, and would open a context there
-        if is_cuda:
-            torch.cuda.set_device(device)
+
+# Batches on the device
+
+def train_batches(
+    data: TokenDataset, seed: int, iterations: Iterable[tuple[int, int, int]], env: Environment,
+) -> Iterator[Batch]:
+    """This rank's micro-batches on its device. The ranks share the global batch.
+
+    iterations: for each iteration, the number of its first sequence, the micro-steps of a rank and
+    the sequences of a micro-batch; see BatchSchedule.iterations.
+    """
+    def requests():
+        for first, micro_steps, size in iterations:
+            for micro_step in range(micro_steps):
+                number = env.rank * micro_steps + micro_step    # among all ranks' micro-batches
+                yield BatchRequest(seed, 'train', first + number * size, size)
+
+    return prefetch(data.batch, requests(), env.device)
+
+
+def eval_batches(
+    data: TokenDataset, split: str, count: int, batch_size: int, env: Environment,
+) -> Iterator[Batch]:
+    """This rank's share of the `count` evaluation batches, which are the same for every run.
+
+    Every rank gets the same number, because the ranks of a sharded model compute together. A rank's
+    last batch may repeat another.
+    """
+    def requests():
+        for first in range(0, count, env.world_size):
+            number = min(first + env.rank, count - 1)
+            yield BatchRequest(0, f'eval {split}', number * batch_size, batch_size)
+
+    return prefetch(data.batch, requests(), env.device)
+
+
+def prefetch(
+    make_batch: Callable[..., tuple[torch.Tensor, torch.Tensor]], requests: Iterable[tuple],
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Yield make_batch(*request) on `device` for each request.
+
+    One batch is prepared in the background while the one before is used.
+    """
+    mover = BatchMover(device)
 
     def fetch(request):
-        if not is_cuda:
-            return tuple(tensor.to(device) for tensor in make_batch(*request))
-        with torch.cuda.stream(copy_stream):
-            return tuple(tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in make_batch(*request))
+        return mover.send(make_batch(*request))
 
-    def take(future):
-        batch = future.result()
-        if is_cuda:
-            torch.cuda.current_stream(device).wait_stream(copy_stream)
-            for tensor in batch:        # the allocator must not reuse their memory before this stream is done
-                tensor.record_stream(torch.cuda.current_stream(device))
-        return batch
-
-    with ThreadPoolExecutor(1, 'prefetch', initializer=use_device) as thread:
+    with ThreadPoolExecutor(1, 'prefetch', initializer=mover.use_device) as thread:
         ahead = None
         for request in requests:
-            ready, ahead = ahead, thread.submit(fetch, request)
+            ready = ahead
+            ahead = thread.submit(fetch, request)
             if ready:
-                yield take(ready)
+                yield mover.receive(ready.result())
         if ahead:
-            yield take(ahead)
+            yield mover.receive(ahead.result())
+
+
+class BatchMover:
+    """Moves batches to a device.
+
+    Batches for a GPU are copied from pinned memory on a stream of their own, beside the
+    computation.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.copy_stream = None             # None where the device is no GPU
+        if device.type == 'cuda':
+            self.copy_stream = torch.cuda.Stream(device)
+
+    def use_device(self):
+        """Prepare a new thread, which starts on GPU 0 and would open a context there."""
+        if self.copy_stream:
+            torch.cuda.set_device(self.device)
+
+    def send(self, batch):
+        """Start the copy of a batch to the device, in the background thread."""
+        if not self.copy_stream:
+            return Batch(*(tensor.to(self.device) for tensor in batch))
+
+        with torch.cuda.stream(self.copy_stream):
+            pinned = [tensor.contiguous().pin_memory() for tensor in batch]
+            return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in pinned))
+
+    def receive(self, batch):
+        """Return a batch that was sent, for use in the thread that computes."""
+        if self.copy_stream:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self.copy_stream)
+            # The allocator must not reuse their memory before this stream is done.
+            for tensor in batch:
+                tensor.record_stream(computing)
+        return batch

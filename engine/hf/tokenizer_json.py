@@ -6,6 +6,7 @@ Nothing here runs code of a hub or of a folder.
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import RunError, UserError
@@ -13,8 +14,8 @@ from engine.tokenizer import (
     END_OF_TEXT,
     GPT2,
     MAX_VOCAB_SIZE,
-    HFTokenizer,
     Tokenizer,
+    TokenizerJson,
     byte_letters,
     check_spec,
     load_gpt2_encoding,
@@ -23,71 +24,115 @@ from engine.tokenizer import (
 )
 
 END = '<|endoftext|>'
-VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model', 'tekken.json')
-DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-              'config.json')
-# fingerprint() of the tokenizer.json that gpt2_files() makes
+VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model',
+                'tekken.json')
+DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
+              'added_tokens.json', 'config.json')
+
+# The fingerprint of the tokenizer.json that gpt2_files() makes
 GPT2_FINGERPRINT = '9e11a8b32668ffdedd05cdbba72ae5942ad90fee5e64568f85465be111b1f6f4'
 
 
-# Specs
+# The tokenizer of pretrained weights
 
+def pretrained_spec(source: str) -> dict | None:
+    """The tokenizer spec of the weights `source`, a hub name or a folder.
 
-def pretrained_spec(source):
-    """The tokenizer spec of the weights `source`, a hub name or a folder; None where no tokenizer lies beside them."""
+    None where no tokenizer lies beside the weights.
+    """
     from engine.hf.weights import NAMES
     if source in NAMES and not Path(source).is_dir():
         return GPT2
-    folder, revision = find_folder(source)
-    return spec_of_files(folder, source, revision) if has_vocabulary(folder) else None
 
-
-def check_same_tokens(source, vocab_size, dataset, spec):
-    """UserError where the weights `source`, with vocab_size tokens, were trained on other tokens than a dataset has.
-
-    dataset, spec: its name and its tokenizer's spec. Without a tokenizer beside the weights only characters are told apart.
-    """
-    known = pretrained_spec(source)
-    if (not same_tokens(known, spec) if known else spec['tokenizer'] == 'char' and spec['vocab_size'] != vocab_size):
-        raise UserError(f'the tokens of {dataset} are not those of {source}; prepare its text with '
-                        f'data/text/prepare.py --tokenizer={"gpt2" if known in (None, GPT2) else source}')
-
-
-def document_tokenizer(source):
-    """The Tokenizer of --tokenizer=SOURCE for a dataset of documents, which needs a token between them."""
-    tokenizer = Tokenizer(named_spec(source))
-    if tokenizer.end_of_text is None:
-        raise UserError(f'the tokenizer {source} has no token that ends a document; name another --tokenizer=')
-    return tokenizer
-
-
-def named_spec(source, others=''):
-    """The spec of --tokenizer=SOURCE: gpt2, a folder of transformers' tokenizer files, a dataset of this project, or a
-    hub name. UserError where there is no such tokenizer, RunError where the hub is out of reach. others: to name in it."""
-    if source == 'gpt2':
-        return GPT2
-    if source and Path(source, 'meta.json').is_file():
-        return read_meta(Path(source))
-    if not source or not Path(source).is_dir() and source.count('/') != 1:
-        raise UserError(f'tokenizer={source!r} is unknown; try --tokenizer=gpt2, {others}a '
-                        f'folder that holds a tokenizer.json, or a hub name such as openai-community/gpt2')
     folder, revision = find_folder(source)
     if not has_vocabulary(folder):
-        raise UserError(f'{source} holds no tokenizer ({", ".join(VOCABULARIES)}); name another --tokenizer=')
+        return None
     return spec_of_files(folder, source, revision)
 
 
+def check_same_tokens(source: str, vocab_size: int, dataset: str, spec: dict) -> None:
+    """UserError where pretrained weights were trained on other tokens than a dataset has.
+
+    source: a hub name or folder of weights, which have vocab_size tokens. dataset, spec: the name
+    of the dataset and the spec of its tokenizer. Without a tokenizer beside the weights, only a
+    vocabulary of characters can be told apart.
+    """
+    known = pretrained_spec(source)
+    if known:
+        fits = same_tokens(known, spec)
+    else:
+        fits = spec['tokenizer'] != 'char' or spec['vocab_size'] == vocab_size
+    if fits:
+        return
+
+    suggestion = source
+    if known in (None, GPT2):
+        suggestion = 'gpt2'
+    raise UserError(f'the tokens of {dataset} are not those of {source}; prepare its text with '
+                    f'data/text/prepare.py --tokenizer={suggestion}')
+
+
+# The tokenizer that a person names
+
+def document_tokenizer(source: str) -> Tokenizer:
+    """The Tokenizer of --tokenizer=SOURCE for a dataset of documents.
+
+    Raises UserError where it has no token to put between documents, and as named_spec.
+    """
+    tokenizer = Tokenizer(named_spec(source))
+    if tokenizer.end_of_text is None:
+        raise UserError(f'the tokenizer {source} has no token that ends a document; name another '
+                        f'--tokenizer=')
+    return tokenizer
+
+
+def named_spec(source: str, others: str = '') -> dict:
+    """The spec of --tokenizer=SOURCE.
+
+    source: gpt2, a folder of transformers' tokenizer files, a dataset of this project, or a hub
+    name. others: what else the error should suggest, such as '--tokenizer=char, '.
+
+    Raises UserError where there is no such tokenizer, RunError where the hub is out of reach.
+    """
+    if source == 'gpt2':
+        return GPT2
+
+    if source and Path(source, 'meta.json').is_file():
+        return read_meta(Path(source))
+
+    is_folder = source and Path(source).is_dir()
+    if not is_folder and source.count('/') != 1:
+        raise UserError(f'tokenizer={source!r} is unknown; try --tokenizer=gpt2, {others}a '
+                        f'folder that holds a tokenizer.json, or a hub name such as '
+                        f'openai-community/gpt2')
+
+    folder, revision = find_folder(source)
+    if not has_vocabulary(folder):
+        raise UserError(f'{source} holds no tokenizer ({", ".join(VOCABULARIES)}); name another '
+                        f'--tokenizer=')
+    return spec_of_files(folder, source, revision)
+
+
+# Folders of tokenizer files
+
 def find_folder(source):
-    """(folder, revision) of the tokenizer files of a folder, or of a hub name, which are downloaded once."""
+    """(folder, revision) of tokenizer files. The files of a hub name are downloaded once.
+
+    The revision of a folder is None.
+    """
     if Path(source).is_dir():
         return Path(source).resolve(), None
+
     import huggingface_hub
     try:
-        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:                          # the hub's client raises many kinds
-        raise RunError(f'the tokenizer of {source} could not be downloaded ({type(error).__name__}: '
-                       f'{" ".join(str(error).split())[:200]}); go online once, or name a folder') from None
-    return folder, folder.name                          # the hub's cache names the folder by the commit
+        path = huggingface_hub.snapshot_download(source, allow_patterns=list(DOWNLOADED))
+    except Exception as error:          # the hub's client raises many kinds
+        reason = ' '.join(str(error).split())[:200]
+        raise RunError(f'the tokenizer of {source} could not be downloaded '
+                       f'({type(error).__name__}: {reason}); go online once, or name a '
+                       f'folder') from None
+    folder = Path(path)
+    return folder, folder.name          # the hub's cache names the folder by the commit
 
 
 def has_vocabulary(folder):
@@ -95,88 +140,200 @@ def has_vocabulary(folder):
 
 
 def spec_of_files(folder, name, revision):
-    """The spec of a folder's tokenizer as transformers' AutoTokenizer reads it. What equals GPT-2's tokenizer,
-    or an exported character vocabulary, gets the spec that datasets of those have.
+    """The spec of a folder's tokenizer as transformers' AutoTokenizer reads it.
 
-    name, revision: of the hub. Without a revision the name is the folder's own."""
-    from transformers import AutoTokenizer, logging
-    logging.set_verbosity_error()
+    What equals GPT-2's tokenizer, or an exported character vocabulary, gets the spec that datasets
+    of those have. name, revision: of the hub. Without a revision the name is the folder's own.
+    """
     try:
-        for file in DOWNLOADED:
-            if (folder / file).exists() and not (folder / file).is_file():
-                raise UserError(f'{file} is not a regular file')
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with tempfile.TemporaryDirectory() as written:
-            tokenizer.save_pretrained(written)
-            text, config = (Path(written, f'{file}.json').read_text(encoding='utf-8') for file in ('tokenizer', 'tokenizer_config'))
-        config = {key: value for key, value in json.loads(config).items() if key not in ('auto_map', 'name_or_path')}
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-        name = name if revision else folder.name
-        return known_spec(text) or hf_spec(text, json.dumps(config, indent=2), end, name, revision)
+        check_regular_files(folder)
+        text, config, end = read_with_transformers(folder)
+        if not revision:
+            name = folder.name
+        spec = known_spec(text)
+        if spec is None:
+            spec = hf_spec(text, json.dumps(config, indent=2), end, name, revision)
+        return spec
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:                      # many kinds; panics of the tokenizers library are not Exceptions
-        raise UserError(f'the tokenizer of {name} cannot be used: {" ".join(str(error).split())[:300]}') from None
+    except BaseException as error:      # many kinds; the tokenizers' panics are not Exceptions
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'the tokenizer of {name} cannot be used: {reason}') from None
 
 
-def hf_spec(tokenizer_json, tokenizer_config, end_of_text, name, revision=None):
-    """The spec of a tokenizer.json. UserError where it cannot be used."""
-    tokenizer = HFTokenizer(tokenizer_json)
+def check_regular_files(folder):
+    """UserError for a folder or a pipe under the name of a tokenizer file."""
+    for name in DOWNLOADED:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f'{name} is not a regular file')
+
+
+def read_with_transformers(folder):
+    """(text of tokenizer.json, fields of tokenizer_config.json, id of the end of a text or None).
+
+    transformers writes the two files as it understood the folder.
+    """
+    from transformers import AutoTokenizer, logging
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
+                                              local_files_only=True)
+
+    with tempfile.TemporaryDirectory() as written:
+        tokenizer.save_pretrained(written)
+        text = Path(written, 'tokenizer.json').read_text(encoding='utf-8')
+        config = Path(written, 'tokenizer_config.json').read_text(encoding='utf-8')
+
+    # 'auto_map' names code, and 'name_or_path' a folder of this machine.
+    config = {key: value for key, value in json.loads(config).items()
+              if key not in ('auto_map', 'name_or_path')}
+
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = tokenizer.bos_token_id
+    return text, config, end
+
+
+# Specs of a tokenizer.json
+
+def hf_spec(
+    tokenizer_json: str, tokenizer_config: str, end_of_text: int | None, name: str,
+    revision: str | None = None,
+) -> dict:
+    """The spec of the two files' texts. UserError where they cannot be used."""
+    tokenizer = TokenizerJson(tokenizer_json)
     if not 0 < tokenizer.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f'it has {tokenizer.vocab_size:,} tokens')
+
     return check_spec(dict(
-        tokenizer='hf', vocab_size=tokenizer.vocab_size, end_of_text=end_of_text, tokenizer_name=name,
-        tokenizer_revision=revision, tokenizer_sha256=tokenizer.fingerprint, tokenizer_json=tokenizer_json,
+        tokenizer='hf',
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=end_of_text,
+        tokenizer_name=name,
+        tokenizer_revision=revision,
+        tokenizer_sha256=tokenizer.fingerprint,
+        tokenizer_json=tokenizer_json,
         tokenizer_config=tokenizer_config))
 
 
-def known_spec(tokenizer_json):
-    """The spec of GPT-2 or of a character vocabulary, if `tokenizer_json` does the same; else None."""
-    tokenizer = HFTokenizer(tokenizer_json)
+def known_spec(tokenizer_json: str) -> dict | None:
+    """The spec of GPT-2 or of a character vocabulary, if `tokenizer_json` does the same."""
+    tokenizer = TokenizerJson(tokenizer_json)
     if tokenizer.fingerprint == GPT2_FINGERPRINT:
         return GPT2
+
     vocabulary = tokenizer.tokenizer.get_vocab()
-    if tokenizer.parts['model']['type'] == 'WordLevel' and all(len(token) == 1 for token in vocabulary):
-        spec = dict(tokenizer='char', vocab_size=len(vocabulary), chars=''.join(sorted(vocabulary, key=vocabulary.get)))
-        if HFTokenizer(char_tokenizer(spec['chars']).to_str()).fingerprint == tokenizer.fingerprint:
-            return check_spec(spec)
-    return None
+    has_words = tokenizer.parts['model']['type'] == 'WordLevel'
+    if not has_words or any(len(token) != 1 for token in vocabulary):
+        return None
+
+    # A vocabulary of characters is one that we would write in the same way.
+    chars = ''.join(sorted(vocabulary, key=vocabulary.get))
+    exported = TokenizerJson(char_tokenizer(chars).to_str())
+    if exported.fingerprint != tokenizer.fingerprint:
+        return None
+    return check_spec(dict(tokenizer='char', vocab_size=len(vocabulary), chars=chars))
 
 
-def train_bpe(texts, vocab_size):
-    """The spec of a byte-level BPE tokenizer with GPT-2's splitting pattern, trained on `texts`, an iterable.
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
+    """The spec of a byte-level BPE tokenizer with GPT-2's splitting pattern, trained on `texts`.
 
-    It has vocab_size tokens, fewer where the texts are short: the end-of-text token, 256 bytes, and merges.
-    The same texts give the same tokenizer. Source: Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2.
+    It has vocab_size tokens, fewer where the texts are short: the end-of-text token, 256 bytes, and
+    merges. The same texts give the same tokenizer.
+    Source: Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2.
     """
     import tokenizers
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f'vocab_size={vocab_size} should be at least 257, 256 bytes and the end of a text, '
-                        f'and at most {MAX_VOCAB_SIZE:,}')
+        raise UserError(f'vocab_size={vocab_size} should be at least 257, 256 bytes and the end of '
+                        f'a text, and at most {MAX_VOCAB_SIZE:,}')
+
     tokenizer = byte_level(tokenizers.models.BPE())
-    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], show_progress=sys.stderr.isatty(),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return hf_spec(tokenizer.to_str(), tokenizer_config('PreTrainedTokenizerFast', END), tokenizer.token_to_id(END), 'bpe')
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+
+    config = tokenizer_config('PreTrainedTokenizerFast', END)
+    return hf_spec(tokenizer.to_str(), config, tokenizer.token_to_id(END), 'bpe')
 
 
-# Files
+# Files of an export
 
-def tokenizer_files(spec):
+def tokenizer_files(spec: dict) -> dict[str, str]:
     """{name: text} of the files that transformers and others load as the tokenizer of `spec`."""
     if spec['tokenizer'] == 'gpt2':
         return gpt2_files()
     if spec['tokenizer'] == 'char':
-        if any('\ud800' <= char <= '\udfff' for char in spec['chars']):
-            raise UserError('the vocabulary has half a surrogate pair, which a tokenizer.json cannot hold')
-        return {'tokenizer.json': char_tokenizer(spec['chars']).to_str(),
-                'tokenizer_config.json': tokenizer_config('PreTrainedTokenizerFast')}
-    return {'tokenizer.json': spec['tokenizer_json'], 'tokenizer_config.json': spec['tokenizer_config']}
+        return char_files(spec['chars'])
+
+    return {'tokenizer.json': spec['tokenizer_json'],
+            'tokenizer_config.json': spec['tokenizer_config']}
 
 
-def tokenizer_config(kind, end=None, **more):
-    ends = dict(bos_token=end, eos_token=end, unk_token=end) if end else {}
-    return json.dumps(dict(tokenizer_class=kind, **ends, clean_up_tokenization_spaces=False, **more), indent=2)
+def gpt2_files() -> dict[str, str]:
+    """GPT-2's tokenizer files, made from tiktoken's ranks.
+
+    They are vocab.json, merges.txt, tokenizer.json and tokenizer_config.json.
+    """
+    from tokenizers import AddedToken, models
+    bpe = load_gpt2_encoding()
+    letters = byte_letters()
+
+    # Tokens as bytes, with their ids, and as the letters that files have
+    ranks = {bpe.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)}
+    names = {token: ''.join(letters[byte] for byte in token) for token in ranks}
+    vocabulary = {name: ranks[token] for token, name in names.items()}
+    vocabulary[END] = END_OF_TEXT
+
+    merges = []
+    for token in ranks:
+        if len(token) > 1:
+            first, second = last_merge(token, ranks)
+            merges.append((names[first], names[second]))
+
+    tokenizer = byte_level(models.BPE(vocabulary, merges))
+    tokenizer.add_special_tokens([AddedToken(END, normalized=False, special=True)])
+    config = tokenizer_config('GPT2Tokenizer', END, add_prefix_space=False)
+    return {
+        'vocab.json': json.dumps(vocabulary, ensure_ascii=False),
+        'merges.txt': '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges),
+        'tokenizer.json': tokenizer.to_str(),
+        'tokenizer_config.json': config,
+    }
+
+
+def last_merge(token, ranks):
+    """The two tokens that `token`, of two bytes or more, is merged from.
+
+    Merges its bytes, each time the pair of the lowest rank, until two parts are left.
+    """
+    parts = [bytes([byte]) for byte in token]
+
+    def rank(i):
+        return ranks.get(parts[i] + parts[i + 1], len(ranks))
+
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=rank)
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+def char_files(chars):
+    """tokenizer.json and tokenizer_config.json of a vocabulary of characters."""
+    if any('\ud800' <= char <= '\udfff' for char in chars):
+        raise UserError('the vocabulary has half a surrogate pair, which a tokenizer.json cannot '
+                        'hold')
+
+    return {'tokenizer.json': char_tokenizer(chars).to_str(),
+            'tokenizer_config.json': tokenizer_config('PreTrainedTokenizerFast')}
+
+
+def char_tokenizer(chars):
+    """A tokenizer whose tokens are the single characters `chars`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    tokenizer = Tokenizer(models.WordLevel({char: i for i, char in enumerate(chars)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+    tokenizer.decoder = decoders.Fuse()                 # nothing between the characters
+    return tokenizer
 
 
 def byte_level(model):
@@ -188,35 +345,10 @@ def byte_level(model):
     return tokenizer
 
 
-def gpt2_files():
-    """GPT-2's vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, made from tiktoken's ranks."""
-    from tokenizers import AddedToken, models
-    bpe, letters = load_gpt2_encoding(), byte_letters()
-    ranks = {bpe.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)}
-    names = {token: ''.join(letters[byte] for byte in token) for token in ranks}
-    merges = [tuple(names[part] for part in last_merge(token, ranks)) for token in ranks if len(token) > 1]
-    vocabulary = {name: ranks[token] for token, name in names.items()} | {END: END_OF_TEXT}
-    tokenizer = byte_level(models.BPE(vocabulary, merges))
-    tokenizer.add_special_tokens([AddedToken(END, normalized=False, special=True)])
-    return {'vocab.json': json.dumps(vocabulary, ensure_ascii=False),
-            'merges.txt': '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges),
-            'tokenizer.json': tokenizer.to_str(),
-            'tokenizer_config.json': tokenizer_config('GPT2Tokenizer', END, add_prefix_space=False)}
-
-
-def last_merge(token, ranks):
-    """The two tokens that `token`, of two bytes or more, is merged from. Merges its bytes until two parts are left."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
-
-
-def char_tokenizer(chars):
-    """A tokenizer whose tokens are the single characters `chars`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    tokenizer = Tokenizer(models.WordLevel({char: i for i, char in enumerate(chars)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-    tokenizer.decoder = decoders.Fuse()                 # nothing between the characters
-    return tokenizer
+def tokenizer_config(kind, end=None, **more):
+    """The text of a tokenizer_config.json. end: the special token of every purpose, or None."""
+    config = dict(tokenizer_class=kind)
+    if end:
+        config.update(bos_token=end, eos_token=end, unk_token=end)
+    config.update(clean_up_tokenization_spaces=False, **more)
+    return json.dumps(config, indent=2)

@@ -1,7 +1,12 @@
-"""Datasets of records: windows start at records, and prompts are no targets. The demos that are made of them."""
+"""Datasets of records, and the demos that are made of them.
 
+Windows start at records, and prompts are no targets.
+"""
+
+import io
 import json
 import sys
+import urllib.request
 import zipfile
 from importlib import util
 
@@ -25,12 +30,17 @@ CHARACTERS = 'abcdefghij'
 
 
 def write_records(folder, record, n_train=60, n_val=12, length=7):
-    """Each record's first tokens are the digits of its number, so that a window shows where it starts."""
+    """Each record's first tokens are the digits of its number, which tell where a window starts."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, first, count in (('train', 0, n_train), ('val', 500, n_val)):
-        rows = [[n // 100, n // 10 % 10, n % 10] + [(n + i) % 10 for i in range(length - 3)] for n in range(first, first + count)]
+        rows = []
+        for n in range(first, first + count):
+            digits = [n // 100, n // 10 % 10, n % 10]
+            rows.append(digits + [(n + i) % 10 for i in range(length - 3)])
         np.array(rows, '<u2').tofile(folder / f'{split}.bin')
-    (folder / 'meta.json').write_text(json.dumps(dict(tokenizer='char', vocab_size=10, chars=CHARACTERS, record=record)))
+
+    meta = dict(tokenizer='char', vocab_size=10, chars=CHARACTERS, record=record)
+    (folder / 'meta.json').write_text(json.dumps(meta))
 
 
 @pytest.fixture
@@ -39,15 +49,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / 'rows'
 
 
+def number_of(tokens):
+    """The number of the record that begins with these tokens."""
+    return int(''.join(map(str, tokens[:3])))
+
+
 def rows_of(data, stream, first, count, block_size):
-    """The numbers of the records that windows start at, after every target was compared with the file."""
+    """The numbers of the records that windows start at. Every target is compared with the file."""
     data.set_block_size(block_size)
     x, y = data.batch(1, stream, first, count)
-    tokens = np.fromfile(data.folder / ('val.bin' if stream == 'eval val' else 'train.bin'), '<u2').astype(int)
+    split, first_number = ('val', 500) if stream == 'eval val' else ('train', 0)
+    tokens = np.fromfile(data.folder / f'{split}.bin', '<u2').astype(int)
+
     numbers = []
     for inputs, targets in zip(x.tolist(), y.tolist()):
-        number = int(''.join(map(str, inputs[:3])))
-        start = (number - (500 if stream == 'eval val' else 0)) * 7
+        number = number_of(inputs)
+        start = (number - first_number) * 7
         assert inputs == tokens[start:start + block_size].tolist()
         for i, target in enumerate(targets, start + 1):
             assert target == (-1 if i % 7 < 4 else tokens[i])
@@ -66,8 +83,10 @@ def test_windows_start_at_records_and_prompts_are_no_targets(folder, stream, blo
 def test_an_epoch_reads_each_record_once(folder):
     write_records(folder, dict(length=7, prompt=4))
     data = TokenDataset('rows', sampling='epoch')
-    first, second = rows_of(data, 'train', 0, 60, 6), rows_of(data, 'train', 60, 60, 6)
-    assert sorted(first) == sorted(second) == list(range(60)) and first != second
+    first = rows_of(data, 'train', 0, 60, 6)
+    second = rows_of(data, 'train', 60, 60, 6)
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert first != second
 
 
 def test_the_record_is_part_of_what_a_run_was_trained_on(folder):
@@ -79,35 +98,44 @@ def test_the_record_is_part_of_what_a_run_was_trained_on(folder):
 
 
 def test_the_loss_is_that_of_the_answers_alone(folder):
-    """With the loss that the training step uses, against the mean of log-probabilities picked by hand."""
+    """With the loss of the training step, against the mean of log-probabilities picked by hand."""
     write_records(folder, dict(length=7, prompt=4))
     data = TokenDataset('rows')
     data.set_block_size(6)
     x, y = data.batch(1, 'train', 0, 5)
+
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=6, vocab_size=10, n_layer=1, n_head=2, n_embd=16))
     with torch.no_grad():
         logprobs = F.log_softmax(model.logits(model.hidden(x)), dim=-1)
-    rows = np.fromfile(folder / 'train.bin', '<u2').reshape(-1, 7)[[int(''.join(map(str, r[:3]))) for r in x.tolist()]]
+
+    rows = np.fromfile(folder / 'train.bin', '<u2').reshape(-1, 7)
+    rows = rows[[number_of(window) for window in x.tolist()]]
     picked = [logprobs[b, t - 1, int(rows[b, t])].item() for b in range(5) for t in range(4, 7)]
+
     parallel.wrap(model, Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, ''))
     assert model(x, y)[1].item() == pytest.approx(-sum(picked) / len(picked), rel=1e-5)
 
 
 @pytest.mark.parametrize('record', [
-    7, 'x', [], [7, 4], {}, dict(length=7), dict(prompt=4), dict(length='7', prompt=4), dict(length=7.0, prompt=4),
-    dict(length=7, prompt=True), dict(length=7, prompt=0), dict(length=7, prompt=-1), dict(length=7, prompt=7), dict(length=0, prompt=0),
-    dict(length=-7, prompt=-8), dict(length=10 ** 400, prompt=4), dict(length=5, prompt=2), dict(length=420, prompt=2), ['x' * 10 ** 6]])
+    7, 'x', [], [7, 4], {}, dict(length=7), dict(prompt=4),
+    dict(length='7', prompt=4), dict(length=7.0, prompt=4), dict(length=7, prompt=True),
+    dict(length=7, prompt=0), dict(length=7, prompt=-1), dict(length=7, prompt=7),
+    dict(length=0, prompt=0), dict(length=-7, prompt=-8), dict(length=10 ** 400, prompt=4),
+    dict(length=5, prompt=2), dict(length=420, prompt=2), ['x' * 10 ** 6],
+])
 def test_a_record_that_cannot_be_is_refused_in_a_line(folder, record):
     write_records(folder, record)
     with pytest.raises(UserError, match='record.*prepare the dataset again') as refused:
         TokenDataset('rows')
-    assert len(str(refused.value)) < 1000 and '\n' not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+    assert '\n' not in str(refused.value)
 
 
 @pytest.mark.parametrize('options, block_size, words', [
     (dict(), 3, 'block_size=3 ends within the prompt .*try --block_size=6'),
-    (dict(documents='whole'), 6, 'windows of rows start at its records; leave --documents=any')])
+    (dict(documents='whole'), 6, 'windows of rows start at its records; leave --documents=any'),
+])
 def test_settings_that_do_not_fit_records_are_refused(folder, options, block_size, words):
     write_records(folder, dict(length=7, prompt=4))
     with pytest.raises(UserError, match=words):
@@ -118,7 +146,7 @@ def test_settings_that_do_not_fit_records_are_refused(folder, options, block_siz
 
 @pytest.fixture
 def demos(tmp_path, monkeypatch):
-    """A function that runs data/NAME/prepare.py in a copy of the project, and returns its folder."""
+    """A function that runs data/NAME/prepare.py in a copy of the project. It returns the folder."""
     copy_project(tmp_path)
     monkeypatch.setattr(dataloader, 'DATA', tmp_path / 'data')
 
@@ -134,13 +162,18 @@ def demos(tmp_path, monkeypatch):
     return prepare
 
 
+def read_tokenizer(folder):
+    return Tokenizer(json.loads((folder / 'meta.json').read_text()))
+
+
 def read_lines(folder, split):
     ids = np.fromfile(folder / f'{split}.bin', '<u2')
-    return Tokenizer(json.loads((folder / 'meta.json').read_text())).decode(ids.tolist()).splitlines()
+    return read_tokenizer(folder).decode(ids.tolist()).splitlines()
 
 
 def read_task(folder, name):
-    return [(record['prompt'], record['answer']) for record in map(json.loads, (folder / f'{name}.jsonl').open())]
+    records = map(json.loads, (folder / f'{name}.jsonl').open())
+    return [(record['prompt'], record['answer']) for record in records]
 
 
 def check_config(name, folder):
@@ -148,35 +181,57 @@ def check_config(name, folder):
     with script_settings(train, ROOT / 'config' / f'train_{name}.py'):
         data = TokenDataset(train.dataset, train.sampling)
         data.set_block_size(train.block_size)
+
+    # the targets that count are the ends of lines
     _, y = data.batch(0, 'train', 0, 3)
-    decoded = [Tokenizer(data.tokenizer).decode([t for t in row if t >= 0]) for row in y.tolist()]
     lines = read_lines(folder, 'train')
-    assert all(answer.endswith('\n') and any(line + '\n' == line[:len(line) + 1 - len(answer)] + answer for line in lines)
-               for answer in decoded)
+    tokenizer = Tokenizer(data.tokenizer)
+    for row in y.tolist():
+        answer = tokenizer.decode([target for target in row if target >= 0])
+        assert answer.endswith('\n')
+        assert any((line + '\n').endswith(answer) for line in lines)
 
 
 def test_the_adder_has_all_sums(demos, capsys):
     folder = demos('adder')
-    train_lines, val_lines = read_lines(folder, 'train'), read_lines(folder, 'val')
-    assert len(train_lines) == 9500 and len(val_lines) == 500 and len(set(train_lines + val_lines)) == 10000
+    train_lines = read_lines(folder, 'train')
+    val_lines = read_lines(folder, 'val')
+    assert len(train_lines) == 9500
+    assert len(val_lines) == 500
+    assert len(set(train_lines + val_lines)) == 10000
+
     for line in train_lines + val_lines:
-        a, b, answer = int(line[:2]), int(line[3:5]), int(line[6:][::-1])
-        assert len(line) == 9 and line[2] + line[5] == '+=' and a + b == answer
-    assert sorted(p + a for p, a in read_task(folder, 'exact')) == sorted(train_lines + val_lines)
-    assert [p + a for p, a in read_task(folder, 'held_out')] == val_lines
+        assert len(line) == 9
+        assert line[2] + line[5] == '+='
+        assert int(line[:2]) + int(line[3:5]) == int(line[6:][::-1])
+
+    exact = [prompt + answer for prompt, answer in read_task(folder, 'exact')]
+    held_out = [prompt + answer for prompt, answer in read_task(folder, 'held_out')]
+    assert sorted(exact) == sorted(train_lines + val_lines)
+    assert held_out == val_lines
     check_config('adder', folder)
+
     with pytest.raises(UserError, match='held_out=10000 should be from 1 to 9999'):
         demos('adder', '--held_out=10000')
 
 
 def test_sort_holds_out_what_is_not_trained_on(demos):
     folder = demos('sort', '--train_records=3000', '--held_out=200')
-    train_lines, val_lines = read_lines(folder, 'train'), read_lines(folder, 'val')
-    assert len(set(train_lines + val_lines)) == 3200 and len(val_lines) == 200
-    assert all(line[6] == '=' and sorted(line[:6]) == list(line[7:]) and len(line) == 13 for line in train_lines + val_lines)
-    assert [p + a for p, a in read_task(folder, 'exact')] == val_lines
+    train_lines = read_lines(folder, 'train')
+    val_lines = read_lines(folder, 'val')
+    assert len(set(train_lines + val_lines)) == 3200
+    assert len(val_lines) == 200
+
+    for line in train_lines + val_lines:
+        assert len(line) == 13
+        assert line[6] == '='
+        assert sorted(line[:6]) == list(line[7:])
+
+    assert [prompt + answer for prompt, answer in read_task(folder, 'exact')] == val_lines
     check_config('sort', folder)
-    with pytest.raises(UserError, match='at most the 100 records that digits=2 makes possible'):
+
+    words = 'at most the 100 records that digits=2 makes possible'
+    with pytest.raises(UserError, match=words):
         demos('sort', '--digits=2')
 
 
@@ -189,16 +244,24 @@ def test_bytes_are_tokens_in_the_published_order(demos, tmp_path, capsys):
     assert np.fromfile(folder / 'train.bin', '<u2').tolist() == list(data[:1800])
     assert np.fromfile(folder / 'val.bin', '<u2').tolist() == list(data[1800:1900])
     assert 'is not the published enwik8; it is split 90:5:5' in capsys.readouterr().out
+
+    # from a zip archive, with the test part as val
     with zipfile.ZipFile(tmp_path / 'wiki.zip', 'w') as archive:
         archive.writestr('wiki', data)
     folder = demos('enwik8', f'--input={tmp_path / "wiki.zip"}', '--name=text8', '--val=test')
-    assert folder.name == 'enwik8' and np.fromfile(folder.parent / 'text8' / 'val.bin', '<u2').tolist() == list(data[1900:])
-    tokenizer = Tokenizer(json.loads((folder / 'meta.json').read_text()))
-    assert tokenizer.vocab_size == 256 and tokenizer.decode(list('\xe9a'.encode('latin-1'))) == '\xe9a'
+    assert folder.name == 'enwik8'
+    val = np.fromfile(folder.parent / 'text8' / 'val.bin', '<u2')
+    assert val.tolist() == list(data[1900:])
+
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.vocab_size == 256
+    assert tokenizer.decode(list('\xe9a'.encode('latin-1'))) == '\xe9a'
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'PK\3\4 and nothing more', 'is not a zip archive of one file .*; unzip it yourself'), (b'', 'would be empty')])
+    (b'PK\3\4 and nothing more', 'is not a zip archive of one file .*; unzip it yourself'),
+    (b'', 'would be empty'),
+])
 def test_a_damaged_archive_is_refused_in_a_line(demos, tmp_path, content, words):
     (tmp_path / 'wiki.zip').write_bytes(content)
     with pytest.raises(UserError, match=words):
@@ -207,9 +270,8 @@ def test_a_damaged_archive_is_refused_in_a_line(demos, tmp_path, content, words)
 
 @pytest.mark.parametrize('sent', [b'not a zip', b'PK\3\4damaged'])
 def test_a_download_that_is_something_else_is_not_kept(demos, monkeypatch, sent):
-    import io
-    import urllib.request
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(sent))
     with pytest.raises((RunError, UserError), match='that are not enwik8|is not a zip archive'):
         demos('enwik8')
-    assert {path.name for path in (dataloader.DATA / 'enwik8').iterdir()} == {'prepare.py', 'readme.md'}
+    left = {path.name for path in (dataloader.DATA / 'enwik8').iterdir()}
+    assert left == {'prepare.py', 'readme.md'}

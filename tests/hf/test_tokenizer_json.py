@@ -28,8 +28,8 @@ from engine.hf.tokenizer_json import (
 from engine.prepare import encode
 from engine.tokenizer import (
     GPT2,
-    HFTokenizer,
     Tokenizer,
+    TokenizerJson,
     byte_letters,
     char_spec,
     end_of_text,
@@ -41,8 +41,9 @@ tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
 
 # what patterns and decoders treat specially
-WORDS = ["it's", "we'll", "'", 'word', ' the', ' ', '  ', '\n', '\n\n  ', ' \n', '\t', '\r\n', '\u00a0', '\u3000', '\x1c', '12',
-         '3.5', '...', '<|endoftext|>', 'naïve', '日本語。', '🙂', '👩\u200d👧', 'e\u0301', '\u2028', '-', 'I', '</s>']
+WORDS = ["it's", "we'll", "'", 'word', ' the', ' ', '  ', '\n', '\n\n  ', ' \n', '\t', '\r\n',
+         '\u00a0', '\u3000', '\x1c', '12', '3.5', '...', '<|endoftext|>', 'naïve', '日本語。', '🙂',
+         '👩\u200d👧', 'e\u0301', '\u2028', '-', 'I', '</s>']
 
 
 def random_text(seed, length=200):
@@ -55,33 +56,49 @@ PATTERN = r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
 
 
 def byte_level_bpe(*steps, use_regex=True, special=('<|endoftext|>',)):
-    """A BPE tokenizer on bytes: `steps` split the text, and then GPT-2's pattern unless use_regex is False."""
-    pre, tokenizer = tokenizers.pre_tokenizers, tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre.Sequence([*steps, pre.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
+    """A BPE tokenizer on bytes.
+
+    `steps` split the text, and then GPT-2's pattern unless use_regex is False.
+    """
+    pre = tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    last = pre.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.pre_tokenizer = pre.Sequence([*steps, last])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(special), initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(special), show_progress=False,
+        initial_alphabet=pre.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([TEXT], trainer)
     return tokenizer
 
 
-def with_digits():                                  # as SmolLM2 splits
+def with_digits():
+    """As SmolLM2 splits."""
     return byte_level_bpe(tokenizers.pre_tokenizers.Digits(individual_digits=True))
 
 
-def with_a_pattern_of_its_own():                    # as Llama 3 and Qwen split
+def with_a_pattern_of_its_own():
+    """As Llama 3 and Qwen split."""
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), 'isolated')
     return byte_level_bpe(split, use_regex=False)
 
 
-def of_sentencepiece():                             # as Llama 2's: spaces are letters, bytes have names, <s> begins a text
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+def of_sentencepiece():
+    """As Llama 2's: spaces are letters, bytes have names, <s> begins a text."""
+    model = tokenizers.models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme='first')
     decoders = tokenizers.decoders
-    tokenizer.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(' ', 1, 0)])
-    tokenizer.train_from_iterator(['it is naive to say that it was, that it is'], tokenizers.trainers.BpeTrainer(
-        vocab_size=330, special_tokens=['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256))], show_progress=False))
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(' ', 1, 0)])
+
+    byte_names = [f'<0x{byte:02X}>' for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=['<unk>', '<s>', '</s>', *byte_names], show_progress=False)
+    tokenizer.train_from_iterator(['it is naive to say that it was, that it is'], trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<s> $A', special_tokens=[('<s>', 1)])
     return tokenizer
 
 
@@ -106,39 +123,64 @@ def gpt2_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('make, end', [(byte_level_bpe, '<|endoftext|>'), (with_digits, '<|endoftext|>'),
-                                       (with_a_pattern_of_its_own, '<|endoftext|>'), (of_sentencepiece, '</s>')])
+# Encoding and decoding
+
+@pytest.mark.parametrize('make, end', [
+    (byte_level_bpe, '<|endoftext|>'),
+    (with_digits, '<|endoftext|>'),
+    (with_a_pattern_of_its_own, '<|endoftext|>'),
+    (of_sentencepiece, '</s>'),
+])
 def test_a_folders_tokenizer_does_what_transformers_does(tmp_path, make, end):
     source = write(tmp_path / 'source', make(), eos_token=end)
     reference = transformers.AutoTokenizer.from_pretrained(source)
     spec = named_spec(source)
     tokenizer = Tokenizer(spec)
-    assert tokenizer.vocab_size == len(reference) and tokenizer.end_of_text == end_of_text(spec) == reference.eos_token_id
+    assert tokenizer.vocab_size == len(reference)
+    assert tokenizer.end_of_text == end_of_text(spec) == reference.eos_token_id
+
     for text in ['', 'it is', random_text(1), f'a{end}b']:
         ids = tokenizer.encode(text)
         assert ids == reference(text).input_ids
-        # token by token, as sample.py shows it; behind a first word, since decoders drop a space before that
-        decoder, start = codecs.getincrementaldecoder('utf-8')('replace'), reference('it', add_special_tokens=False).input_ids
-        parts = [decoder.decode(tokenizer.decode_bytes([i])) for i in ids] + [decoder.decode(b'', final=True)]
-        assert 'it' + ''.join(parts) == reference.decode(start + ids, clean_up_tokenization_spaces=False)
+
+        # token by token, as sample.py shows it
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        parts = [decoder.decode(tokenizer.decode_bytes([i])) for i in ids]
+        parts.append(decoder.decode(b'', final=True))
         assert tokenizer.decode(ids) == ''.join(parts)
+
+        # behind a first word, since decoders drop a space before that
+        start = reference('it', add_special_tokens=False).input_ids
+        expected = reference.decode(start + ids, clean_up_tokenization_spaces=False)
+        assert 'it' + ''.join(parts) == expected
 
 
 def test_a_documents_text_cannot_end_it(tmp_path):
-    """Special tokens that a text spells are text. The document ends with one of the tokenizer's own."""
-    tokenizer = Tokenizer(named_spec(write(tmp_path / 'a', of_sentencepiece(), eos_token='</s>')))
-    assert tokenizer.encode('a</s>b')[0] == 1 and 2 in tokenizer.encode('a</s>b')
-    ids = tokenizer.encode_to_numpy('a</s>b').tolist()
-    assert not {1, 2} & set(ids) and tokenizer.decode(ids).strip() == 'a</s>b'
-    assert tokenizer.encode_to_numpy('a</s>b', as_document=True).tolist() == [1, *ids, 2]
-    assert tokenizer.encode_to_numpy('\ud83d a').tolist() == tokenizer.encode_to_numpy('\ufffd a').tolist()     # half a pair
+    """Special tokens that a text spells are text. The document ends with one of the tokenizer's."""
+    source = write(tmp_path / 'a', of_sentencepiece(), eos_token='</s>')
+    tokenizer = Tokenizer(named_spec(source))
+    encode = tokenizer.encode_to_numpy
+    assert tokenizer.encode('a</s>b')[0] == 1
+    assert 2 in tokenizer.encode('a</s>b')
+
+    ids = encode('a</s>b').tolist()
+    assert not {1, 2} & set(ids)
+    assert tokenizer.decode(ids).strip() == 'a</s>b'
+    assert encode('a</s>b', as_document=True).tolist() == [1, *ids, 2]
+    assert encode('\ud83d a').tolist() == encode('\ufffd a').tolist()    # half a surrogate pair
 
 
-@pytest.mark.parametrize('make, may_be_cut', [(byte_level_bpe, True), (with_digits, True), (with_a_pattern_of_its_own, False),
-                                              (of_sentencepiece, False)])
-def test_documents_are_cut_only_where_the_tokens_stay_the_same(tmp_path, monkeypatch, make, may_be_cut):
+@pytest.mark.parametrize('make, may_be_cut', [
+    (byte_level_bpe, True),
+    (with_digits, True),
+    (with_a_pattern_of_its_own, False),
+    (of_sentencepiece, False),
+])
+def test_documents_are_cut_only_where_the_tokens_stay_the_same(
+        tmp_path, monkeypatch, make, may_be_cut):
     tokenizer = Tokenizer(named_spec(write(tmp_path / 'a', make())))
     assert tokenizer.splits_like_gpt2 == may_be_cut
+
     monkeypatch.setattr(encode, 'PIECE', 3)
     unchanged = True
     for seed in range(100):
@@ -150,18 +192,24 @@ def test_documents_are_cut_only_where_the_tokens_stay_the_same(tmp_path, monkeyp
     assert unchanged == may_be_cut                  # the others show that the test can fail
 
 
+ADDED = dict(id=0, content='x y', special=False, single_word=False, lstrip=False, rstrip=False,
+             normalized=False)
+WITH_PREFIX = dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True, use_regex=True)
+
+
 @pytest.mark.parametrize('change', [
-    dict(pre_tokenizer=dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True, use_regex=True)),
-    dict(normalizer=dict(type='NFC')), dict(pre_tokenizer=None),
-    dict(added_tokens=[dict(id=0, content='x y', special=False, single_word=False, lstrip=False, rstrip=False,
-                            normalized=False)])])
+    dict(pre_tokenizer=WITH_PREFIX),
+    dict(normalizer=dict(type='NFC')),
+    dict(pre_tokenizer=None),
+    dict(added_tokens=[ADDED]),
+])
 def test_a_tokenizer_that_looks_across_a_cut_is_not_cut(change):
     parts = json.loads(byte_level_bpe().to_str())
     parts['model']['vocab']['x y'] = parts['model']['vocab'].pop('<|endoftext|>')
     if 'added_tokens' not in change:
         parts['added_tokens'] = []
-    assert HFTokenizer(json.dumps(dict(parts, added_tokens=[]))).splits_like_gpt2
-    assert not HFTokenizer(json.dumps(dict(parts, **change))).splits_like_gpt2
+    assert TokenizerJson(json.dumps(dict(parts, added_tokens=[]))).splits_like_gpt2
+    assert not TokenizerJson(json.dumps(dict(parts, **change))).splits_like_gpt2
 
 
 def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
@@ -169,33 +217,44 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
     expected = tokenizer.encode(TEXT).ids
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=10)
-    assert HFTokenizer(tokenizer.to_str()).encode(TEXT) == expected
+    assert TokenizerJson(tokenizer.to_str()).encode(TEXT) == expected
 
 
 def test_ids_over_65535_take_four_bytes(tmp_path):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f'w{i}': i for i in range(70_000)}, unk_token='w0'))
+    vocabulary = {f'w{i}': i for i in range(70_000)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token='w0')
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     ids = Tokenizer(named_spec(write(tmp_path / 'a', tokenizer))).encode_to_numpy('w69999 w1')
-    assert ids.dtype == '<u4' and ids.tolist() == [69999, 1]
+    assert ids.dtype == '<u4'
+    assert ids.tolist() == [69999, 1]
     assert Tokenizer(char_spec(set('ab'))).encode_to_numpy('ab').dtype == '<u2'
 
 
 # Training
 
 def slow_bpe(text, vocab_size):
-    """Merges of byte-level BPE as the paper has them: count all pairs, merge the most frequent one, begin again.
-    Of equal pairs the one of smaller ids."""
+    """Merges of byte-level BPE as the paper has them.
+
+    Count all pairs, merge the most frequent one, begin again. Of equal pairs, merge the one of
+    smaller ids.
+    """
     regex = pytest.importorskip('regex')
     letters = byte_letters()
     ids = {letter: i for i, letter in enumerate(['<|endoftext|>', *sorted(letters)])}
-    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    pattern = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+               r'|\s+(?!\S)|\s+')
     words = [[letters[byte] for byte in word.encode()] for word in regex.findall(pattern, text)]
+
     merges = []
     while len(ids) < vocab_size:
         pairs = Counter(pair for word in words for pair in pairwise(word))
-        a, b = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
+        highest = max(pairs.values())
+        most_frequent = [pair for pair, count in pairs.items() if count == highest]
+        a, b = min(most_frequent, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         merges.append([a, b])
         ids[a + b] = len(ids)
+
         for word in words:
             i = 0
             while i < len(word) - 1:
@@ -209,24 +268,34 @@ def test_training_merges_the_most_frequent_pairs():
     spec = train_bpe([TEXT[:3000], TEXT[3000:6000]], 300)
     model = json.loads(spec['tokenizer_json'])['model']
     ids, merges = slow_bpe(TEXT[:6000], 300)
-    assert model['vocab'] == ids and model['merges'] == merges and spec['vocab_size'] == 300
+    assert model['vocab'] == ids
+    assert model['merges'] == merges
+    assert spec['vocab_size'] == 300
+
     tokenizer = Tokenizer(spec)
-    assert tokenizer.decode(tokenizer.encode(random_text(99))) == random_text(99)
-    assert tokenizer.decode(tokenizer.encode('unseen: ÿ 漢字')) == 'unseen: ÿ 漢字'
-    assert tokenizer.splits_like_gpt2 and tokenizer.encode('<|endoftext|>') == [tokenizer.end_of_text]
+    for text in (random_text(99), 'unseen: ÿ 漢字'):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.splits_like_gpt2
+    assert tokenizer.encode('<|endoftext|>') == [tokenizer.end_of_text]
 
 
 def test_training_gives_the_same_tokenizer_with_one_thread_and_with_several():
-    code = ('from engine.tokenizer_files import train_bpe; import sys; '
+    code = ('from engine.hf.tokenizer_json import train_bpe; import sys; '
             'print(train_bpe([sys.argv[1]] * 9, 380)["tokenizer_sha256"])')
-    found = {subprocess.run([sys.executable, '-c', code, TEXT], cwd=ROOT, text=True, capture_output=True, check=True, env=dict(
-        os.environ, RAYON_NUM_THREADS=threads, PYTHONHASHSEED=threads)).stdout for threads in ('1', '3')}
-    assert found == {train_bpe([TEXT] * 9, 380)['tokenizer_sha256'] + '\n'}
+    found = set()
+    for threads in ('1', '3'):
+        variables = dict(os.environ, RAYON_NUM_THREADS=threads, PYTHONHASHSEED=threads)
+        done = subprocess.run([sys.executable, '-c', code, TEXT], cwd=ROOT, text=True,
+                              capture_output=True, check=True, env=variables)
+        found.add(done.stdout.strip())
+    assert found == {train_bpe([TEXT] * 9, 380)['tokenizer_sha256']}
 
 
 def test_a_short_text_gives_fewer_tokens():
     spec = train_bpe(['abab'], 4096)
-    assert 257 < spec['vocab_size'] < 262 and Tokenizer(spec).decode(Tokenizer(spec).encode('abab')) == 'abab'
+    tokenizer = Tokenizer(spec)
+    assert 257 < spec['vocab_size'] < 262
+    assert tokenizer.decode(tokenizer.encode('abab')) == 'abab'
 
 
 # GPT-2 and characters as files
@@ -238,12 +307,18 @@ def test_gpt2s_files_give_tiktokens_ids(gpt2_folder, tmp_path, without):
     for path in gpt2_folder.iterdir():
         if path.name not in without:
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    reference, tokenizer = tiktoken.get_encoding('gpt2'), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert type(tokenizer).__name__ == 'GPT2Tokenizer' and len(tokenizer) == 50257 and tokenizer.eos_token_id == 50256
+
+    reference = tiktoken.get_encoding('gpt2')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer).__name__ == 'GPT2Tokenizer'
+    assert len(tokenizer) == 50257
+    assert tokenizer.eos_token_id == 50256
+
     for text in [TEXT, 'x' * 300, ''.join(map(chr, range(32, 0x3000, 7))), '🙂🏳️‍🌈 👩‍👩‍👧‍👦',
                  '<|endoftext|>a<|endoftext|>']:
         ids = reference.encode(text, allowed_special='all')
-        assert tokenizer(text).input_ids == ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert tokenizer(text).input_ids == ids
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert pretrained_spec(str(tmp_path)) == GPT2
 
 
@@ -251,16 +326,21 @@ def test_gpt2s_tokenizer_is_recognized_however_it_is_written(gpt2_folder, tmp_pa
     transformers.AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path)
     text = (tmp_path / 'tokenizer.json').read_text(encoding='utf-8')
     assert text != (gpt2_folder / 'tokenizer.json').read_text(encoding='utf-8')
-    assert HFTokenizer(text).fingerprint == GPT2_FINGERPRINT and known_spec(text) == GPT2
+    assert TokenizerJson(text).fingerprint == GPT2_FINGERPRINT
+    assert known_spec(text) == GPT2
+
+    # two merges in another order
     parts = json.loads(text)
     parts['model']['merges'][100:102] = parts['model']['merges'][101:99:-1]
-    assert known_spec(json.dumps(parts)) is None    # two merges in another order
+    assert known_spec(json.dumps(parts)) is None
 
 
 def test_the_last_merge_of_a_token_is_found():
     """A token of four bytes that two orders of merging would make in different ways."""
-    ranks = {token: i for i, token in enumerate([b'a', b'b', b'c', b'd', b'bc', b'ab', b'abc', b'cd', b'abcd'])}
-    assert last_merge(b'ab', ranks) == [b'a', b'b'] and last_merge(b'abc', ranks) == [b'a', b'bc']
+    tokens = [b'a', b'b', b'c', b'd', b'bc', b'ab', b'abc', b'cd', b'abcd']
+    ranks = {token: i for i, token in enumerate(tokens)}
+    assert last_merge(b'ab', ranks) == [b'a', b'b']
+    assert last_merge(b'abc', ranks) == [b'a', b'bc']
     assert last_merge(b'abcd', ranks) == [b'abc', b'd']
 
 
@@ -268,10 +348,14 @@ def test_characters_as_files_come_back(tmp_path):
     spec = char_spec(set(' \n\tabcé漢🙂"\\▁#'))
     for name, text in tokenizer_files(spec).items():
         (tmp_path / name).write_text(text, encoding='utf-8', newline='\n')
-    tokenizer, text = transformers.AutoTokenizer.from_pretrained(tmp_path), ' a\n\n  bé\t漢🙂 "\\▁# c '
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = ' a\n\n  bé\t漢🙂 "\\▁# c '
     assert tokenizer(text).input_ids == Tokenizer(spec).encode(text)
-    assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.eos_token is None
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.eos_token is None
     assert pretrained_spec(str(tmp_path)) == spec
+
     with pytest.raises(Exception, match='UNK'):
         tokenizer('z')
     with pytest.raises(UserError, match='half a surrogate pair'):
@@ -279,31 +363,45 @@ def test_characters_as_files_come_back(tmp_path):
 
 
 def test_other_tokenizers_are_written_as_they_were(tmp_path):
-    spec = named_spec(write(tmp_path / 'a', of_sentencepiece(), eos_token='</s>', pad_token='<unk>'))
+    source = write(tmp_path / 'a', of_sentencepiece(), eos_token='</s>', pad_token='<unk>')
+    spec = named_spec(source)
     (tmp_path / 'b').mkdir()
     for name, text in tokenizer_files(spec).items():
         (tmp_path / 'b' / name).write_text(text, encoding='utf-8')
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'b').pad_token == '<unk>'
+
     again = named_spec(str(tmp_path / 'b'))
-    assert same_tokens(spec, again) and spec['tokenizer_name'] != again['tokenizer_name']
+    assert same_tokens(spec, again)
+    assert spec['tokenizer_name'] != again['tokenizer_name']
 
 
 # What cannot be used
 
 def test_no_code_of_a_folder_is_run(tmp_path):
-    source = write(tmp_path / 'a', byte_level_bpe(), auto_map={'AutoTokenizer': ['evil.Evil', 'evil.Evil']})
-    (tmp_path / 'a' / 'evil.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\nclass Evil: pass', encoding='utf-8')
+    auto_map = {'AutoTokenizer': ['evil.Evil', 'evil.Evil']}
+    source = write(tmp_path / 'a', byte_level_bpe(), auto_map=auto_map)
+    code = f'open({str(tmp_path / "ran")!r}, "w")\nclass Evil: pass'
+    (tmp_path / 'a' / 'evil.py').write_text(code, encoding='utf-8')
+
     spec = named_spec(source)
-    assert not (tmp_path / 'ran').exists() and 'evil' not in spec['tokenizer_config']
+    assert not (tmp_path / 'ran').exists()
+    assert 'evil' not in spec['tokenizer_config']
+
+
+LARGE_ID = ('{"version": "1.0", "added_tokens": [], "model": '
+            '{"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}')
 
 
 @pytest.mark.parametrize('files, words', [
-    ({}, 'holds no tokenizer'), ({'config.json': '{"model_type": "gpt2"}'}, 'holds no tokenizer'),
-    ({'tokenizer.json': '{'}, 'cannot be used'), ({'tokenizer.json': '[]'}, 'cannot be used'),
-    ({'tokenizer.json': ''}, 'cannot be used'), ({'vocab.json': '7', 'merges.txt': ''}, 'cannot be used'),
-    ({'tokenizer.json': '{"version": "1.0", "added_tokens": [], "model": '
-                        '{"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}'}, 'cannot be used: it has'),
-    ({'meta.json': '{"tokenizer": "hf"}'}, 'vocab_size is None')])
+    ({}, 'holds no tokenizer'),
+    ({'config.json': '{"model_type": "gpt2"}'}, 'holds no tokenizer'),
+    ({'tokenizer.json': '{'}, 'cannot be used'),
+    ({'tokenizer.json': '[]'}, 'cannot be used'),
+    ({'tokenizer.json': ''}, 'cannot be used'),
+    ({'vocab.json': '7', 'merges.txt': ''}, 'cannot be used'),
+    ({'tokenizer.json': LARGE_ID}, 'cannot be used: it has'),
+    ({'meta.json': '{"tokenizer": "hf"}'}, 'vocab_size is None'),
+])
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, words):
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding='utf-8')
@@ -321,33 +419,45 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path):
         named_spec(source)
 
 
-def test_names_that_are_no_tokenizers_are_refused(monkeypatch):
+def test_names_that_are_no_tokenizers_are_refused():
     for name in ('word', 'gpt-2', '', 'a/b/c'):
         with pytest.raises(UserError, match='is unknown; try --tokenizer=gpt2'):
             named_spec(name)
+
+
+def test_a_hub_out_of_reach_is_an_error_of_one_line(monkeypatch):
     import huggingface_hub
 
     def offline(*arguments, **more):
         raise OSError('no\nnetwork')
+
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
-    with pytest.raises(RunError, match='the tokenizer of some/name could not be downloaded .OSError: no network'):
+    words = 'the tokenizer of some/name could not be downloaded .OSError: no network'
+    with pytest.raises(RunError, match=words):
         named_spec('some/name')
 
 
 def test_a_hub_name_is_stored_with_its_revision(tmp_path, monkeypatch):
     import huggingface_hub
     write(tmp_path / '0123abcd', byte_level_bpe())
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, allow_patterns: str(tmp_path / '0123abcd'))
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download',
+                        lambda name, allow_patterns: str(tmp_path / '0123abcd'))
     spec = named_spec('some/name')
-    assert (spec['tokenizer_name'], spec['tokenizer_revision']) == ('some/name', '0123abcd')
+    assert spec['tokenizer_name'] == 'some/name'
+    assert spec['tokenizer_revision'] == '0123abcd'
     assert re.fullmatch('[0-9a-f]{64}', spec['tokenizer_sha256'])
 
 
 def test_a_damaged_spec_is_refused_when_it_is_used():
     spec = train_bpe([TEXT], 300)
     other = train_bpe(['another text'], 270)
-    for change, words in [(dict(tokenizer_json='{'), 'cannot be used'),
-                          (dict(tokenizer_json=other['tokenizer_json']), 'is damaged'), (dict(vocab_size=299), 'is damaged'), (dict(vocab_size=301), 'is damaged')]:
+    changes = [
+        (dict(tokenizer_json='{'), 'cannot be used'),
+        (dict(tokenizer_json=other['tokenizer_json']), 'is damaged'),
+        (dict(vocab_size=299), 'is damaged'),
+        (dict(vocab_size=301), 'is damaged'),
+    ]
+    for change, words in changes:
         with pytest.raises(UserError, match=words):
             Tokenizer(dict(spec, **change))
 
@@ -356,5 +466,7 @@ def test_a_spec_goes_through_meta_json(tmp_path):
     spec = train_bpe([TEXT], 300)
     meta = dict(spec, tokens={'train': 1}, sha256={}, dtype='uint16')
     (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    assert read_meta(tmp_path) == spec == named_spec(str(tmp_path))
-    assert np.array_equal(Tokenizer(read_meta(tmp_path)).encode_to_numpy(TEXT), Tokenizer(spec).encode_to_numpy(TEXT))
+    again = read_meta(tmp_path)
+    assert again == spec == named_spec(str(tmp_path))
+    expected = Tokenizer(spec).encode_to_numpy(TEXT)
+    assert np.array_equal(Tokenizer(again).encode_to_numpy(TEXT), expected)

@@ -388,6 +388,11 @@ def test_a_sample_is_its_files_only(data, tmp_path, monkeypatch, gpt2):
 LARGE = dict(tokenizer='hf', vocab_size=70_000, end_of_text=69_999)
 
 
+def read_large(folder):
+    """As read_spec_and_fields does, for a spec without a tokenizer.json."""
+    return LARGE, json.loads((folder / 'meta.json').read_text())
+
+
 def encode_large(text):
     return np.array([60_000 + ord(character) * 80 for character in text], '<u4')
 
@@ -395,7 +400,7 @@ def encode_large(text):
 def test_ids_beyond_65535_are_written_and_read_with_32_bits(tmp_path, monkeypatch):
     """By both writers, and read by the loader, which knows the vocabulary's end-of-text token."""
     monkeypatch.setattr(dataloader, 'DATA', tmp_path)
-    monkeypatch.setattr(dataloader, 'read_meta', lambda folder: LARGE)
+    monkeypatch.setattr(dataloader, 'read_spec_and_fields', read_large)
     texts = ['some text', 'and more', 'a third'] * 20
     ids = [[*encode_large(text).tolist(), 69_999] for text in texts]
     all_ids = sum(ids, [])
