@@ -5,6 +5,7 @@ import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -186,8 +187,9 @@ class Run:
         model, optimizer_state = parallel.gather_model(self.model), parallel.gather(optimizer_state)
         if env.is_main:
             if model_too:
-                gathered.save_model(self.out_dir, model, **rest)
-            gathered.save_state(self.out_dir, model, **rest, **optimizer_state)
+                gathered.write(Path(self.out_dir) / gathered.MODEL, {**model, **rest})
+            gathered.write(Path(self.out_dir) / gathered.STATE, {**model, **rest, **optimizer_state},
+                           keep_as=gathered.PREVIOUS)
 
     def wait_for_save(self):
         """Wait until the last save is on disk. RunError where it failed."""
