@@ -107,7 +107,7 @@ def test_ckpt_has_nanogpts_keys_and_nothing_else_in_model_args(tmp_path):
 
 
 def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
-    """As its tools write it: compiled names, attention masks, a tensor for the loss, AdamW unfused."""
+    """As its tools write it: compiled names, attention masks, the loss as a tensor, plain AdamW."""
     model, _ = trained_gpt(0, bias=False)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
