@@ -312,7 +312,7 @@ def test_the_model_card_says_what_was_trained(language_models):
 
     count = sum(value.numel() for name, value in saved['model'].items() if name != 'lm_head.weight')
     shown = int(card.split(' parameters')[0].rpartition('\n')[2].replace(',', ''))
-    assert count < shown < count + 1000             # transformers' GPT-2 has biases, which are zeros
+    assert count < shown < count + 1000         # transformers' GPT-2 has biases, which are zeros
 
 
 def test_a_model_card_holds_no_markup_of_a_setting(trained, tmp_path):
