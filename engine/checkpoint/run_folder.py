@@ -49,6 +49,7 @@ def load_state(out_dir: str | Path) -> tuple[dict, list[str]]:
     out_dir = Path(out_dir)
     found = []
     notes = []
+
     for newest, previous in STATES:
         state, faults = load_newer_of_two(out_dir, newest, previous)
         notes.extend(faults)
@@ -103,6 +104,7 @@ def load_model_as_state(out_dir):
                         f'check --out_dir, or start one with --init_from=scratch')
 
     state = gathered.load_model(out_dir)
+
     if 'optimizer' in state:
         note = 'with the optimizer inside it'
     else:
@@ -121,6 +123,7 @@ def load_newest_model(out_dir: str | Path) -> dict:
         return with_weights(state)
 
     saved = load_model_or_advise(out_dir)
+
     if (out_dir / sharded_checkpoint.STATE).exists():
         try:
             state, _ = load_state(out_dir)
@@ -184,6 +187,7 @@ def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bo
             # Resuming what does not exist should not create a folder.
             if not read_only and (init_from != 'resume' or holds_run(out_dir)):
                 run_lock = lock(out_dir)
+
             if goes_on(out_dir, init_from):
                 state, notes = load_state(out_dir)
                 path = state['path']
@@ -247,15 +251,17 @@ def clean_out_dir(out_dir: str | Path, state: dict | None) -> None:
     aside, so that the next save keeps the good one.
     """
     out_dir = Path(out_dir)
-    for name in (MODEL, STATE, sharded_checkpoint.STATE):
-        remove(out_dir / f'{name}.tmp')             # left by a save that was killed
 
+    # what saves that were killed have left
+    for name in (MODEL, STATE, sharded_checkpoint.STATE):
+        remove(out_dir / f'{name}.tmp')
+
+    # what must not be taken for this run's
     if state is None:
-        # The state before goes first, so that a kill in between leaves the newest one.
-        for name in (MODEL, PREVIOUS, STATE):
-            remove(out_dir / name)
-        for name in (sharded_checkpoint.PREVIOUS, sharded_checkpoint.STATE):
-            remove(out_dir / name)
+        remove(out_dir / MODEL)
+        for newest, previous in STATES:             # the newest one last, in case of a kill
+            remove(out_dir / previous)
+            remove(out_dir / newest)
     elif state.get('damaged'):
         move_aside(out_dir, state['damaged'])
 
@@ -293,6 +299,7 @@ def write_run_json(out_dir: str | Path, command: list[str], settings: dict,
         commit=git_commit(Path(__file__).resolve().parents[2]),
         settings=settings,
     )
+
     with suppress(OSError), atomic_write(Path(out_dir) / 'run.json') as file:
         json.dump(content, file, indent=2)
 
@@ -302,6 +309,7 @@ def git_commit(folder: Path) -> str | None:
     # A repository around the folder does not count.
     environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(folder.parent))
     command = ['git', 'rev-parse', '--verify', 'HEAD']
+
     with suppress(OSError, subprocess.SubprocessError):
         found = subprocess.check_output(command, cwd=folder, env=environment, text=True,
                                         stderr=subprocess.DEVNULL, timeout=5)

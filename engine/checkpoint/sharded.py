@@ -31,7 +31,7 @@ STATE = 'state'
 PREVIOUS = 'state.prev'
 REST = 'run.pt'
 CHECKSUMS = 'checksums.json'
-CHECKSUMS_LIMIT = 1 << 24           # bytes; the file of a thousand ranks has some 50 kB
+CHECKSUMS_LIMIT = 1 << 24           # bytes; the file of a thousand ranks has some 60 kB
 BLOCK = 1 << 24                     # bytes read at a time for a checksum
 
 

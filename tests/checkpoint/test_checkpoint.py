@@ -7,12 +7,15 @@ import itertools
 import os
 import pickle
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.checkpoint import gathered, run_folder
+from engine.checkpoint import sharded as sharded_checkpoint
+from engine.distributed import Environment
 from engine.errors import RunError, UserError
 from engine.training import optim
 from model import GPT, GPTConfig
@@ -463,6 +466,66 @@ def test_no_run_is_told_from_a_damaged_one(tmp_path):
     words = r'no state to resume: .*state.pt is missing; .*state.prev.pt cannot be read'
     with pytest.raises(UserError, match=words):
         run_folder.load_state(tmp_path)
+
+
+# Several ranks
+
+class OtherRank:
+    """A rank that learns what rank 0 chose: (path of the state or None, notes)."""
+    is_main = False
+
+    def __init__(self, path, notes):
+        self.choice = (path and str(path), notes)
+
+    def all_gather(self, value):
+        return [self.choice, value]
+
+    def raise_on_all_ranks(self):
+        return nullcontext()
+
+
+def test_every_rank_reads_the_state_that_rank_0_chose(tmp_path):
+    """Even where it would have chosen another one itself."""
+    model, optimizer = trained_gpt()
+    for iter_num in (5, 10):
+        save_state(tmp_path, model, optimizer, iter_num)
+    save_model(tmp_path, model, iter_num=7)
+
+    for name, iter_num in (('state.pt', 10), ('state.prev.pt', 5), ('ckpt.pt', 7)):
+        rank = OtherRank(tmp_path / name, ['a note'])
+        opened = run_folder.open_run(tmp_path, 'resume', False, False, rank)
+        assert opened.state['iter_num'] == iter_num
+        assert opened.notes == ['a note'] and opened.lock is None
+
+    rank = OtherRank(None, [])
+    assert run_folder.open_run(tmp_path, 'scratch', True, False, rank).state is None
+    (tmp_path / 'state.pt').unlink()
+    with pytest.raises(UserError, match='state.pt cannot be read: it does not exist'):
+        run_folder.open_run(tmp_path, 'auto', False, False, OtherRank(tmp_path / 'state.pt', []))
+
+
+def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
+    model, optimizer = trained_gpt()
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, 'one rank')
+    saver = sharded_checkpoint.ShardedSaver(tmp_path, env)
+    rest = dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5)
+    del rest['model']
+    saver.save(model, optim.state_dict(optimizer, scaler()), rest)
+    saver.wait()
+
+    verified = []
+    checksum = sharded_checkpoint.checksum
+
+    def noted_checksum(path):
+        verified.append(path.name)
+        return checksum(path)
+    monkeypatch.setattr(sharded_checkpoint, 'checksum', noted_checksum)
+    opened = run_folder.open_run(tmp_path, 'resume', False, True, env)
+    assert len(verified) == 1
+    other = run_folder.open_run(tmp_path, 'resume', False, True, OtherRank(tmp_path / 'state', []))
+    assert len(verified) == 1
+    assert other.state['sharded'] == opened.state['sharded'] == str(tmp_path / 'state')
+    assert other.state['iter_num'] == 3
 
 
 # The lock
