@@ -1,8 +1,8 @@
 """Write the model of a run for other tools.
 
-    python export.py out-shakespeare my-gpt2                        # a folder that transformers loads
+    python export.py out-shakespeare my-gpt2                    # a folder that transformers loads
     python export.py out-shakespeare my-gpt2 --dtype=bfloat16 --trim_vocab=True
-    python export.py out-shakespeare out-nanogpt --to=nanogpt       # a folder that nanoGPT resumes
+    python export.py out-shakespeare out-nanogpt --to=nanogpt   # a folder that nanoGPT resumes
 """
 
 import sys
@@ -16,8 +16,11 @@ from engine.errors import RunError, UserError
 
 to = 'hf'               # hf: weights, config.json, tokenizer and model card;
                         # nanogpt: a ckpt.pt with the optimizer's state in it
-dtype = 'float32'       # of the weights, for hf: float32, bfloat16 or float16
+dtype = 'float32'       # type of the weights, for hf: float32, bfloat16 or float16
 trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens to GPT-2's 50,257
+
+CHOICES = dict(to=('hf', 'nanogpt'), dtype=('float32', 'bfloat16', 'float16'))
+NANOGPT_KEYS = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
 
 
 def export_hf(source, folder):
@@ -26,9 +29,17 @@ def export_hf(source, folder):
     from engine.hf import save_pretrained
     from engine.metrics.metrics_file import read_losses
     from model import GPT
+
     saved = run_folder.load_newest_model(source)
-    model, spec = GPT.from_checkpoint(saved), load_model.checkpoint_spec(saved)
-    for note in save_pretrained.write(folder, model.config, model.state_dict(), saved, spec, dtype, trim_vocab, read_losses(source)):
+    model = GPT.from_checkpoint(saved)
+    trained = save_pretrained.TrainedModel(
+        config=model.config,
+        weights=model.state_dict(),
+        saved=saved,
+        spec=load_model.checkpoint_spec(saved),
+        losses=read_losses(source),
+    )
+    for note in save_pretrained.write(folder, trained, dtype, trim_vocab):
         print0(f'note: {note}', file=sys.stderr)
 
 
@@ -36,44 +47,83 @@ def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
     from engine.checkpoint import gathered, run_folder
     from engine.checkpoint import sharded as sharded_checkpoint
-    from model import NANOGPT_ARGS
+
     saved, _ = run_folder.load_state(source)
     if 'sharded' in saved:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)
-    if saved.get('activation', 'gelu') != 'gelu':
-        raise UserError(f'{source} has the activation {saved["activation"]}, and nanoGPT only the exact GELU; '
-                        f'its results would differ')
-    arguments = {name: value for name, value in saved['model_args'].items() if name not in ('init_std', 'zero_init')}
-    beyond = sorted(set(arguments) - set(NANOGPT_ARGS))         # not of the initial weights, which matter no longer
-    if beyond or any('momentum' in group for group in saved.get('optimizer', {}).get('param_groups', ())):
-        raise UserError(f'{source} has {", ".join(beyond) or "the optimizer Muon"}, which nanoGPT does not have')
+
+    # These two are of the initial weights, which matter no longer.
+    arguments = {name: value for name, value in saved['model_args'].items()
+                 if name not in ('init_std', 'zero_init')}
+    check_nanogpt_has(saved, arguments, source)
+
+    kept = {name: saved[name] for name in NANOGPT_KEYS if name in saved}
+    kept['model_args'] = arguments
     folder.mkdir()
-    names = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
-    kept = {name: saved[name] for name in names if name in saved}
-    gathered.write(folder / gathered.MODEL, dict(kept, model_args=arguments))
+    gathered.write(folder / gathered.MODEL, kept)
+
+
+def check_nanogpt_has(saved, arguments, source):
+    """UserError where the run `source` has what nanoGPT does not have."""
+    from model import NANOGPT_ARGS
+
+    activation = saved.get('activation', 'gelu')
+    if activation != 'gelu':
+        raise UserError(f'{source} has the activation {activation}, and nanoGPT only the exact '
+                        f'GELU; its results would differ')
+
+    beyond = sorted(set(arguments) - set(NANOGPT_ARGS))
+    groups = saved.get('optimizer', {}).get('param_groups', ())
+    if not beyond and any('momentum' in group for group in groups):
+        beyond = ['the optimizer Muon']
+    if beyond:
+        raise UserError(f'{source} has {", ".join(beyond)}, which nanoGPT does not have')
+
+
+def check_settings():
+    for name, choices in CHOICES.items():
+        value = globals()[name]
+        if value not in choices:
+            raise UserError(f'{name}={value!r} is unknown; try {", ".join(map(repr, choices))}')
+
+    if to == 'nanogpt' and (dtype != 'float32' or trim_vocab):
+        raise UserError('--dtype and --trim_vocab are for --to=hf; '
+                        'nanoGPT reads the run as it was trained')
+
+
+def read_folders(folders):
+    """(the run, the folder to write) that the command line names."""
+    if len(folders) != 2:
+        raise UserError('name a run and the folder to write, '
+                        'as in: python export.py out-shakespeare my-gpt2')
+
+    source = folders[0]
+    target = Path(folders[1])
+    is_empty_folder = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_empty_folder:
+        raise UserError(f'{target} exists already; name a new folder')
+    return source, target
 
 
 def main(folders):
-    for name, value, choices in (('to', to, ('hf', 'nanogpt')), ('dtype', dtype, ('float32', 'bfloat16', 'float16'))):
-        if value not in choices:
-            raise UserError(f'{name}={value!r} is unknown; try {", ".join(map(repr, choices))}')
-    if to == 'nanogpt' and (dtype != 'float32' or trim_vocab):
-        raise UserError('--dtype and --trim_vocab are for --to=hf; nanoGPT reads the run as it was trained')
-    if len(folders) != 2:
-        raise UserError('name a run and the folder to write, as in: python export.py out-shakespeare my-gpt2')
-    source, target = folders[0], Path(folders[1])
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f'{target} exists already; name a new folder')
+    check_settings()
+    source, target = read_folders(folders)
+
+    # into a temporary folder beside the target, which gets the name when it is whole
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'{target.name}.') as temporary:
             folder = Path(temporary) / 'model'
-            export_nanogpt(source, folder) if to == 'nanogpt' else export_hf(source, folder)
+            if to == 'nanogpt':
+                export_nanogpt(source, folder)
+            else:
+                export_hf(source, folder)
             folder.replace(target)
     except (UserError, RunError):
         raise
-    except Exception as error:                          # safetensors has errors of its own for a full disk
+    except Exception as error:                      # safetensors has its own errors for a full disk
         raise RunError(f'{target} was not written ({describe(error)})') from None
+
     print0(f'wrote {target}')
 
 

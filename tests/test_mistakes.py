@@ -1,4 +1,5 @@
-"""A person's mistakes in real processes: exit 2, one line that says what was found, no traceback, nothing on disk changed.
+"""A person's mistakes in real processes: exit 2, one line that says what was found, no traceback,
+and nothing on disk changed.
 
 Each source file's own tests have all the mistakes that it refuses; here are those of each kind.
 """
@@ -21,23 +22,33 @@ from engine.checkpoint import gathered, run_folder
 
 @pytest.fixture
 def place(trained, tmp_path):
-    """The workspace with a fresh copy of the run, in out-run, and its dataset as it was before the test."""
-    folder, data = trained.folder, trained.folder / 'data' / 'toy'
+    """The workspace with a fresh copy of the run in out-run. The dataset is restored afterwards."""
+    folder = trained.folder
+    data = folder / 'data' / 'toy'
     shutil.copytree(folder / 'out-toy', folder / 'out-run')
     shutil.copytree(data, tmp_path / 'data')
+
     yield trained
+
     shutil.rmtree(data)
     shutil.copytree(tmp_path / 'data', data)
-    for path in (folder / 'out-run', folder / 'odd.py', folder / 'out-file', folder / 'out-none'):
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
+    for name in ('out-run', 'odd.py', 'out-file', 'out-none'):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_tree(folder):
-    """{path: content} of all files that a run could touch, but for caches of what was read and the lock."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file() and '__pycache__' not in path.parts
-            and not path.name.endswith(('.checked.json', '.lock')) and not path.name.startswith(('stdout-', 'stderr-'))}
+    """{path: content} of all files that a run could touch, but for caches and the lock."""
+    found = {}
+    for path in folder.rglob('*'):
+        if not path.is_file() or '__pycache__' in path.parts:
+            continue
+        if path.name.endswith(('.checked.json', '.lock')):
+            continue
+        if path.name.startswith(('stdout-', 'stderr-')):
+            continue
+        found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 def expect_refusal(place, words, script, *flags, ranks=1):
@@ -46,9 +57,12 @@ def expect_refusal(place, words, script, *flags, ranks=1):
         result = place.launcher.run(script, *flags, ranks=ranks, timeout=60)
     else:
         result = place.run_python(script, *flags, ranks=ranks)
+
     # A rank that has not failed yet when another one ends is ended by it, as under torchrun.
-    assert result.code == 2 and set(result.codes) <= {2, -signal.SIGTERM} and not result.timed_out, result
-    assert result.stderr.count('\n') == 1 and result.stderr.startswith(f'{script}: ') and words in result.stderr, result
+    assert result.code == 2 and not result.timed_out, result
+    assert set(result.codes) <= {2, -signal.SIGTERM}, result
+    assert result.stderr.count('\n') == 1, result
+    assert result.stderr.startswith(f'{script}: ') and words in result.stderr, result
     assert read_tree(place.folder) == before
     assert not (place.folder / 'ran').exists(), 'a hostile file ran code'
 
@@ -113,24 +127,33 @@ def nothing(folder):
     pass
 
 
-TRAIN = ['--device=cpu', '--dataset=toy', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32']
-NEW, RESUME, SAMPLE = '--out_dir=out-none', ['--out_dir=out-run', '--init_from=resume'], ['--out_dir=out-run', '--start=a']
+TRAIN = ['--device=cpu', '--dataset=toy', '--n_layer=2', '--n_head=2', '--n_embd=32',
+         '--block_size=32']
+NEW = '--out_dir=out-none'
+RESUME = ['--out_dir=out-run', '--init_from=resume']
+SAMPLE = ['--out_dir=out-run', '--start=a']
 
 
 @pytest.mark.parametrize('script, flags, words, prepare', [
-    ('train.py', [NEW, '--learning_rte=1'], "no setting 'learning_rte'; did you mean learning_rate?", nothing),
+    ('train.py', [NEW, '--learning_rte=1'],
+     "no setting 'learning_rte'; did you mean learning_rate?", nothing),
     ('train.py', [NEW, '--batch_size=-4'], 'batch_size=-4 should be at least 1', nothing),
-    ('train.py', [NEW, '--n_head=3'], 'n_embd=32 does not divide over n_head=3; try --n_embd=33', nothing),
+    ('train.py', [NEW, '--n_head=3'],
+     'n_embd=32 does not divide over n_head=3; try --n_embd=33', nothing),
     ('train.py', [NEW, '--dtype=float8'], "dtype='float8' is unknown", nothing),
-    ('train.py', [NEW, 'odd.py'], "odd.py: there is no setting 'learning_rte'; did you mean learning_rate?", odd_config),
-    ('train.py', [NEW, '--dataset=../toy'], "dataset='../toy' should be the name of a folder", nothing),
-    ('train.py', [NEW], 'val.bin: token 345 has id 17, beyond the vocabulary of 17', id_beyond_the_vocabulary),
+    ('train.py', [NEW, 'odd.py'],
+     "odd.py: there is no setting 'learning_rte'; did you mean learning_rate?", odd_config),
+    ('train.py', [NEW, '--dataset=../toy'],
+     "dataset='../toy' should be the name of a folder", nothing),
+    ('train.py', [NEW],
+     'val.bin: token 345 has id 17, beyond the vocabulary of 17', id_beyond_the_vocabulary),
     ('train.py', [NEW], 'meta.pkl cannot be read: it asks to run', hostile_meta),
     ('train.py', RESUME, 'is not what the run was trained on', other_text),
     ('train.py', RESUME, 'not a PyTorch checkpoint, or truncated', cut_checkpoints),
     ('train.py', RESUME, 'it asks to run', hostile_checkpoints),
     ('train.py', [NEW, '--init_from=resume'], 'out-none holds no run to resume', nothing),
-    ('train.py', ['--out_dir=out-run'], 'already holds a run; go on with --init_from=resume', nothing),
+    ('train.py', ['--out_dir=out-run'],
+     'already holds a run; go on with --init_from=resume', nothing),
     ('train.py', [*RESUME, '--block_size=64'], 'block_size=64 is over the 32', nothing),
     ('train.py', ['--out_dir=out-file'], 'cannot be written', file_as_folder),
     ('train.py', ['--out_dir=out-file/below'], 'cannot be written', file_as_folder),
@@ -145,7 +168,9 @@ NEW, RESUME, SAMPLE = '--out_dir=out-none', ['--out_dir=out-run', '--init_from=r
 ])
 def test_a_mistake_is_one_line(place, script, flags, words, prepare):
     prepare(place.folder)
-    expect_refusal(place, words, script, *(TRAIN if script == 'train.py' else ()), *flags)
+    if script == 'train.py':
+        flags = [*TRAIN, *flags]
+    expect_refusal(place, words, script, *flags)
 
 
 @pytest.mark.parametrize('script, flag, words', [
@@ -159,7 +184,8 @@ def test_a_mistake_is_one_line_from_a_new_python(workspace, script, flag, words)
 def test_a_run_in_use_is_left_alone(place):
     with run_folder.lock(place.folder / 'out-run'):
         for flags in (RESUME, ['--out_dir=out-run', '--overwrite=True']):
-            expect_refusal(place, 'out-run is in use by another training process', 'train.py', *TRAIN, *flags)
+            expect_refusal(place, 'out-run is in use by another training process', 'train.py',
+                           *TRAIN, *flags)
 
 
 @pytest.mark.skipif(not CAN_FORK, reason='two ranks are started by fork')
@@ -173,9 +199,11 @@ def test_two_ranks_refuse_in_one_line(place, flags, words):
     expect_refusal(place, words, 'train.py', *TRAIN, *flags, ranks=2)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='torchrun on Windows needs a PyTorch built with libuv')
+@pytest.mark.skipif(sys.platform == 'win32',
+                    reason='torchrun on Windows needs a PyTorch built with libuv')
 def test_torchrun_shows_the_line_once(place):
-    done = subprocess.run([sys.executable, *torchrun_options(2), 'train.py', *TRAIN, '--out_dir=out-run'], cwd=place.folder,
-                          capture_output=True, text=True, env=script_environment())
+    command = [sys.executable, *torchrun_options(2), 'train.py', *TRAIN, '--out_dir=out-run']
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True,
+                          env=script_environment())
     assert done.returncode != 0 and 'exitcode  : 2' in done.stderr
     assert done.stderr.count('already holds a run') == 1 == done.stderr.count('train.py: ')

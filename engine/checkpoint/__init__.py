@@ -1,1 +1,11 @@
-"""What out_dir holds: checkpoints of one file or of one file a rank, the folder of a run, loading a model."""
+"""What out_dir holds: writing it, finding the newest state in it, and reading it without trust.
+
+For others:
+    run_folder    open_run, load_state, load_newest_model, clean_out_dir, lock, write_run_json
+    gathered      write, read, validate, load_model, and the names of its files
+    sharded       ShardedSaver, load, load_whole
+    load_model    load_model, checkpoint_spec
+
+The wing imports ground files only, and never training or metrics. load_model alone also imports
+dataloader.batches and hf.tokenizer_json.
+"""

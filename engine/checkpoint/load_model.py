@@ -1,5 +1,10 @@
 """A model and its tokenizer, from a run or from Hugging Face weights."""
 
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
 from engine.checkpoint import run_folder
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
@@ -7,25 +12,66 @@ from engine.hf.tokenizer_json import pretrained_spec
 from engine.tokenizer import GPT2, check_spec
 
 
-def load_model(GPT, init_from, out_dir):
-    """(model, tokenizer spec, iteration). init_from='resume' takes the run in out_dir; else it names Hugging Face
-    weights, which have no iteration. GPT: the class, which this module cannot import. UserError where they do not fit."""
+class LoadedModel(NamedTuple):
+    """A model that can read and write text.
+
+    model: a GPT.
+    spec: the spec of its tokenizer.
+    iter_num: the iteration of the run, or None for Hugging Face weights.
+    """
+    model: nn.Module
+    spec: dict
+    iter_num: int | None
+
+
+def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
+    """The model of the run in out_dir, or that of Hugging Face weights.
+
+    GPT: the class of the model, which this module cannot import.
+    init_from: 'resume' for the run in out_dir, else the name of a hub model or a folder of weights.
+    Raises UserError where the weights or the tokenizer cannot be used.
+    """
     if init_from == 'resume':
-        saved = run_folder.load_newest_model(out_dir)
-        model, spec, iter_num, source = GPT.from_checkpoint(saved), checkpoint_spec(saved), saved['iter_num'], out_dir
-        advice = 'restore the dataset in data/ that the model was trained on'
-    else:
-        model, spec, iter_num, source = GPT.from_pretrained(init_from), pretrained_spec(init_from) or GPT2, None, init_from
-        advice = 'put its own tokenizer.json beside the weights'
+        return load_run(GPT, out_dir)
+    return load_pretrained(GPT, init_from)
+
+
+def load_run(GPT, out_dir):
+    saved = run_folder.load_newest_model(out_dir)
+    model = GPT.from_checkpoint(saved)
+    spec = checkpoint_spec(saved)
+
+    check_vocabulary(model, spec, out_dir,
+                     'restore the dataset in data/ that the model was trained on')
+    return LoadedModel(model, spec, saved['iter_num'])
+
+
+def load_pretrained(GPT, source):
+    model = GPT.from_pretrained(source)
+    spec = pretrained_spec(source) or GPT2
+
+    check_vocabulary(model, spec, source, 'put its own tokenizer.json beside the weights')
+    return LoadedModel(model, spec, None)
+
+
+def check_vocabulary(model, spec, source, advice):
+    """UserError where the tokenizer has ids that the model lacks."""
     if spec['vocab_size'] > model.config.vocab_size:
-        raise UserError(f'{source} has {model.config.vocab_size} tokens, and its tokenizer {spec["vocab_size"]}; {advice}')
-    return model, spec, iter_num
+        raise UserError(f'{source} has {model.config.vocab_size} tokens, '
+                        f'and its tokenizer {spec["vocab_size"]}; {advice}')
 
 
-def checkpoint_spec(saved):
-    """The tokenizer spec of a checkpoint: its own, else that of the dataset it names, else GPT-2's."""
-    # nanoGPT's files have no tokenizer, but they name the dataset.
-    spec = saved.get('tokenizer') or dataset_tokenizer((saved.get('config') or {}).get('dataset'))
+def checkpoint_spec(saved: dict) -> dict:
+    """The tokenizer spec of a checkpoint: its own, else that of its dataset, else GPT-2's.
+
+    Raises UserError where the spec is not one of a tokenizer.
+    """
+    spec = saved.get('tokenizer')
+    if not spec:
+        # nanoGPT's files have no tokenizer, but they name the dataset.
+        config = saved.get('config') or {}
+        spec = dataset_tokenizer(config.get('dataset'))
+
     try:
         return check_spec(spec)
     except UserError as error:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -16,97 +17,215 @@ from engine.atomic_files import atomic_write
 from engine.checkpoint import gathered
 from engine.checkpoint import sharded as sharded_checkpoint
 from engine.checkpoint.gathered import MODEL, PREVIOUS, STATE
+from engine.distributed import Environment
 from engine.errors import UserError
 
 # What a run can continue from. The second of a pair is read if the first is damaged or missing.
-STATES = ((STATE, PREVIOUS), (sharded_checkpoint.STATE, sharded_checkpoint.PREVIOUS))
+STATES = (
+    (STATE, PREVIOUS),
+    (sharded_checkpoint.STATE, sharded_checkpoint.PREVIOUS),
+)
+STATE_NAMES = (*STATES[0], *STATES[1])
 
 
-def holds_run(out_dir):
+# Finding and reading
+
+def holds_run(out_dir: str | Path) -> bool:
     """True where out_dir has something to resume from."""
     try:
-        return any((Path(out_dir) / name).exists() for name in (MODEL, *STATES[0], *STATES[1]))
+        return any((Path(out_dir) / name).exists() for name in (MODEL, *STATE_NAMES))
     except OSError as error:
-        raise UserError(f'{out_dir!r} cannot be used ({error.strerror}); choose another --out_dir') from None
+        raise UserError(f'{out_dir!r} cannot be used ({error.strerror}); '
+                        f'choose another --out_dir') from None
 
 
-def load_state(out_dir):
-    """The newest state in out_dir that can be read, and a list of notes on what was wrong before it.
+def load_state(out_dir: str | Path) -> tuple[dict, list[str]]:
+    """The newest state in out_dir that can be read, and notes on what was wrong with others.
 
-    The state of sharded_checkpoint has no tensors: sharded_checkpoint.load reads them. A ckpt.pt alone is
-    enough: nanoGPT's has its optimizer inside, and without one the optimizer starts afresh.
+    A sharded state comes without tensors: sharded.load reads them. A ckpt.pt alone is enough:
+    nanoGPT's has its optimizer inside, and without one the optimizer starts afresh.
     Raises UserError that names each file and its fault.
     """
-    out_dir, found, notes = Path(out_dir), [], []
+    out_dir = Path(out_dir)
+    found = []
+    notes = []
+
     for newest, previous in STATES:
-        for name in (newest, previous):
-            path = out_dir / name
-            try:
-                if path.exists():
-                    state = (sharded_checkpoint.load_rest(path) if path.is_dir() else
-                             gathered.validate(gathered.read(path), path, ('optimizer', 'scaler')))
-                    found.append(dict(state, damaged=newest if name == previous else None))
-                    break
-                if name == newest and (out_dir / previous).exists():
-                    notes.append(f'{path} is missing')
-            except UserError as error:
-                notes.append(str(error))
+        state, faults = load_newer_of_two(out_dir, newest, previous)
+        notes.extend(faults)
+        if state:
+            found.append(state)
     if found:
         return max(found, key=lambda state: state['iter_num']), notes
+
     if notes:
-        raise UserError(f'no state to resume: {"; ".join(notes)}; restore one, move them away to go on '
-                        f'from a {MODEL}, or start over with --init_from=scratch --overwrite=True')
+        raise UserError(f'no state to resume: {"; ".join(notes)}; restore one, '
+                        f'move them away to go on from a {MODEL}, '
+                        f'or start over with --init_from=scratch --overwrite=True')
+    return load_model_as_state(out_dir)
+
+
+def load_newer_of_two(out_dir, newest, previous):
+    """(the state `newest`, else the state `previous`, else None; notes on what was wrong).
+
+    `damaged` in the state is the name that could not be read before it, or None.
+    """
+    notes = []
+    for name in (newest, previous):
+        path = out_dir / name
+        try:
+            if path.exists():
+                state = read_state(path)
+                state['damaged'] = None
+                if name == previous:
+                    state['damaged'] = newest
+                return state, notes
+        except UserError as error:
+            notes.append(str(error))
+            continue
+
+        if name == newest and (out_dir / previous).exists():
+            notes.append(f'{path} is missing')
+    return None, notes
+
+
+def read_state(path):
+    """The state at `path`: a file, or a folder of shards, whose tensors are not read."""
+    if path.is_dir():
+        sharded_checkpoint.verify(path)
+        return sharded_checkpoint.load_rest(path)
+    return gathered.validate(gathered.read(path), path, ('optimizer', 'scaler'))
+
+
+def load_model_as_state(out_dir):
+    """(ckpt.pt as a state, notes that say what is missing)."""
     if not (out_dir / MODEL).exists():
         raise UserError(f'{out_dir} holds no run to resume (no {STATE}, no {MODEL}); '
                         f'check --out_dir, or start one with --init_from=scratch')
+
     state = gathered.load_model(out_dir)
-    notes.append(f'{out_dir / MODEL} alone, ' + ('with the optimizer inside it' if 'optimizer' in state
-                 else 'without optimizer state, which starts afresh'))
-    return state, notes
+
+    if 'optimizer' in state:
+        note = 'with the optimizer inside it'
+    else:
+        note = 'without optimizer state, which starts afresh'
+    return state, [f'{out_dir / MODEL} alone, {note}']
 
 
-def load_newest_model(out_dir):
-    """The contents of ckpt.pt, or of the state where there is no ckpt.pt or a sharded state is newer."""
-    has_model, is_sharded = (Path(out_dir) / MODEL).exists(), (Path(out_dir) / sharded_checkpoint.STATE).exists()
-    try:
-        saved = gathered.load_model(out_dir) if has_model or not holds_run(out_dir) else None
-    except UserError as error:
-        state = next((name for name in STATES[0] + STATES[1] if (Path(out_dir) / name).exists()), None)
-        raise UserError(f'{error}; move it away, and {state} is read' if state else error) from None
-    if saved is None or is_sharded:
+def load_newest_model(out_dir: str | Path) -> dict:
+    """The contents of ckpt.pt, or of the state if there is no ckpt.pt or a sharded state is newer.
+
+    Raises UserError where out_dir holds no model that can be read.
+    """
+    out_dir = Path(out_dir)
+    if holds_run(out_dir) and not (out_dir / MODEL).exists():
+        state, _ = load_state(out_dir)
+        return with_weights(state)
+
+    saved = load_model_or_advise(out_dir)
+
+    if (out_dir / sharded_checkpoint.STATE).exists():
         try:
             state, _ = load_state(out_dir)
-        except UserError:
-            if saved is None:
-                raise
+        except UserError:                           # ckpt.pt is whole, and the states are not
             return saved
-        if saved is None or 'sharded' in state and state['iter_num'] > saved['iter_num']:
-            return sharded_checkpoint.load_whole(state) if 'sharded' in state else state
+        if 'sharded' in state and state['iter_num'] > saved['iter_num']:
+            return with_weights(state)
     return saved
 
 
-def open_run(out_dir, init_from, overwrite, read_only, env):
-    """(state to resume from or None, notes on it, lock). Every rank calls it; rank 0 locks out_dir
-    before any rank looks at what it holds. read_only: take no lock, and accept any out_dir.
+def with_weights(state):
+    """A state of load_state with its weights, which a sharded one lacks so far."""
+    if 'sharded' in state:
+        return sharded_checkpoint.load_whole(state)
+    return state
 
+
+def load_model_or_advise(out_dir):
+    """The contents of ckpt.pt, or a UserError that names the state that can be read instead."""
+    try:
+        return gathered.load_model(out_dir)
+    except UserError as error:
+        for name in STATE_NAMES:
+            if (out_dir / name).exists():
+                raise UserError(f'{error}; move it away, and {name} is read') from None
+        raise
+
+
+# Opening
+
+class OpenedRun(NamedTuple):
+    """What train.py begins with.
+
+    state: the state to resume from, or None for a new run.
+    notes: lines on what was wrong with other states.
+    lock: the lock of out_dir on rank 0, else None. Dropping it releases it.
+    """
+    state: dict | None
+    notes: list[str]
+    lock: filelock.BaseFileLock | None
+
+
+def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bool,
+             env: Environment) -> OpenedRun:
+    """Lock out_dir, and read the state to resume from. Every rank calls it.
+
+    Rank 0 locks out_dir before it looks at what it holds, chooses the state, and verifies its
+    checksums; the other ranks read the same one.
+    read_only: take no lock, and accept any out_dir.
     Raises UserError where out_dir is in use, where it holds a run that the command does not
     mean to continue or to replace, or where no state can be loaded.
     """
     run_lock = None
+    state = None
+    path = None
+    notes = []
+
+    # rank 0: lock and choose
     with env.raise_on_all_ranks():
-        # Resuming what does not exist should not create a folder.
-        if env.is_main and not read_only and (init_from != 'resume' or holds_run(out_dir)):
-            run_lock = lock(out_dir)
+        if env.is_main:
+            # Resuming what does not exist should not create a folder.
+            if not read_only and (init_from != 'resume' or holds_run(out_dir)):
+                run_lock = lock(out_dir)
+
+            if goes_on(out_dir, init_from):
+                state, notes = load_state(out_dir)
+                path = state['path']
+            elif not overwrite and not read_only:
+                refuse_to_replace(out_dir)
+
+    # the other ranks: the state that rank 0 chose
+    path, notes = env.all_gather((path, notes))[0]
     with env.raise_on_all_ranks():
-        if init_from == 'resume' or init_from == 'auto' and holds_run(out_dir):
-            return *load_state(out_dir), run_lock
-        if holds_run(out_dir) and not (overwrite or read_only):
-            raise UserError(f'{out_dir} already holds a run; go on with --init_from=resume, choose '
-                            f'another --out_dir, or replace it with --overwrite=True')
-    return None, [], run_lock
+        if path and not env.is_main:
+            state = read_chosen_state(Path(path))
+    return OpenedRun(state, notes, run_lock)
 
 
-def lock(out_dir):
+def read_chosen_state(path):
+    """The state that rank 0 chose, on another rank. Rank 0 has verified the files of the shards."""
+    if path.name == MODEL:
+        return gathered.load_model(path.parent)
+    if path.is_dir():
+        return sharded_checkpoint.load_rest(path)
+    return read_state(path)
+
+
+def goes_on(out_dir, init_from):
+    """True where the command continues the run in out_dir."""
+    if init_from == 'auto':
+        return holds_run(out_dir)
+    return init_from == 'resume'
+
+
+def refuse_to_replace(out_dir):
+    """UserError where out_dir holds a run."""
+    if holds_run(out_dir):
+        raise UserError(f'{out_dir} already holds a run; go on with --init_from=resume, choose '
+                        f'another --out_dir, or replace it with --overwrite=True')
+
+
+def lock(out_dir: str | Path) -> filelock.BaseFileLock:
     """Create out_dir and lock it until this process ends. UserError if another process has it."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -116,12 +235,15 @@ def lock(out_dir):
     except filelock.Timeout:
         raise UserError(f'{out_dir} is in use by another training process; '
                         f'wait for it, or choose another --out_dir') from None
-    except (OSError, ValueError) as error:                  # ValueError: NUL or half a surrogate pair in the name
+    except (OSError, ValueError) as error:          # ValueError: NUL or half a surrogate pair
         reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'{out_dir!r} cannot be written ({reason}); choose another --out_dir') from None
+        raise UserError(f'{out_dir!r} cannot be written ({reason}); '
+                        f'choose another --out_dir') from None
 
 
-def clean_out_dir(out_dir, state):
+# Cleaning and describing
+
+def clean_out_dir(out_dir: str | Path, state: dict | None) -> None:
     """Make out_dir ready for saves, once the run is sure to start.
 
     state: what the run goes on from. None removes the files of an earlier run, which a new one
@@ -129,32 +251,67 @@ def clean_out_dir(out_dir, state):
     aside, so that the next save keeps the good one.
     """
     out_dir = Path(out_dir)
-    leftovers = [f'{name}.tmp' for name in (MODEL, STATE, sharded_checkpoint.STATE)]     # of a save that was killed
-    for name in leftovers if state else [*leftovers, MODEL, *reversed(STATES[0]), *reversed(STATES[1])]:
-        if (out_dir / name).is_dir():
-            shutil.rmtree(out_dir / name)
-        else:
-            (out_dir / name).unlink(missing_ok=True)
-    damaged = state and state.get('damaged')
-    if damaged and (out_dir / damaged).exists():
-        aside = out_dir / damaged.replace('state', 'state.damaged')
-        shutil.rmtree(aside, ignore_errors=True)            # a folder is not replaced by a rename
-        os.replace(out_dir / damaged, aside)
+
+    # what saves that were killed have left
+    for name in (MODEL, STATE, sharded_checkpoint.STATE):
+        remove(out_dir / f'{name}.tmp')
+
+    # what must not be taken for this run's
+    if state is None:
+        remove(out_dir / MODEL)
+        for newest, previous in STATES:             # the newest one last, in case of a kill
+            remove(out_dir / previous)
+            remove(out_dir / newest)
+    elif state.get('damaged'):
+        move_aside(out_dir, state['damaged'])
 
 
-def write_run_json(out_dir, command, settings, env):
-    """Write run.json: what was started, when, with which settings, versions and device. For people;
-    nothing reads it."""
-    content = dict(command=command, started=datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
-                   device=env.summary, ranks=env.world_size, python=sys.version.split()[0], torch=torch.__version__,
-                   commit=git_commit(Path(__file__).resolve().parents[2]), settings=settings)
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def move_aside(out_dir, name):
+    """Give a damaged state the name state.damaged, if it is there."""
+    if (out_dir / name).exists():
+        aside = out_dir / name.replace('state', 'state.damaged')
+        shutil.rmtree(aside, ignore_errors=True)    # a folder is not replaced by a rename
+        os.replace(out_dir / name, aside)
+
+
+def write_run_json(out_dir: str | Path, command: list[str], settings: dict,
+                   env: Environment) -> None:
+    """Write run.json: what was started, when, with which settings, versions and device.
+
+    It is for people; nothing reads it, so a failure to write it stops nothing.
+    """
+    now = datetime.datetime.now().astimezone()
+    content = dict(
+        command=command,
+        started=now.isoformat(timespec='seconds'),
+        device=env.summary,
+        ranks=env.world_size,
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        commit=git_commit(Path(__file__).resolve().parents[2]),
+        settings=settings,
+    )
+
     with suppress(OSError), atomic_write(Path(out_dir) / 'run.json') as file:
         json.dump(content, file, indent=2)
 
 
-def git_commit(folder):
+def git_commit(folder: Path) -> str | None:
     """The commit that is checked out in the repository `folder`, or None where git finds none."""
-    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(folder.parent))      # no repository around the folder counts
+    # A repository around the folder does not count.
+    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(folder.parent))
+    command = ['git', 'rev-parse', '--verify', 'HEAD']
+
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(['git', 'rev-parse', '--verify', 'HEAD'], cwd=folder, env=environment,
-                                       stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
+        found = subprocess.check_output(command, cwd=folder, env=environment, text=True,
+                                        stderr=subprocess.DEVNULL, timeout=5)
+        return found.strip()
+    return None

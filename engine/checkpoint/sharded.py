@@ -1,8 +1,11 @@
-"""A state whose tensors each rank writes itself, for models whose whole state is a burden to one rank.
+"""A state whose tensors each rank writes itself, for models that are too large for one rank.
 
-The folder `state/` has a safetensors file per rank, checksums.json, and run.pt with everything else. The previous
-state stays as `state.prev/`. torch.distributed.checkpoint writes it beside the training, and reads it into
-any number of ranks.
+The folder `state/` has a safetensors file per rank, checksums.json, and run.pt with all the rest.
+The previous state stays as `state.prev/`. torch.distributed.checkpoint writes the tensors while the
+training goes on, and reads them into any number of ranks. Their names in the files:
+
+    model.NAME                      a weight, by its name in the model
+    optimizer.INDEX.NAME            a moment of the parameter INDEX of the optimizer
 """
 
 import json
@@ -11,71 +14,114 @@ import os
 import shutil
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from engine import distributed
 from engine.atomic_files import atomic_write, sync_folder
-from engine.checkpoint.gathered import find_not_finite, read, validate, write
+from engine.checkpoint.gathered import check_finite, find_not_finite, read, validate, write
 from engine.errors import RunError, UserError
 
-STATE, PREVIOUS, REST, CHECKSUMS = 'state', 'state.prev', 'run.pt', 'checksums.json'
+STATE = 'state'
+PREVIOUS = 'state.prev'
+REST = 'run.pt'
+CHECKSUMS = 'checksums.json'
+CHECKSUMS_LIMIT = 1 << 24           # bytes; the file of a thousand ranks has some 60 kB
+BLOCK = 1 << 24                     # bytes read at a time for a checksum
+
+
+class TensorName(NamedTuple):
+    """The name of a tensor in the files, in parts."""
+    weight: str | None              # name of a weight, or None
+    index: int | None               # of the parameter that a moment belongs to, or None
+    moment: str | None              # name of a moment, or None
+
+
+def parse_name(name):
+    """The TensorName of `name`. All its parts are None where it is no name of ours."""
+    kind, _, rest = name.partition('.')
+    if kind == 'model':
+        return TensorName(rest, None, None)
+    index, _, moment = rest.partition('.')
+    if kind == 'optimizer' and index.isdecimal() and len(index) < 10:
+        return TensorName(None, int(index), moment)
+    return TensorName(None, None, None)
+
+
+def name_weights(model):
+    """{name in the files: parameter} of a model, whose parameters may be shards."""
+    return {f'model.{name}': parameter.detach() for name, parameter in model.named_parameters()}
 
 
 # Saving
 
 class ShardedSaver:
-    """Writes state/ in the background. Every rank makes one, and calls its methods in the same order."""
+    """Writes state/ in the background. Every rank makes one, and calls its methods in one order."""
 
-    def __init__(self, out_dir, env):
-        self.out_dir, self.env = Path(out_dir), env
-        self.thread, self.pending = ThreadPoolExecutor(1, 'save'), None
+    def __init__(self, out_dir: str | Path, env: distributed.Environment):
+        self.out_dir = Path(out_dir)
+        self.env = env
+        self.thread = ThreadPoolExecutor(1, 'save')
+        self.pending: Future | None = None
         # The collectives of a save have a group of their own, since the training's go on meanwhile.
-        self.group = dist.new_group(backend='gloo') if env.world_size > 1 else None
+        self.group = None
+        if env.world_size > 1:
+            self.group = dist.new_group(backend='gloo')
 
-    def save(self, model, optimizer_state, rest):
+    def save(self, model: nn.Module, optimizer_state: dict, rest: dict) -> None:
         """Begin to write state/, and return once the tensors are copied to CPU memory.
 
-        model: whose parameters may be shards. optimizer_state: of optim.state_dict. rest: a dict for run.pt.
-        Raises RunError where a tensor is not finite; state/ is then as it was. If the previous save failed,
-        this one is waited for, and raises RunError if it fails too.
+        model: the model, whose parameters may be shards.
+        optimizer_state: what optim.state_dict returns.
+        rest: a dict for run.pt.
+        Raises RunError where a tensor is not finite; state/ is then as it was. If the previous save
+        failed, this one is waited for, and raises RunError if it fails too.
         """
-        failed = self.settle() is not None
-        moments = optimizer_state['optimizer']['state']
-        tensors = {f'model.{name}': parameter.detach() for name, parameter in model.named_parameters()}
-        tensors.update({f'optimizer.{index}.{name}': value for index, moment in moments.items()
-                        for name, value in moment.items() if value.dim()})
-        if not_finite := find_not_finite_anywhere(tensors, self.env):
-            raise RunError(f'{self.out_dir / STATE} was not written, as {not_finite} is not finite; go on from the state '
-                           f'before it with --init_from=resume and a lower --learning_rate')
-        scalars = {index: {name: value for name, value in moment.items() if not value.dim()}
-                   for index, moment in moments.items()}
-        rest = dict(rest, scaler=optimizer_state['scaler'], optimizer=dict(optimizer_state['optimizer'], state=scalars))
+        last_failed = self.settle() is not None
+        scalars, moments = split_moments(optimizer_state['optimizer']['state'])
+        tensors = {**name_weights(model), **moments}
+
+        not_finite = find_not_finite_anywhere(tensors, self.env)
+        if not_finite:
+            raise RunError(f'{self.out_dir / STATE} was not written, '
+                           f'as {not_finite} is not finite; '
+                           f'go on from the state before it with --init_from=resume '
+                           f'and a lower --learning_rate')
+
+        optimizer = dict(optimizer_state['optimizer'], state=scalars)
+        rest = dict(rest, scaler=optimizer_state['scaler'], optimizer=optimizer)
+
+        folder = self.begin_folder(rest)
+        writing = start_writing(tensors, folder, self.group)
+        self.pending = self.thread.submit(self.complete, writing, folder)
+        if last_failed:
+            self.wait()
+
+    def begin_folder(self, rest):
+        """The temporary folder, which rank 0 makes with run.pt in it."""
         folder = self.out_dir / f'{STATE}.tmp'
         if self.env.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             write(folder / REST, rest)
         self.env.barrier()
-        self.pending = self.thread.submit(self.complete, start_writing(tensors, folder, self.group), folder)
-        if failed:
-            self.wait()
+        return folder
 
-    def complete(self, writing, folder):
+    def complete(self, writing: Future, folder: Path) -> None:
         """Wait for every rank's file. Rank 0 then adds the checksums and renames the folder."""
         writing.result()
-        files = sorted(folder.glob(f'shard-{self.env.rank + 1:05d}-*.safetensors'))
-        checksums = [{path.name: checksum(path) for path in files}]
-        if self.group:
-            checksums *= self.env.world_size
-            dist.all_gather_object(checksums, checksums[0], group=self.group)
+        checksums = self.gather_checksums(folder)
         if not self.env.is_main:
             return
+
         with atomic_write(folder / CHECKSUMS) as file:
-            json.dump({name: value for part in checksums for name, value in part.items()}, file)
+            json.dump(checksums, file)
+
         # A crash on any line here leaves state/ or state.prev/ whole.
         if (self.out_dir / STATE).exists():
             shutil.rmtree(self.out_dir / PREVIOUS, ignore_errors=True)
@@ -83,68 +129,140 @@ class ShardedSaver:
         os.replace(folder, self.out_dir / STATE)
         sync_folder(self.out_dir)
 
-    def settle(self):
-        """Wait until the last save is on disk. Returns the error where it failed."""
-        pending, self.pending = self.pending, None
-        return pending and pending.exception()
+    def gather_checksums(self, folder):
+        """{name of a file: CRC-32} of all ranks' files. Each rank reads its own. A collective."""
+        own = folder.glob(f'shard-{self.env.rank + 1:05d}-*.safetensors')
+        parts = [{path.name: checksum(path) for path in sorted(own)}]
+        if self.group:
+            own_part = parts[0]
+            parts = [None] * self.env.world_size
+            dist.all_gather_object(parts, own_part, group=self.group)
 
-    def wait(self):
+        checksums = {}
+        for part in parts:
+            checksums.update(part)
+        return checksums
+
+    def settle(self) -> BaseException | None:
+        """Wait until the last save is on disk. Returns the error where it failed."""
+        if self.pending is None:
+            return None
+        pending = self.pending
+        self.pending = None
+        return pending.exception()
+
+    def wait(self) -> None:
         """Wait until the last save is on disk. RunError where it failed."""
         error = self.settle()
-        if error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-            kept = any((self.out_dir / name).exists() for name in (STATE, PREVIOUS))
-            raise RunError(f'{self.out_dir / STATE} could not be written ({line}); make room, and '
-                           + ('go on from the state before it with --init_from=auto' if kept else 'start again')) from None
+        if error is None:
+            return
+
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if any((self.out_dir / name).exists() for name in (STATE, PREVIOUS)):
+            advice = 'go on from the state before it with --init_from=auto'
+        else:
+            advice = 'start again'
+        raise RunError(f'{self.out_dir / STATE} could not be written ({lines[-1][:200]}); '
+                       f'make room, and {advice}') from None
 
 
-def start_writing(tensors, folder, group):
+def split_moments(state):
+    """An optimizer's state, {index: {name: tensor}}, as its scalars, which go to run.pt, and the
+    rest by their names in the files."""
+    scalars = {}
+    moments = {}
+    for index, values in state.items():
+        scalars[index] = {name: value for name, value in values.items() if not value.dim()}
+        for name, value in values.items():
+            if value.dim():
+                moments[f'optimizer.{index}.{name}'] = value
+    return scalars, moments
+
+
+def start_writing(tensors: dict[str, torch.Tensor], folder: Path,
+                  group: dist.ProcessGroup | None) -> Future:
     """Copy {name: tensor} to CPU memory, and return a future of their being written."""
     from torch.distributed.checkpoint import async_save  # an import of half a second
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     # PyTorch warns that only one process writes, in a thread that catch_warnings may not reach.
     warnings.filterwarnings('ignore', 'torch.distributed is disabled')
-    return async_save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                      process_group=group, no_dist=group is None)
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    return async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def find_not_finite_anywhere(tensors, env):
     """The name of a tensor of which any rank's part is not finite, or None. A collective."""
     parts = {name: distributed.local_part(tensor) for name, tensor in tensors.items()}
-    return next((name for name in env.all_gather(find_not_finite({'model': parts})) if name), None)
+    own = find_not_finite({'model': parts})
+    for name in env.all_gather(own):
+        if name:
+            return name
+    return None
 
 
 def checksum(path):
     """The CRC-32 of a file."""
     value = 0
     with open(path, 'rb') as file:
-        while block := file.read(1 << 24):
+        while block := file.read(BLOCK):
             value = zlib.crc32(block, value)
     return value
 
 
 # Loading
 
-def load_rest(folder):
-    """What a state folder holds beside its tensors, with `sharded`: the folder. UserError where any of its files
-    is damaged, tensors included."""
+def verify(folder: Path) -> None:
+    """UserError where a file of shards is missing, unknown, or not as it was written.
+
+    It reads every file whole, so one rank does it for all.
+    """
     try:
-        path = folder / CHECKSUMS
-        if not path.is_file() or path.stat().st_size > 1 << 24:
-            raise UserError(f'it has no {CHECKSUMS}')
-        checksums = json.loads(path.read_text(encoding='utf-8'))
-        names = sorted(file.name for file in folder.glob('*.safetensors'))
-        if not isinstance(checksums, dict) or sorted(checksums) != names:
+        checksums = read_checksums(folder)
+        names = sorted(path.name for path in folder.glob('*.safetensors'))
+        if sorted(checksums) != names:
             raise UserError(f'its files are not those that {CHECKSUMS} names')
-        for name in names:
-            if not (folder / name).is_file() or checksum(folder / name) != checksums[name]:
+
+        # In threads, as the files together can have terabytes. zlib lets the threads run at once.
+        with ThreadPoolExecutor() as threads:
+            found = list(threads.map(checksum_of_file, [folder / name for name in names]))
+        for name, value in zip(names, found):
+            if value != checksums[name]:
                 raise UserError(f'{name} fails its checksum')
-    except (OSError, ValueError, RecursionError) as error:          # UserError is a ValueError
+    except (OSError, ValueError, RecursionError) as error:      # UserError is a ValueError
         raise UserError(f'{folder} cannot be read: {error}') from None
-    rest = validate(dict(read(folder / REST), model={}), folder, ('optimizer', 'scaler'))
+
+
+def checksum_of_file(path):
+    """The CRC-32 of a file. UserError for anything else: reading a FIFO would wait without end."""
+    if not path.is_file():
+        raise UserError(f'{path.name} fails its checksum')
+    return checksum(path)
+
+
+def read_checksums(folder):
+    path = folder / CHECKSUMS
+    if not path.is_file() or path.stat().st_size > CHECKSUMS_LIMIT:
+        raise UserError(f'it has no {CHECKSUMS}')
+    checksums = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(checksums, dict):
+        raise UserError(f'its files are not those that {CHECKSUMS} names')
+    return checksums
+
+
+def load_rest(folder: Path) -> dict:
+    """What a state folder holds beside its tensors, with `sharded`: the folder.
+
+    Raises UserError where run.pt is damaged. The tensors' files are for `verify`.
+    """
+    payload = read(folder / REST)
+    # The checks of a checkpoint want weights, which are elsewhere.
+    rest = validate(dict(payload, model={}), folder, ('optimizer', 'scaler'))
     del rest['model']
-    moments = rest['optimizer'].get('state')
-    if not isinstance(moments, dict) or not all(isinstance(moment, dict) for moment in moments.values()):
+
+    state = rest['optimizer'].get('state')
+    if not isinstance(state, dict) or not all(isinstance(v, dict) for v in state.values()):
         raise UserError(f'{folder / REST} cannot be used: its optimizer is of another form')
     return dict(rest, sharded=str(folder))
 
@@ -154,65 +272,107 @@ def read_sizes(folder):
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        sizes = {name: tuple(found.size) for name, found in reader.read_metadata().state_dict_metadata.items()}
+        metadata = reader.read_metadata().state_dict_metadata
+        sizes = {name: tuple(found.size) for name, found in metadata.items()}
         stored = sum(path.stat().st_size for path in Path(folder).glob('*.safetensors'))
         if sum(math.prod(size) for size in sizes.values()) > stored:
             raise UserError('its tensors are larger than its files')
         return reader, sizes
-    except Exception as error:                              # a hostile header can raise anything
-        raise UserError(f'{folder} cannot be read: {" ".join(str(error).split())[:200]}') from None
+    except Exception as error:                      # a hostile header can raise anything
+        text = ' '.join(str(error).split())
+        raise UserError(f'{folder} cannot be read: {text[:200]}') from None
 
 
-def load_tensors(tensors, reader, alone):
+def read_tensors(tensors, reader, alone):
     """Read {name: tensor} in place. A collective, unless `alone`."""
     from torch.distributed.checkpoint import load
-    with warnings.catch_warnings(action='ignore'):          # PyTorch warns that only one process reads
+    with warnings.catch_warnings(action='ignore'):  # PyTorch warns that only one process reads
         load(tensors, storage_reader=reader, no_dist=alone)
 
 
-def load(saved, model, optimizer, env):
-    """Read the weights into `model`, and return `saved` with the moments for optim.load_state_dict, sharded as the
-    parameters are. A collective. UserError where the shapes or the optimizers differ, and for what is not finite."""
-    reader, sizes = read_sizes(saved['sharded'])
-    tensors = {f'model.{name}': parameter.detach() for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    moments = {}
-    for name in sizes:
-        kind, _, rest = name.partition('.')
-        index, _, moment = rest.partition('.')
-        if kind == 'optimizer' and index.isdecimal() and int(index) < len(parameters):
-            tensors[name] = moments.setdefault(int(index), {})[moment] = torch.zeros_like(parameters[int(index)].detach())
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    different = {name for name in expected.keys() | sizes.keys() if expected.get(name) != sizes.get(name)}
-    if different:
-        advice = ('the model has another shape; block_size cannot change with --checkpoint=sharded'
-                  if any(name.startswith('model.') for name in different) else 'the run had another --optimizer')
-        raise UserError(f'{saved["sharded"]} cannot be used: {advice}')
-    load_tensors(tensors, reader, alone=not dist.is_initialized())
-    if not_finite := find_not_finite_anywhere(tensors, env):
-        raise UserError(f'{saved["sharded"]} cannot be used: {not_finite} is not finite; move it away, and {PREVIOUS} is read')
+def load(saved: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+         env: distributed.Environment) -> dict:
+    """Read the weights into `model`. A collective.
+
+    Returns `saved` with the moments for optim.load_state_dict, sharded as the parameters are.
+    Raises UserError where the shapes or the optimizers differ, and for what is not finite.
+    """
+    folder = saved['sharded']
+    reader, sizes = read_sizes(folder)
+
+    # Tensors of this model and its optimizer, to be read in place.
+    moments = allocate_moments(sizes, optimizer)
+    tensors = name_weights(model)
+    for index, values in moments.items():
+        tensors.update({f'optimizer.{index}.{name}': value for name, value in values.items()})
+
+    check_sizes(tensors, sizes, folder)
+    read_tensors(tensors, reader, alone=not dist.is_initialized())
+
+    not_finite = find_not_finite_anywhere(tensors, env)
+    if not_finite:
+        raise UserError(f'{folder} cannot be used: {not_finite} is not finite; '
+                        f'move it away, and {PREVIOUS} is read')
     return with_moments(saved, moments)
 
 
+def allocate_moments(sizes, optimizer):
+    """{index: {name: zeros}} for the moments that the files have, as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    moments = {}
+    for name in sizes:
+        parts = parse_name(name)
+        if parts.index is not None and parts.index < len(parameters):
+            zeros = torch.zeros_like(parameters[parts.index].detach())
+            moments.setdefault(parts.index, {})[parts.moment] = zeros
+    return moments
+
+
+def check_sizes(tensors, sizes, folder):
+    """UserError unless the files have the tensors that are to be read, of the same shapes, and no
+    others."""
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    different = [name for name in expected.keys() | sizes.keys()
+                 if expected.get(name) != sizes.get(name)]
+
+    if any(name.startswith('model.') for name in different):
+        raise UserError(f'{folder} cannot be used: the model has another shape; '
+                        f'block_size cannot change with --checkpoint=sharded')
+    if different:
+        raise UserError(f'{folder} cannot be used: the run had another --optimizer')
+
+
 def with_moments(saved, moments):
-    """`saved` with the tensors `moments`, {index: {name: tensor}}, added to its optimizer's state."""
-    state = {index: {**scalars, **moments.get(index, {})} for index, scalars in saved['optimizer']['state'].items()}
+    """`saved` with `moments`, {index: {name: tensor}}, added to its optimizer's state."""
+    state = {index: {**scalars, **moments.get(index, {})}
+             for index, scalars in saved['optimizer']['state'].items()}
     return dict(saved, optimizer=dict(saved['optimizer'], state=state))
 
 
-def load_whole(saved, moments_too=False):
-    """`saved` with `model`: all weights whole, in this process's memory, as a ckpt.pt has them; with moments_too also
-    those of the optimizer, as a state.pt has them."""
+def load_whole(saved: dict, moments_too: bool = False) -> dict:
+    """`saved` with `model`: all weights whole, in this process's memory, as a ckpt.pt has them.
+
+    moments_too: read those of the optimizer as well, as a state.pt has them.
+    Raises UserError for what is not finite.
+    """
     reader, sizes = read_sizes(saved['sharded'])
-    tensors = {name: torch.empty(size) for name, size in sizes.items() if moments_too or name.startswith('model.')}
-    load_tensors(tensors, reader, alone=True)
-    weights, moments = {}, {}
+    tensors = {name: torch.empty(size) for name, size in sizes.items()
+               if moments_too or parse_name(name).weight is not None}
+    read_tensors(tensors, reader, alone=True)
+
+    weights = {}
+    moments = {}
     for name, tensor in tensors.items():
-        kind, _, rest = name.partition('.')
-        index, _, moment = rest.partition('.')
-        if kind == 'model':
-            weights[rest] = tensor
-        elif index.isdecimal():
-            moments.setdefault(int(index), {})[moment] = tensor
-    weights.setdefault('lm_head.weight', weights.get('transformer.wte.weight'))    # tied: saved once
-    return validate(dict(with_moments(saved, moments), model=weights), saved['sharded'])
+        parts = parse_name(name)
+        if parts.weight is not None:
+            weights[parts.weight] = tensor
+        elif parts.index is not None:
+            moments.setdefault(parts.index, {})[parts.moment] = tensor
+
+    if 'lm_head.weight' not in weights and 'transformer.wte.weight' in weights:
+        weights['lm_head.weight'] = weights['transformer.wte.weight']   # tied: saved once
+
+    whole = dict(with_moments(saved, moments), model=weights)
+    check_finite(whole, saved['sharded'])
+    del whole['sharded']                            # its tensors are here now
+    return whole

@@ -1,7 +1,8 @@
-"""A model and its tokenizer as a Hugging Face folder: weights, configurations, tokenizer, model card."""
+"""A model as a Hugging Face folder: weights, configurations, tokenizer, model card."""
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ pipeline_tag: text-generation
 ---
 # {title}
 
-{parameters:,} parameters, {architecture}, weights in {dtype}; {tokens:,} tokens ({tokenizer}). Trained for {iterations:,}
-iterations{dataset}.
+{parameters:,} parameters, {architecture}, weights in {dtype}; {tokens:,} tokens ({tokenizer}).
+Trained for {iterations:,} iterations{dataset}.
 
 | loss, nats per token | train | validation |
 |----------------------|------:|-----------:|
@@ -36,78 +37,147 @@ print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['genera
 '''
 
 
-def write(folder, config, weights, saved, spec, dtype='float32', trim_vocab=False, losses=()):
-    """Write a GPT of `config`, a GPTConfig, with `weights` to a new folder. Returns notes to show the user, a list of lines.
+@dataclass
+class TrainedModel:
+    """What is exported.
 
-    saved: the checkpoint, for the model card. spec: its tokenizer. dtype: of the weights. trim_vocab: drop the rows of ids
-    that the tokenizer lacks. losses: (iteration, train loss, val loss) of the run's evaluations, for the model card.
+    config: the GPTConfig of the model.
+    weights: the state_dict of the GPT.
+    saved: the checkpoint that they come from, for the model card.
+    spec: the spec of the tokenizer.
+    losses: (iteration, train loss, val loss) of each evaluation of the run, for the model card.
+    """
+    config: object
+    weights: dict[str, torch.Tensor]
+    saved: dict
+    spec: dict
+    losses: list[tuple[int, float, float]]
+
+
+def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
+          trim_vocab: bool = False) -> list[str]:
+    """Write a model to a new folder. Returns notes to show the user, a list of lines.
+
+    dtype: the type of the weights.
+    trim_vocab: drop the rows of ids that the tokenizer lacks.
     Raises UserError where transformers has no such model.
     """
     folder = Path(folder)
-    tokenizer, files, notes = Tokenizer(spec), tokenizer_files(spec), []
-    padding = range(tokenizer.vocab_size, config.vocab_size)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; '
-                        f'prepare the dataset that the model was trained on in data/ first')
-    if padding and trim_vocab:
-        # The head and the embedding have a row per token; a head that is tied is the embedding.
-        weights = {name: value[:tokenizer.vocab_size] if name in ('transformer.wte.weight', 'lm_head.weight') else value
-                   for name, value in weights.items()}
-        config, padding = dataclasses.replace(config, vocab_size=tokenizer.vocab_size), range(0)
-    model = to_transformers(config, weights).to(getattr(torch, dtype))
+    tokenizer = Tokenizer(trained.spec)
+    files = tokenizer_files(trained.spec)
+    padding = padding_ids(trained.config, tokenizer)
+    if trim_vocab and padding:
+        trained = trim(trained, tokenizer.vocab_size)
+        padding = range(0)
+
+    # the model, with what generation needs to know
+    model = to_transformers(trained.config, trained.weights).to(getattr(torch, dtype))
     for settings in (model.config, model.generation_config):
-        settings.bos_token_id = settings.eos_token_id = tokenizer.end_of_text
-    # The padding's logits were never trained.
-    model.generation_config.suppress_tokens = list(padding) or None
+        settings.bos_token_id = tokenizer.end_of_text
+        settings.eos_token_id = tokenizer.end_of_text
+    if padding:                                     # whose logits were never trained
+        model.generation_config.suppress_tokens = list(padding)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     complete_config(folder / 'config.json')
-    files['tokenizer_config.json'] = json.dumps(
-        dict(read_tokenizer_config(files['tokenizer_config.json']), model_max_length=config.block_size), indent=2)
-    files['README.md'] = model_card(model, saved, spec, dtype, losses)
+
+    # the tokenizer and the card
+    tokenizer_config = read_tokenizer_config(files['tokenizer_config.json'])
+    tokenizer_config['model_max_length'] = trained.config.block_size
+    files['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=2)
+    files['README.md'] = model_card(model, trained.saved, trained.spec, dtype, trained.losses)
     for name, text in files.items():
         (folder / name).write_text(text, encoding='utf-8', newline='\n')
+
+    return export_notes(model, padding)
+
+
+def padding_ids(config, tokenizer):
+    """The ids that the tokenizer lacks. UserError where the model lacks ids of the tokenizer."""
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model '
+                        f'{config.vocab_size}; prepare the dataset that the model was trained on '
+                        f'in data/ first')
+    return range(tokenizer.vocab_size, config.vocab_size)
+
+
+def trim(trained, vocab_size):
+    """The model without the rows of the ids from vocab_size on."""
+    # The head and the embedding have a row per token; a head that is tied is the embedding.
+    weights = dict(trained.weights)
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        weights[name] = weights[name][:vocab_size]
+
+    config = dataclasses.replace(trained.config, vocab_size=vocab_size)
+    return dataclasses.replace(trained, config=config, weights=weights)
+
+
+def export_notes(model, padding):
+    """Lines on what may surprise. padding: the ids that the tokenizer lacks."""
+    notes = []
     if getattr(model.config, 'activation_function', None) == 'gelu':
-        notes.append("the model has the exact GELU, which config.json names; llama.cpp computes GPT-2 with the tanh "
-                     "approximation, so its numbers differ slightly")
+        notes.append('the model has the exact GELU, which config.json names; llama.cpp computes '
+                     'GPT-2 with the tanh approximation, so its numbers differ slightly')
     if padding:
-        notes.append(f'{len(padding)} of {config.vocab_size:,} ids are padding that the tokenizer lacks; '
-                     f'--trim_vocab=True leaves them out')
+        notes.append(f'{len(padding)} of {model.config.vocab_size:,} ids are padding that the '
+                     f'tokenizer lacks; --trim_vocab=True leaves them out')
     return notes
 
 
-def read_tokenizer_config(text):
-    """The dict of a tokenizer_config.json, which may come from a checkpoint of anybody, without names of code."""
+def read_tokenizer_config(text: str) -> dict:
+    """A tokenizer_config.json without names of code: it may come from a checkpoint of anybody."""
     try:
         return {key: value for key, value in json.loads(text).items() if key != 'auto_map'}
     except (ValueError, AttributeError, RecursionError):
-        raise UserError("the checkpoint's tokenizer_config is not a JSON object; prepare its dataset again") from None
+        raise UserError("the checkpoint's tokenizer_config is not a JSON object; "
+                        'prepare its dataset again') from None
 
 
 def complete_config(path):
-    """Add to a GPT-2's config.json what readers of older formats expect: llama.cpp's converter reads n_ctx."""
+    """Add to config.json what readers of older formats expect, such as n_ctx for llama.cpp."""
     settings = json.loads(path.read_text(encoding='utf-8'))
     settings['torch_dtype'] = settings.get('dtype')
     if settings['model_type'] == 'gpt2':
-        settings.update(n_ctx=settings['n_positions'], n_inner=settings['n_inner'] or 4 * settings['n_embd'])
+        settings['n_ctx'] = settings['n_positions']
+        settings['n_inner'] = settings['n_inner'] or 4 * settings['n_embd']
     path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 
-def model_card(model, saved, spec, dtype, losses=()):
-    """The text of README.md: what was trained, on what, how long, with which settings."""
-    settings = {name: value for name, value in (saved.get('config') or {}).items() if type(value) in (str, int, float, bool)}
-    dataset = settings.get('dataset')
-    rows = [f'| {name} | {cell(value)} |' for name, value in settings.items()]
-    losses = [f'| iteration {iteration:,} | {train:.4f} | {val:.4f} |' for iteration, train, val in losses
-              if iteration <= saved['iter_num']]
+def model_card(model, saved: dict, spec: dict, dtype: str, losses=()) -> str:
+    """The text of README.md: what was trained, on what, how long, with which settings.
+
+    model: a model of transformers. The rest is as in TrainedModel.
+    """
+    settings = {name: value for name, value in (saved.get('config') or {}).items()
+                if type(value) in (str, int, float, bool)}
+    dataset = ''
+    if settings.get('dataset'):
+        dataset = f' on the dataset {cell(settings["dataset"])}'
+
     return CARD.format(
-        title=cell(settings.get('out_dir', 'GPT')), parameters=model.num_parameters(), dtype=dtype,
-        architecture=type(model).__name__, tokens=spec['vocab_size'],
-        tokenizer=cell(spec.get('tokenizer_name', spec['tokenizer'])), iterations=saved['iter_num'],
-        dataset=f' on the dataset {cell(dataset)}' if dataset else '',
-        losses='\n'.join([*losses[-1:], f'| best evaluation | | {saved["best_val_loss"]:.4f} |']), settings='\n'.join(rows))
+        title=cell(settings.get('out_dir', 'GPT')),
+        parameters=model.num_parameters(),
+        architecture=type(model).__name__,
+        dtype=dtype,
+        tokens=spec['vocab_size'],
+        tokenizer=cell(spec.get('tokenizer_name', spec['tokenizer'])),
+        iterations=saved['iter_num'],
+        dataset=dataset,
+        losses='\n'.join(loss_rows(saved, losses)),
+        settings='\n'.join(f'| {name} | {cell(value)} |' for name, value in settings.items()),
+    )
+
+
+def loss_rows(saved, losses):
+    """Rows of a table: the last evaluation up to the checkpoint, and the best one."""
+    rows = [f'| iteration {iteration:,} | {train:.4f} | {val:.4f} |'
+            for iteration, train, val in losses if iteration <= saved['iter_num']]
+    best = f'| best evaluation | | {saved["best_val_loss"]:.4f} |'
+    return [*rows[-1:], best]
 
 
 def cell(value):
     """`value` on one line, short, without what Markdown gives a meaning."""
     text = ' '.join(str(value).split())[:100]
-    return ''.join(f'\\{letter}' if letter in '\\`*_[]<>|#' else letter for letter in text) or "''"
+    for letter in '\\`*_[]<>|#':                    # the backslash first, as the others get one
+        text = text.replace(letter, f'\\{letter}')
+    return text or "''"

@@ -5,6 +5,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -271,9 +272,11 @@ class Run:
         optimizer_state = parallel.gather(optimizer_state)
         if not env.is_main:
             return
+        folder = Path(self.out_dir)
         if model_too:
-            gathered.save_model(self.out_dir, model, **rest)
-        gathered.save_state(self.out_dir, model, **rest, **optimizer_state)
+            gathered.write(folder / gathered.MODEL, {**model, **rest})
+        gathered.write(folder / gathered.STATE, {**model, **rest, **optimizer_state},
+                       keep_as=gathered.PREVIOUS)
 
     def wait_for_save(self):
         """Wait until the last save is on disk. RunError where it failed."""

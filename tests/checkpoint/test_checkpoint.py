@@ -1,15 +1,21 @@
-"""The files of a run, from and to nanoGPT's tools. Faults while they are written are in test_faults.py."""
+"""The files of a run, from and to nanoGPT's tools.
+
+Faults while they are written are in test_faults.py.
+"""
 
 import itertools
 import os
 import pickle
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.checkpoint import gathered, run_folder
+from engine.checkpoint import sharded as sharded_checkpoint
+from engine.distributed import Environment
 from engine.errors import RunError, UserError
 from engine.training import optim
 from model import GPT, GPTConfig
@@ -39,16 +45,29 @@ def train(model, optimizer, steps):
 
 
 def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def scaler():
     return torch.amp.GradScaler('cpu', enabled=False)
 
 
+def save_model(folder, model, iter_num=7, **rest):
+    contents = dict(model.to_checkpoint(), iter_num=iter_num, best_val_loss=1.5, **rest)
+    gathered.write(folder / gathered.MODEL, contents)
+
+
 def save_state(folder, model, optimizer, iter_num=3):
-    gathered.save_state(folder, model.to_checkpoint(), **optim.state_dict(optimizer, scaler()), iter_num=iter_num,
-                          best_val_loss=2.5, fingerprint='f', config={'dataset': 'toy'})
+    contents = dict(
+        model.to_checkpoint(),
+        **optim.state_dict(optimizer, scaler()),
+        iter_num=iter_num,
+        best_val_loss=2.5,
+        fingerprint='f',
+        config={'dataset': 'toy'},
+    )
+    gathered.write(folder / gathered.STATE, contents, keep_as=gathered.PREVIOUS)
 
 
 # What comes back
@@ -57,12 +76,18 @@ def test_a_restored_run_goes_on_as_an_uninterrupted_one(tmp_path):
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
     train(model, optimizer, 4)
+
     saved, notes = run_folder.load_state(tmp_path)
-    assert (saved['iter_num'], saved['best_val_loss'], saved['fingerprint'], notes) == (3, 2.5, 'f', [])
+    assert saved['iter_num'] == 3
+    assert saved['best_val_loss'] == 2.5
+    assert saved['fingerprint'] == 'f'
+    assert notes == []
+
     restored = GPT.from_checkpoint(saved)
     optimizer = new_optimizer(restored)
     optim.load_state_dict(optimizer, scaler(), saved)
     train(restored, optimizer, 4)
+
     assert same_weights(model, restored)
 
 
@@ -77,7 +102,7 @@ def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
 
 def test_ckpt_has_nanogpts_keys_and_nothing_else_in_model_args(tmp_path):
     model, _ = trained_gpt(steps=0)
-    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5, config={}, tokenizer={})
+    save_model(tmp_path, model, config={}, tokenizer={})
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     assert {'model', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= saved.keys()
     assert saved['model_args'] == dict(SHAPE, dropout=0.0, bias=True)
@@ -85,22 +110,30 @@ def test_ckpt_has_nanogpts_keys_and_nothing_else_in_model_args(tmp_path):
 
 
 def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
-    """As its tools write it: compiled names, attention masks, a tensor for the loss, an unfused AdamW."""
+    """As its tools write it: compiled names, attention masks, the loss as a tensor, plain AdamW."""
     model, _ = trained_gpt(0, bias=False)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': rest, 'weight_decay': 0.0}],
-                                  lr=1e-2, betas=(0.9, 0.95))
+    groups = [{'params': decay, 'weight_decay': 0.1}, {'params': rest, 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     train(model, optimizer, 3)
     weights = {f'_orig_mod.{name}': value for name, value in model.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
-    torch.save(dict(model=weights, optimizer=optimizer.state_dict(), iter_num=3, best_val_loss=torch.tensor(2.5),
-                    model_args=dict(SHAPE, dropout=0.0, bias=False),
-                    config=dict(dataset='shakespeare_char', batch_size=12)), tmp_path / 'ckpt.pt')
+    contents = dict(
+        model=weights,
+        optimizer=optimizer.state_dict(),
+        iter_num=3,
+        best_val_loss=torch.tensor(2.5),
+        model_args=dict(SHAPE, dropout=0.0, bias=False),
+        config=dict(dataset='shakespeare_char', batch_size=12),
+    )
+    torch.save(contents, tmp_path / 'ckpt.pt')
+
     saved, notes = run_folder.load_state(tmp_path)
     assert 'with the optimizer inside' in notes[0] and saved['best_val_loss'] == 2.5
     restored = GPT.from_checkpoint(saved)
     assert restored.config.activation == 'gelu'
+
     fused = new_optimizer(restored)
     optim.load_state_dict(fused, scaler(), saved)
     train(model, optimizer, 5)
@@ -111,14 +144,14 @@ def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
 
 def test_a_model_alone_resumes_without_an_optimizer(tmp_path):
     model, _ = trained_gpt()
-    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5)
+    save_model(tmp_path, model)
     saved, notes = run_folder.load_state(tmp_path)
     assert saved['iter_num'] == 7 and 'without optimizer state, which starts afresh' in notes[0]
 
 
 def test_the_activation_of_gpt2_survives(tmp_path):
     model, _ = trained_gpt(activation='gelu_tanh')
-    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=7, best_val_loss=1.5)
+    save_model(tmp_path, model)
     restored = GPT.from_checkpoint(tmp_path)
     assert restored.config == model.config and same_weights(model, restored)
 
@@ -127,7 +160,8 @@ def test_the_newest_model_of_a_run_that_was_stopped_early_is_its_state(tmp_path)
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
     assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
-    gathered.save_model(tmp_path, trained_gpt(5)[0].to_checkpoint(), iter_num=5, best_val_loss=1.5)
+    newer, _ = trained_gpt(5)
+    save_model(tmp_path, newer, iter_num=5)
     assert run_folder.load_newest_model(tmp_path)['iter_num'] == 5
 
 
@@ -137,8 +171,10 @@ def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(
         save_state(tmp_path, model, optimizer, iter_num)
     cut = (tmp_path / 'state.pt').read_bytes()[:5000]
     (tmp_path / 'state.pt').write_bytes(cut)
+
     saved, notes = run_folder.load_state(tmp_path)
     assert saved['iter_num'] == 5 and len(notes) == 1 and str(tmp_path / 'state.pt') in notes[0]
+
     run_folder.clean_out_dir(tmp_path, saved)
     save_state(tmp_path, model, optimizer, 15)
     assert run_folder.load_state(tmp_path)[0]['iter_num'] == 15
@@ -154,28 +190,41 @@ def test_a_new_run_removes_the_files_of_the_one_that_it_replaces(tmp_path):
 
 
 def test_power_loss_at_any_point_of_a_save(tmp_path, monkeypatch):
-    """After a loss of power, only what was synced is sure to be on disk. Of the renames since then, any
-    number may have reached it, in their order. Each such folder loads as the state before or the new one."""
+    """After a loss of power, only what was synced is sure to be on disk. Of the renames since then,
+    any number may have reached it, in their order. Each such folder loads as the state before or
+    the new one."""
     model, optimizer = trained_gpt()
     for iter_num in (5, 10):
         save_state(tmp_path, model, optimizer, iter_num)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    renames, replace = [], os.replace
-    monkeypatch.setattr(os, 'replace', lambda a, b: (renames.append((Path(a).name, Path(b).name)), replace(a, b)))
+
+    renames = []
+    replace = os.replace
+
+    def noted_replace(old, new):
+        renames.append((Path(old).name, Path(new).name))
+        replace(old, new)
+    monkeypatch.setattr(os, 'replace', noted_replace)
     save_state(tmp_path, model, optimizer, 15)
     new = (tmp_path / 'state.pt').read_bytes()
     assert renames == [('state.pt', 'state.prev.pt'), ('state.pt.tmp', 'state.pt')]
-    for done, length in itertools.product(range(len(renames) + 1), (0, len(new) // 2, len(new))):
+
+    lengths = (0, len(new) // 2, len(new))
+    for done, length in itertools.product(range(len(renames) + 1), lengths):
         if done and length < len(new):
-            continue                                    # the file was synced before the first rename
+            continue                            # the file was synced before the first rename
+
         disk = dict(before, **{'state.pt.tmp': new[:length]})
         for old, name in renames[:done]:
             disk[name] = disk.pop(old)
+
         for path in tmp_path.iterdir():
             path.unlink()
         for name, data in disk.items():
             (tmp_path / name).write_bytes(data)
-        assert run_folder.load_state(tmp_path)[0]['iter_num'] == (15 if done == 2 else 10)
+
+        state, _ = run_folder.load_state(tmp_path)
+        assert state['iter_num'] == (15 if done == 2 else 10)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -183,16 +232,19 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
     before = (tmp_path / 'state.pt').read_bytes()
+
     moment = optimizer.state[model.transformer.wpe.weight]['exp_avg_sq']
     moment[0, 0] = value
     with pytest.raises(RunError, match='optimizer state 1 exp_avg_sq is not finite'):
         save_state(tmp_path, model, optimizer)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('state.pt', before)]
+
     moment[0, 0] = 0
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = value
     torch.save(dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5), tmp_path / 'ckpt.pt')
-    with pytest.raises(UserError, match='ckpt.pt cannot be used: model transformer.ln_f.weight is not finite'):
+    words = 'ckpt.pt cannot be used: model transformer.ln_f.weight is not finite'
+    with pytest.raises(UserError, match=words):
         gathered.load_model(tmp_path)
 
 
@@ -232,7 +284,10 @@ def replaced_by(content):
     def spoil(folder):
         for name in FILES:
             path = folder / name
-            path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+            if callable(content):
+                path.write_bytes(content(path.read_bytes()))
+            else:
+                path.write_bytes(content)
     return spoil
 
 
@@ -241,7 +296,9 @@ def changed(change):
     def spoil(folder):
         payload = torch.load(folder / 'state.pt', weights_only=True)
         result = change(payload)
-        torch.save(payload if result is None else result, folder / 'state.pt')
+        if result is None:                              # changed in place
+            result = payload
+        torch.save(result, folder / 'state.pt')
         replaced_by((folder / 'state.pt').read_bytes())(folder)
     return spoil
 
@@ -272,11 +329,13 @@ def flipped_bit(folder):
 
 
 def compressed(folder):
-    """One entry is compressed, which PyTorch never does: an archive of some kB can unpack to GiB."""
+    """One entry is compressed, which PyTorch never does: a few kB can unpack to GiB."""
     with zipfile.ZipFile(folder / 'new', 'w') as archive:
         with zipfile.ZipFile(folder / 'state.pt') as old:
             for entry in old.infolist():
-                kind = zipfile.ZIP_DEFLATED if entry.filename.endswith('data.pkl') else zipfile.ZIP_STORED
+                kind = zipfile.ZIP_STORED
+                if entry.filename.endswith('data.pkl'):
+                    kind = zipfile.ZIP_DEFLATED
                 archive.writestr(entry.filename, old.read(entry), kind)
     replaced_by((folder / 'new').read_bytes())(folder)
 
@@ -321,7 +380,8 @@ DAMAGED = {
                                   'its tensors are larger than the file'),
     'shape': (with_weight(torch.zeros(5, 5)),
               r'weight transformer.wte.weight: \(5, 5\) in the file, \(17, 32\) in the model'),
-    'meta tensor': (with_weight(torch.empty(17, 32, device='meta')), 'a type that no checkpoint needs'),
+    'meta tensor': (with_weight(torch.empty(17, 32, device='meta')),
+                    'a type that no checkpoint needs'),
     'sparse tensor': (with_weight(torch.eye(3).to_sparse()), 'a type that no checkpoint needs'),
     'compressed': (compressed, 'its contents are larger than the file'),
     'forged size': (forged_size, 'its contents are larger than the file'),
@@ -335,8 +395,14 @@ def test_a_damaged_file_is_refused_and_never_executed(out_dir, load, damage):
     spoil, words = DAMAGED[damage]
     spoil(out_dir)
     with pytest.raises(UserError, match=words) as refused:
-        GPT.from_checkpoint(run_folder.load_state(out_dir)[0] if load == 'train' else run_folder.load_newest_model(out_dir))
-    assert str(out_dir / ('state.pt' if load == 'train' else 'ckpt.pt')) in str(refused.value)
+        if load == 'train':
+            saved, _ = run_folder.load_state(out_dir)
+        else:
+            saved = run_folder.load_newest_model(out_dir)
+        GPT.from_checkpoint(saved)
+
+    file = {'train': 'state.pt', 'sample': 'ckpt.pt'}[load]
+    assert str(out_dir / file) in str(refused.value)
     assert not (out_dir / 'ran').exists()
 
 
@@ -356,11 +422,14 @@ def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_pa
     """Only a state folder is read as one, and only a damaged state is moved away."""
     for name in ('ckpt.pt', 'state.pt'):
         content = torch.load(out_dir / name, weights_only=True)
-        torch.save(dict(content, sharded=str(tmp_path / 'elsewhere'), damaged='ckpt.pt'), out_dir / name)
+        content.update(sharded=str(tmp_path / 'elsewhere'), damaged='ckpt.pt')
+        torch.save(content, out_dir / name)
+
     state, notes = run_folder.load_state(out_dir)
     assert 'sharded' not in state and state['damaged'] is None and not notes
     model = run_folder.load_newest_model(out_dir)
     assert 'sharded' not in model and 'damaged' not in model
+
     for name in ('state.pt', 'state.prev.pt'):
         (out_dir / name).unlink(missing_ok=True)
     state, _ = run_folder.load_state(out_dir)           # of ckpt.pt alone
@@ -375,13 +444,16 @@ def test_a_damaged_model_names_the_state_that_is_read_without_it(tmp_path, kept)
     save_state(tmp_path, model, optimizer)
     os.replace(tmp_path / 'state.pt', tmp_path / (kept or 'elsewhere.pt'))
     (tmp_path / 'ckpt.pt').write_bytes(b'damaged')
+
     with pytest.raises(UserError, match='ckpt.pt cannot be read') as refused:
         run_folder.load_newest_model(tmp_path)
     assert ('move it away' in str(refused.value)) == bool(kept)
+
     if kept:
         assert str(refused.value).endswith(f'; move it away, and {kept} is read')
         (tmp_path / 'ckpt.pt').unlink()
-        assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
+        saved = run_folder.load_newest_model(tmp_path)
+        assert same_weights(model, GPT.from_checkpoint(saved))
 
 
 def test_no_run_is_told_from_a_damaged_one(tmp_path):
@@ -389,9 +461,71 @@ def test_no_run_is_told_from_a_damaged_one(tmp_path):
         run_folder.load_state(tmp_path)
     with pytest.raises(UserError, match='ckpt.pt does not exist; train first'):
         run_folder.load_newest_model(tmp_path)
+
     (tmp_path / 'state.prev.pt').write_bytes(b'')
-    with pytest.raises(UserError, match=r'no state to resume: .*state.pt is missing; .*state.prev.pt cannot be read'):
+    words = r'no state to resume: .*state.pt is missing; .*state.prev.pt cannot be read'
+    with pytest.raises(UserError, match=words):
         run_folder.load_state(tmp_path)
+
+
+# Several ranks
+
+class OtherRank:
+    """A rank that learns what rank 0 chose: (path of the state or None, notes)."""
+    is_main = False
+
+    def __init__(self, path, notes):
+        self.choice = (path and str(path), notes)
+
+    def all_gather(self, value):
+        return [self.choice, value]
+
+    def raise_on_all_ranks(self):
+        return nullcontext()
+
+
+def test_every_rank_reads_the_state_that_rank_0_chose(tmp_path):
+    """Even where it would have chosen another one itself."""
+    model, optimizer = trained_gpt()
+    for iter_num in (5, 10):
+        save_state(tmp_path, model, optimizer, iter_num)
+    save_model(tmp_path, model, iter_num=7)
+
+    for name, iter_num in (('state.pt', 10), ('state.prev.pt', 5), ('ckpt.pt', 7)):
+        rank = OtherRank(tmp_path / name, ['a note'])
+        opened = run_folder.open_run(tmp_path, 'resume', False, False, rank)
+        assert opened.state['iter_num'] == iter_num
+        assert opened.notes == ['a note'] and opened.lock is None
+
+    rank = OtherRank(None, [])
+    assert run_folder.open_run(tmp_path, 'scratch', True, False, rank).state is None
+    (tmp_path / 'state.pt').unlink()
+    with pytest.raises(UserError, match='state.pt cannot be read: it does not exist'):
+        run_folder.open_run(tmp_path, 'auto', False, False, OtherRank(tmp_path / 'state.pt', []))
+
+
+def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
+    model, optimizer = trained_gpt()
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, 'one rank')
+    saver = sharded_checkpoint.ShardedSaver(tmp_path, env)
+    rest = dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5)
+    del rest['model']
+    saver.save(model, optim.state_dict(optimizer, scaler()), rest)
+    saver.wait()
+
+    verified = []
+    checksum = sharded_checkpoint.checksum
+
+    def noted_checksum(path):
+        verified.append(path.name)
+        return checksum(path)
+    monkeypatch.setattr(sharded_checkpoint, 'checksum', noted_checksum)
+    opened = run_folder.open_run(tmp_path, 'resume', False, True, env)
+    assert len(verified) == 1
+    other = run_folder.open_run(tmp_path, 'resume', False, True, OtherRank(tmp_path / 'state', []))
+    assert len(verified) == 1
+    assert other.state['sharded'] == opened.state['sharded'] == str(tmp_path / 'state')
+    assert other.state['iter_num'] == 3
 
 
 # The lock

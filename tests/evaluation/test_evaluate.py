@@ -21,8 +21,8 @@ def scored(workspace):
     """The workspace with a checkpoint in out-scored and tasks in tasks/."""
     out_dir = workspace.folder / 'out-scored'
     out_dir.mkdir()
-    gathered.save_model(out_dir, make_model().to_checkpoint(), iter_num=7, best_val_loss=1.0,
-                        config={}, tokenizer=SPEC)
+    gathered.write(out_dir / gathered.MODEL, dict(
+        make_model().to_checkpoint(), iter_num=7, best_val_loss=1.0, config={}, tokenizer=SPEC))
     write_tasks(workspace.folder / 'tasks')
     return workspace
 

@@ -75,8 +75,9 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(workspace, tmp_path):
     model = GPT(GPTConfig(32, 10, 1, 2, 32))
     with torch.no_grad():
         model.lm_head.weight[3:] *= 50
-    gathered.save_model(tmp_path, model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={},
-                          tokenizer=dict(tokenizer='char', vocab_size=3, chars='abc'))
+    gathered.write(tmp_path / gathered.MODEL,
+                   dict(model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={},
+                        tokenizer=dict(tokenizer='char', vocab_size=3, chars='abc')))
     text = run(workspace, f'--out_dir={tmp_path}', '--start=a', '--num_samples=1', '--temperature=3')[0]
     assert set(text) <= set('abc') and len(text) == 41
 
