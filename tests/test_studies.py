@@ -90,7 +90,8 @@ def test_the_stream_is_measured_before_and_after_each_block(initialisation):
     assert initialisation.stream_variances(model, idx) == pytest.approx(expected)
 
 
-def test_a_finished_run_of_the_study_is_not_trained_again(initialisation, toy, tmp_path, monkeypatch):
+def test_a_finished_run_of_the_study_is_not_trained_again(
+        initialisation, toy, tmp_path, monkeypatch):
     # every variant with two seeds
     monkeypatch.setattr(initialisation, 'RESULTS', tmp_path / 'out' / 'results.jsonl')
     for name, value in dict(seeds=2, iters=2, n_embd=8, block_size=16, batch_size=2).items():

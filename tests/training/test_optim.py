@@ -113,7 +113,7 @@ def test_a_step_clips_updates_and_clears(grad_clip):
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_a_step_that_is_not_finite_changes_nothing(float16, what, name):
-    """A GradScaler looks at gradients only; with one, a loss that is not finite has such gradients too."""
+    """A GradScaler looks at gradients only, so with one a bad loss comes with bad gradients."""
     model = tiny_gpt()
     optimizer = new_optimizer(model, name=name)
     train(model, optimizer, 2)
