@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import console
 
 from chaos import Failure, differences, expect
@@ -165,7 +166,7 @@ class Rehearsal(Workspace):
         return self.hosts
 
     def start_host(self, name, out_dir, elastic=False, **environment):
-        """Start torchrun on a host, with static addresses. If elastic, it starts lost ranks again."""
+        """Start torchrun on a host. If elastic, it starts lost ranks again, without fixed ranks."""
         address = ADDRESSES['a']
         if elastic:
             arguments = [
