@@ -2,8 +2,9 @@
 
     python bench.py                                     # the training step: train_step of train.py
     python bench.py --bench=sample --dtype=float16      # generation, as in sample.py
-    python bench.py --bench=data                        # GPT-2's encoding; with --real_data=True batches too
-    python bench.py --profile=True                      # writes bench-trace.json for ui.perfetto.dev
+    python bench.py --bench=data                        # GPT-2's encoding of text
+    python bench.py --bench=data --real_data=True       # the same, and reading batches
+    python bench.py --profile=True                      # writes a trace for ui.perfetto.dev
     python bench.py --report=figures.md                 # all of these, as a table for this machine
 """
 
@@ -12,6 +13,8 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from console import print0, report_errors  # before torch: see console.py
@@ -25,7 +28,10 @@ from engine.dataloader.batches import TokenDataset, prefetch
 from engine.distributed import hard_exit, report_first_failure, start
 from engine.errors import UserError
 from engine.generation import cpu as cpu_generation
-from engine.tokenizer import padded_vocab_size
+from engine.hf import weights as hf_weights
+from engine.metrics import bench_report
+from engine.prepare.encode import in_order, safe_pieces
+from engine.tokenizer import Tokenizer, padded_vocab_size
 from engine.training import optim, parallel
 from engine.training.run import BatchSchedule, Progress, Run
 from engine.training.settings_checks import CHOICES
@@ -33,42 +39,53 @@ from model import GPT, GPTConfig
 from train import train_step  # the one script that another imports: a copy would drift
 
 # work
-bench = 'train'                         # train, sample or data
-compare = ''                            # transformers: its GPT-2 of the same shape, in turn with this one
-compare_dtype = 'auto'                  # precision of transformers: auto is the same, float32, bfloat16 or float16
-batch_size = 12                         # sequences per micro-batch; of sample: sequences at once (1 if not given)
+bench = 'train'                         # what to time: train, sample or data
+compare = ''                            # 'transformers' times its GPT-2 of the same shape in turn
+compare_dtype = 'auto'                  # precision of transformers: auto (that of this project),
+                                        # float32, bfloat16 or float16
+batch_size = 12                         # sequences per micro-batch; for sample, sequences at once
+                                        # (1 if not given)
 block_size = 1024                       # tokens per sequence
 gradient_accumulation_steps = 1         # micro-batches per step
 real_data = False                       # True reads `dataset`, False draws random tokens
-dataset = 'openwebtext'
-prompt_tokens = 32                      # of sample
-new_tokens = 100                        # of sample, per repeat
+dataset = 'openwebtext'                 # a folder of data/
+prompt_tokens = 32                      # length of the prompt, for sample
+new_tokens = 100                        # tokens that each repeat generates, for sample
 # model: GPT-2 124M
 n_layer = 12
 n_head = 12
 n_embd = 768
-vocab_size = 50304                      # of random tokens; real data brings its own
+vocab_size = 50304                      # size for random tokens; real data brings its own
 dropout = 0.0
-bias = False
+bias = False                            # transformers' GPT-2 has biases, so compare sets them
 # measurement
-warmup_steps = 5                        # untimed, compilation included
-steps = 20                              # timed, one by one; of sample and data: a fourth of them
+warmup_steps = 5                        # steps that are not timed; they include compilation
+steps = 20                              # steps that are timed one by one; sample and data repeat
+                                        # a fourth as often
 profile = False                         # True records 5 steps more as bench-trace.json
-report = ''                             # a file for the table of everything that is timed on this machine
-figures = False                         # True ends with the figures as a line of JSON
+report = ''                             # file for a table of everything that this machine can time
+figures = False                         # True prints the figures as a last line of JSON
 # machine
 device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                          # auto, float32, bfloat16 or float16
 compile = 'auto'                        # auto (on CUDA), True or False
-recompute = False                       # True recomputes activations in backward
-strategy = 'ddp'                        # of several ranks, under torchrun: ddp, fsdp or hsdp
-backend = 'auto'                        # between ranks: auto, nccl or gloo
+recompute = False                       # True recomputes activations in the backward pass
+strategy = 'ddp'                        # how several ranks share the work: ddp, fsdp or hsdp
+backend = 'auto'                        # how ranks communicate: auto, nccl or gloo
 seed = 1337
 
+GIB = 2 ** 30
+TRACE = 'bench-trace.json'
+
+
+# Timing
 
 def time_interleaved(functions, warmup, repeats):
-    """{name: [seconds]} of functions that wait for their own result. They run in turn, so that a
-    machine that slows down slows all of them."""
+    """Time functions that wait for their own result: {name: function} gives {name: [seconds]}.
+
+    They run in turn, so that a machine that slows down slows all of them. The first `warmup`
+    calls of each are not timed.
+    """
     seconds = {name: [] for name in functions}
     for i in range(warmup + repeats):
         for name, function in functions.items():
@@ -80,174 +97,396 @@ def time_interleaved(functions, warmup, repeats):
 
 
 def print_times(seconds, amount, unit):
-    """Print a line for each function: the median, its spread, `amount` per second; then the ratio of
-    the second to the first. Returns the first one's median in seconds."""
+    """Print a line for each function, and the ratio of the second to the first.
+
+    seconds: what time_interleaved returned. amount: what one call gets done, in `unit` times
+    seconds. Returns the first function's median in seconds.
+    """
     for name, times in seconds.items():
         middle = statistics.median(times)
-        print0(f'{name:<13}{middle * 1000:.2f} ms, median of {len(times)} ({min(times) * 1000:.2f} to '
-               f'{max(times) * 1000:.2f}), {amount / middle:,.1f} {unit}')
+        print0(f'{name:<13}{middle * 1000:.2f} ms, median of {len(times)} '
+               f'({min(times) * 1000:.2f} to {max(times) * 1000:.2f}), '
+               f'{amount / middle:,.1f} {unit}')
+
     if len(seconds) > 1:
         first, second = seconds.values()
         ratios = [b / a for a, b in zip(first, second)]
-        print0(f'ratio        {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
+        print0(f'ratio        {statistics.median(ratios):.2f} times as fast '
+               f'({min(ratios):.2f} to {max(ratios):.2f})')
+
     return statistics.median(next(iter(seconds.values())))
 
 
-def build(env, vocab_size):
-    """The model, and transformers' reference model with its precision, or None and None."""
+# Models
+
+@dataclass
+class Reference:
+    """transformers' GPT-2, with the weights of the model that it is compared with."""
+    model: torch.nn.Module
+    dtype: str                          # a name in devices.DTYPES
+
+
+def build_model(env, size):
+    """A model with random weights and a vocabulary of `size` tokens."""
     torch.manual_seed(seed)
-    # Of a sharded model, rank 0 gives the others their parts.
-    on_meta = not env.is_main and bench == 'train' and parallel.check_strategy(strategy, 'float32', env)
-    with torch.device('meta' if on_meta else env.device):
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias or bool(compare)))
-    reference = reference_dtype = None
-    if compare:
-        from engine.hf import weights as hf_weights
-        reference = hf_weights.to_transformers(model.config, model.state_dict()).to(env.device)
-        reference.loss_type = 'ForCausalLM'
-        reference_dtype = env.dtype if compare_dtype == 'auto' else devices.choose_dtype(compare_dtype, env.device)[0]
-        print0(f'transformers in {reference_dtype}' + (', not compiled' if env.compile else ''))
-    return model, reference, reference_dtype
+    config = GPTConfig(
+        block_size=block_size,
+        vocab_size=size,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        dropout=dropout,
+        bias=bias or bool(compare),
+    )
+
+    # Where a model is sharded, rank 0 alone has its weights, and gives the others their parts.
+    place = env.device
+    if not env.is_main and bench == 'train' and parallel.check_strategy(strategy, 'float32', env):
+        place = 'meta'
+    with torch.device(place):
+        return GPT(config)
+
+
+def build_reference(model, env):
+    """The Reference of a model, or None without --compare."""
+    if not compare:
+        return None
+
+    reference = hf_weights.to_transformers(model.config, model.state_dict()).to(env.device)
+    reference.loss_type = 'ForCausalLM'
+
+    reference_dtype = env.dtype
+    if compare_dtype != 'auto':
+        reference_dtype, _ = devices.choose_dtype(compare_dtype, env.device)
+    note = ''
+    if env.compile:
+        note = ', not compiled'
+    print0(f'transformers in {reference_dtype}{note}')
+    return Reference(reference, reference_dtype)
+
+
+# The training step
+
+def build_run(model, env):
+    """The Run that train.py would make, with a constant learning rate."""
+    wrapped_model = parallel.wrap(model, env, strategy, recompute).train()
+    n_micro_batches = gradient_accumulation_steps * env.world_size
+    return Run(
+        model=model,
+        wrapped_model=wrapped_model,
+        optimizer=optim.adamw(model, 1e-4, 0.1, (0.9, 0.95)),
+        scaler=devices.grad_scaler(env.device, env.dtype),
+        batch_schedule=BatchSchedule(n_micro_batches, batch_size, block_size, env.world_size),
+        grad_clip=1.0,
+        seed=seed,
+        progress=Progress(),
+    )
+
+
+def batch_requests(env):
+    """The arguments of TokenDataset.batch for each micro-batch of this rank, without an end."""
+    micro_steps = gradient_accumulation_steps
+    for iteration in count():
+        for micro_step in range(micro_steps):
+            number = (iteration * env.world_size + env.rank) * micro_steps + micro_step
+            yield seed, 'train', number * batch_size, batch_size
+
+
+def random_batches(size):
+    """A function that takes the arguments of TokenDataset.batch, and draws tokens below `size`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch(_seed, _stream, _first, n_sequences):
+        tokens = torch.randint(size, (n_sequences, block_size + 1), generator=generator)
+        return tokens[:, :-1], tokens[:, 1:]
+    return batch
+
+
+def project_step(run, batches, env, losses):
+    """One step of train.py, until its loss is read and appended to `losses`."""
+    loss = train_step(run, batches, env)['loss']
+    losses.append(devices.read_async(loss[None])()[0])
+    run.count_iteration()
+
+
+def transformers_step(reference, optimizer, batches, env):
+    """The same step of transformers' model, written as its users write it."""
+    for _ in range(gradient_accumulation_steps):
+        x, _ = next(batches)
+        with devices.autocast(env.device, reference.dtype):
+            loss = reference.model(x, labels=x).loss / gradient_accumulation_steps
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.item()
 
 
 def bench_train(env):
-    data = TokenDataset(dataset) if real_data else None
+    """Time the training step. Returns its figures, {name: number}."""
+    # what to train on
+    data = None
     size = vocab_size
-    if data:
-        data.set_block_size(block_size)
-        size = padded_vocab_size(data.vocab_size)
-    model, reference, reference_dtype = build(env, size)
-    micro_steps = gradient_accumulation_steps
-    wrapped_model = parallel.wrap(model, env, strategy, recompute).train()
-    run = Run(model, wrapped_model, optim.adamw(model, 1e-4, 0.1, (0.9, 0.95)),
-              devices.grad_scaler(env.device, env.dtype),
-              BatchSchedule(micro_steps * env.world_size, batch_size, block_size, env.world_size), 1.0, seed, Progress())
-    generator = torch.Generator().manual_seed(seed)
-
-    def random_batch(seed, stream, first, count):
-        tokens = torch.randint(size, (count, block_size + 1), generator=generator)
-        return tokens[:, :-1], tokens[:, 1:]
-
-    batches = prefetch(data.batch if data else random_batch,
-                       ((seed, 'train', ((i * env.world_size + env.rank) * micro_steps + m) * batch_size, batch_size)
-                        for i in count() for m in range(micro_steps)), env.device)
-    losses = []
-
-    def step():
-        losses.append(devices.read_async(train_step(run, batches, env)['loss'][None])()[0])
-        run.count_iteration()
-
-    functions = {'this project': step}
-    if reference:
-        reference_optimizer = torch.optim.AdamW(reference.train().parameters(), 1e-4, (0.9, 0.95), fused=True)
-
-        def reference_step():
-            for _ in range(micro_steps):
-                x, _ = next(batches)
-                with devices.autocast(env.device, reference_dtype):
-                    loss = reference(x, labels=x).loss / micro_steps
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-            reference_optimizer.step()
-            reference_optimizer.zero_grad()
-            loss.item()
-        functions['transformers'] = reference_step
-    peaks = [devices.peak_flops(env.device, env.dtype, budget=0.3)]     # before and after: a busy CPU shows less
-    n_sequences = micro_steps * batch_size
-    seconds = print_times(time_interleaved(functions, warmup_steps, steps), n_sequences * env.world_size * block_size, 'tokens/s')
-    peaks.append(devices.peak_flops(env.device, env.dtype, budget=0.3))
-    peak = max(peaks) if all(peaks) else None
-    mfu = model.estimate_mfu(n_sequences, seconds, peak)
-    print0(f'loss         {losses[0]:.4f} first, {losses[-1]:.4f} last')
-    print0('mfu          ' + (f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, the peak' if mfu else 'n/a, as the peak is not known')
-           + (' measured here' if env.device.type == 'cpu' else ''))
-    if not reference:
-        weights, moments = (sum(distributed.local_part(tensor).nbytes for tensor in tensors) / 2 ** 30 for tensors in (
-            model.parameters(), (value for moment in run.optimizer.state.values() for value in moment.values())))
-        print0(f'memory       {devices.peak_memory(env.device) / 2 ** 30:.2f} GiB at the most; of this rank: weights {weights:.2f}, '
-               f'gradients {weights:.2f}, moments {moments:.2f}')
-    if profile:
-        with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
-            for _ in range(5):
-                step()
-        if env.is_main:
-            recorded.export_chrome_trace('bench-trace.json')
-        by = 'self_device_time_total' if env.device.type == 'cuda' else 'self_cpu_time_total'
-        print0(recorded.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=40))
-        print0('trace        bench-trace.json')
-    batches.close()
-    return dict(ms=seconds * 1000, tokens_per_second=n_sequences * env.world_size * block_size / seconds, mfu=mfu,
-                peak_tflops=peak and peak / 1e12, memory_gib=devices.peak_memory(env.device) / 2 ** 30)
-
-
-def bench_sample(env, n_sequences):
-    model, reference, reference_dtype = build(env, vocab_size)
-    model.to(devices.DTYPES[env.dtype]).eval()
-    stored = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
-    if env.device.type == 'cpu' and not env.compile:
-        cpu_generation.optimize_for_generation(model, n_sequences)
-    prompt = torch.randint(vocab_size, (n_sequences, prompt_tokens), device=env.device)
-    functions = {'this project': lambda: model.generate(prompt, new_tokens, top_k=200, compile=env.compile).tolist()}
-    if reference:
-        reference.to(devices.DTYPES[reference_dtype]).eval()
-        functions['transformers'] = lambda: reference.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=200, pad_token_id=0,
-            min_new_tokens=new_tokens, max_new_tokens=new_tokens).tolist()
-    bandwidth = devices.memory_bandwidth(env.device)
-    seconds = print_times(time_interleaved(functions, 1, max(2, steps // 4)), new_tokens * n_sequences, 'tokens/s')
-    read = stored * new_tokens / seconds
-    print0(f'weights      {read / 1e9:.1f} GB/s read, {read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s measured here')
-    return dict(tokens_per_second=new_tokens * n_sequences / seconds, bandwidth_share=read / bandwidth,
-                memory_gib=devices.peak_memory(env.device) / 2 ** 30)
-
-
-def bench_data():
-    from engine.prepare.encode import in_order, safe_pieces
-    from engine.tokenizer import Tokenizer
-    repeats = max(2, steps // 4)
+    make_batch = random_batches(size)
     if real_data:
         data = TokenDataset(dataset)
         data.set_block_size(block_size)
-        batch, read, bandwidth = count(), batch_size * block_size * 2, devices.memory_bandwidth(torch.device('cpu'))
-        seconds = print_times(time_interleaved({'batch': lambda: data.batch(seed, 'train', next(batch) * batch_size, batch_size)},
-                                          50, 1000), read / 1e9, 'GB/s')
-        print0(f'tokens       {read / seconds / bandwidth:.1%} of the {bandwidth / 1e9:.1f} GB/s that memory was read at here')
-    text = ''.join(path.read_text(encoding='utf-8') for path in sorted(configurator.ROOT.rglob('*.py'))
-                   if 'site-packages' not in path.parts)
-    text = (text * (1 + 10 ** 7 // len(text)))[:10 ** 7]        # this repository's source, 10 MB of it
+        size = padded_vocab_size(data.vocab_size)
+        make_batch = data.batch
+
+    # the run, and what it is compared with
+    model = build_model(env, size)
+    reference = build_reference(model, env)
+    run = build_run(model, env)
+    batches = prefetch(make_batch, batch_requests(env), env.device)
+    losses = []
+    step = partial(project_step, run, batches, env, losses)
+    functions = {'this project': step}
+    if reference:
+        optimizer = torch.optim.AdamW(
+            reference.model.train().parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        functions['transformers'] = partial(transformers_step, reference, optimizer, batches, env)
+
+    # the times, between two looks at the peak, as a busy CPU shows less
+    n_sequences = gradient_accumulation_steps * batch_size
+    n_tokens = n_sequences * env.world_size * block_size
+    peaks = [devices.peak_flops(env.device, env.dtype, budget=0.3)]
+    times = time_interleaved(functions, warmup_steps, steps)
+    seconds = print_times(times, n_tokens, 'tokens/s')
+    peaks.append(devices.peak_flops(env.device, env.dtype, budget=0.3))
+
+    # what else is known of the step
+    peak = peak_tflops = None
+    if all(peaks):
+        peak = max(peaks)
+        peak_tflops = peak / 1e12
+    mfu = model.estimate_mfu(n_sequences, seconds, peak)
+    print_step(losses, mfu, peak, env)
+    if not reference:
+        print_memory(run, env)
+    if profile:
+        profile_steps(step, env)
+    batches.close()
+
+    return dict(
+        ms=seconds * 1000,
+        tokens_per_second=n_tokens / seconds,
+        mfu=mfu,
+        peak_tflops=peak_tflops,
+        memory_gib=devices.peak_memory(env.device) / GIB,
+    )
+
+
+def print_step(losses, mfu, peak, env):
+    """Print the first and last loss, and the share of the device's peak (operations per second)."""
+    print0(f'loss         {losses[0]:.4f} first, {losses[-1]:.4f} last')
+
+    share = 'n/a, as the peak is not known'
+    if mfu:
+        share = f'{mfu:.1%} of {peak / 1e12:,.2f} TFLOP/s, the peak'
+    if env.device.type == 'cpu':
+        share += ' measured here'
+    print0(f'mfu          {share}')
+
+
+def print_memory(run, env):
+    """Print the peak of memory, and what the weights, gradients and moments of this rank take."""
+    moments = [value for moment in run.optimizer.state.values() for value in moment.values()]
+    weights_gib = local_bytes(run.model.parameters()) / GIB
+    moments_gib = local_bytes(moments) / GIB
+    peak_gib = devices.peak_memory(env.device) / GIB
+    print0(f'memory       {peak_gib:.2f} GiB at the most; of this rank: weights {weights_gib:.2f}, '
+           f'gradients {weights_gib:.2f}, moments {moments_gib:.2f}')
+
+
+def local_bytes(tensors):
+    """The bytes of this rank's parts of tensors."""
+    return sum(distributed.local_part(tensor).nbytes for tensor in tensors)
+
+
+def profile_steps(step, env):
+    """Run five steps more, write them as a trace, and print the operations that took longest."""
+    with torch.profiler.profile() as recorded:      # the CPU, and the GPU where there is one
+        for _ in range(5):
+            step()
+    if env.is_main:
+        recorded.export_chrome_trace(TRACE)
+
+    order = 'self_cpu_time_total'
+    if env.device.type == 'cuda':
+        order = 'self_device_time_total'
+    averages = recorded.key_averages()
+    print0(averages.table(sort_by=order, row_limit=10, max_name_column_width=40))
+    print0(f'trace        {TRACE}')
+
+
+# Generation
+
+def generate(model, prompt, env):
+    """Generate as sample.py does, until the tokens are read."""
+    model.generate(prompt, new_tokens, top_k=200, compile=env.compile).tolist()
+
+
+def generate_by_transformers(model, prompt):
+    """Generate the same number of tokens by transformers."""
+    generated = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        top_k=200,
+        pad_token_id=0,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+    )
+    generated.tolist()
+
+
+def bench_sample(env, n_sequences):
+    """Time the generation of n_sequences at once. Returns its figures, {name: number}."""
+    # the model as sample.py has it
+    model = build_model(env, vocab_size)
+    reference = build_reference(model, env)
+    model.to(devices.DTYPES[env.dtype]).eval()
+    n_bytes = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    if env.device.type == 'cpu' and not env.compile:
+        cpu_generation.optimize_for_generation(model, n_sequences)
+
+    # what generates
+    prompt = torch.randint(vocab_size, (n_sequences, prompt_tokens), device=env.device)
+    functions = {'this project': partial(generate, model, prompt, env)}
+    if reference:
+        reference.model.to(devices.DTYPES[reference.dtype]).eval()
+        functions['transformers'] = partial(generate_by_transformers, reference.model, prompt)
+
+    # the times, against the rate at which this machine reads memory
+    bandwidth = devices.memory_bandwidth(env.device)
+    n_tokens = new_tokens * n_sequences
+    times = time_interleaved(functions, 1, max(2, steps // 4))
+    seconds = print_times(times, n_tokens, 'tokens/s')
+    read = n_bytes * new_tokens / seconds           # each token reads all weights once
+    print0(f'weights      {read / 1e9:.1f} GB/s read, {read / bandwidth:.0%} of the '
+           f'{bandwidth / 1e9:.1f} GB/s measured here')
+
+    return dict(
+        tokens_per_second=n_tokens / seconds,
+        bandwidth_share=read / bandwidth,
+        memory_gib=devices.peak_memory(env.device) / GIB,
+    )
+
+
+# Data
+
+def bench_data():
+    """Time the encoding of text, and with real_data the reading of batches. Returns the figures."""
+    if real_data:
+        bench_batches()
+    return bench_encoding()
+
+
+def bench_batches():
+    """Time how a batch is read, against the rate at which this machine reads memory."""
+    data = TokenDataset(dataset)
+    data.set_block_size(block_size)
+    n_bytes = batch_size * block_size * 2           # a token takes two bytes
+    bandwidth = devices.memory_bandwidth(torch.device('cpu'))
+
+    numbers = count()
+
+    def read_batch():
+        data.batch(seed, 'train', next(numbers) * batch_size, batch_size)
+    times = time_interleaved({'batch': read_batch}, 50, 1000)
+    seconds = print_times(times, n_bytes / 1e9, 'GB/s')
+    print0(f'tokens       {n_bytes / seconds / bandwidth:.1%} of the {bandwidth / 1e9:.1f} GB/s '
+           'that memory was read at here')
+
+
+def source_text(n_characters):
+    """The source code of this repository, repeated until it has so many characters."""
+    paths = [path for path in sorted(configurator.ROOT.rglob('*.py'))
+             if 'site-packages' not in path.parts]
+    text = ''.join(path.read_text(encoding='utf-8') for path in paths)
+    repeats = 1 + n_characters // len(text)
+    return (text * repeats)[:n_characters]
+
+
+def bench_encoding():
+    """Time the encoding of 10 MB by GPT-2's tokenizer, on all cores and on one."""
     encode = Tokenizer().encode_to_numpy
-    pieces = [piece for piece, _ in safe_pieces([text])]
-    size = sum(len(piece.encode()) for piece in pieces) / 1e6
-    seconds = print_times(time_interleaved({'all cores': lambda: list(in_order(encode, pieces, 0)),
-                             'one core': lambda: [encode(piece) for piece in pieces]}, 1, repeats), size, 'MB/s of text')
-    return dict(mb_per_second=size / seconds)
+    pieces = [piece for piece, _ in safe_pieces([source_text(10 ** 7)])]
+    megabytes = sum(len(piece.encode()) for piece in pieces) / 1e6
+
+    functions = {
+        'all cores': lambda: list(in_order(encode, pieces, 0)),
+        'one core': lambda: [encode(piece) for piece in pieces],
+    }
+    times = time_interleaved(functions, 1, max(2, steps // 4))
+    seconds = print_times(times, megabytes, 'MB/s of text')
+    return dict(mb_per_second=megabytes / seconds)
+
+
+# The command
+
+def check_settings():
+    """Raise UserError for an impossible setting."""
+    counts = 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens'
+    configurator.check_range(globals(), counts, 1, 2 ** 20)
+
+    choices = dict(
+        bench=('train', 'sample', 'data'),
+        compare=('', 'transformers'),
+        compare_dtype=('auto', *devices.DTYPES),
+        strategy=CHOICES['strategy'],
+    )
+    for name, known in choices.items():
+        value = globals()[name]
+        if value not in known:
+            raise UserError(f"{name}={value!r} should be one of {', '.join(map(repr, known))}")
+
+
+def check_comparison(env):
+    """Raise UserError where transformers cannot do what was asked."""
+    if compare_dtype != 'auto' and not compare:
+        raise UserError('compare_dtype needs --compare=transformers')
+
+    if compare and bench == 'sample' and prompt_tokens + new_tokens > block_size:
+        fitting = max(1, block_size - prompt_tokens)
+        raise UserError(f'transformers cannot go past block_size={block_size}; '
+                        f'try --new_tokens={fitting}')
+
+    if compare and env.world_size > 1:
+        raise UserError('compare=transformers runs in one process; start it without torchrun')
+
+
+def write_report(env):
+    """Time everything in processes of their own, and write the table to the file `report`."""
+    with tempfile.TemporaryDirectory() as folder:
+        on_cpu = env.device.type == 'cpu'
+        rows = bench_report.rows(configurator.ROOT, device, on_cpu, f'{folder}/run')
+        bench_report.write(report, f'Benchmarks on {env.summary}', rows)
+    print0(f'wrote {report}')
 
 
 def main(overrides):
-    configurator.check_range(globals(), 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens',
-                             1, 2 ** 20)
-    for name, known in (('bench', ('train', 'sample', 'data')), ('compare', ('', 'transformers')),
-                        ('compare_dtype', ('auto', *devices.DTYPES)), ('strategy', CHOICES['strategy'])):
-        if globals()[name] not in known:
-            raise UserError(f"{name}={globals()[name]!r} should be one of {', '.join(map(repr, known))}")
+    # settings and machine
+    check_settings()
     env = start(device, dtype, compile, backend)
-    if compare_dtype != 'auto' and not compare:
-        raise UserError('compare_dtype needs --compare=transformers')
-    if compare and bench == 'sample' and prompt_tokens + new_tokens > block_size:
-        raise UserError(f'transformers cannot go past block_size={block_size}; try --new_tokens={max(1, block_size - prompt_tokens)}')
-    if compare and env.world_size > 1:
-        raise UserError('compare=transformers runs in one process; start it without torchrun')
+    check_comparison(env)
     print0(configurator.describe_settings(overrides))
-    print0(env.summary + f', PyTorch {torch.__version__}')
+    print0(f'{env.summary}, PyTorch {torch.__version__}')
+
+    # everything, each in a process of its own
     if report:
-        from engine.metrics import bench_report
-        with tempfile.TemporaryDirectory() as folder:
-            rows = bench_report.rows(configurator.ROOT, device, env.device.type == 'cpu', f'{folder}/run')
-            bench_report.write(report, f'Benchmarks on {env.summary}', rows)
-        print0(f'wrote {report}')
+        write_report(env)
         return
-    results = (bench_train(env) if bench == 'train' else
-               bench_sample(env, overrides.get('batch_size', 1)) if bench == 'sample' else bench_data())
+
+    # one of them, here
+    if bench == 'train':
+        results = bench_train(env)
+    elif bench == 'sample':
+        results = bench_sample(env, overrides.get('batch_size', 1))
+    else:
+        results = bench_data()
+
     if figures:
         print0(json.dumps(results))
     env.barrier()

@@ -1,4 +1,4 @@
-# The loss of OpenAI's gpt2 on OpenWebText; nothing is trained or written.
+# The loss of OpenAI's gpt2 on OpenWebText. Nothing is trained or written.
 init_from = 'gpt2'
 eval_only = True
 eval_iters = 500

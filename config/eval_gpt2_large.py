@@ -1,4 +1,4 @@
-# The loss of OpenAI's gpt2-large on OpenWebText; nothing is trained or written.
+# The loss of OpenAI's gpt2-large on OpenWebText. Nothing is trained or written.
 init_from = 'gpt2-large'
 eval_only = True
 eval_iters = 500

@@ -1,7 +1,8 @@
-# The shape of nanochat, which transformers loads as NanoChatForCausalLM. Put it before the config of a run:
+# The shape of nanochat. transformers loads it as NanoChatForCausalLM. Put this config before the
+# config of a run:
 #   python train.py config/model_nanochat.py config/train_shakespeare_char.py
 position = 'rotary'
-norm = 'rmsnorm'                    # without parameters
+norm = 'rmsnorm'                    # it has no parameters
 qk_norm = True
 embedding_norm = True
 activation = 'relu2'

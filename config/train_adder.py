@@ -1,9 +1,12 @@
-# A GPT that learns to add two numbers below 100, on a laptop's CPU; python data/adder/prepare.py writes the sums.
-# Count the right answers with: python evaluate.py --out_dir=out-adder --tasks=exact,held_out --data=data/adder
+# A GPT learns to add two numbers below 100, on a laptop's CPU. First write the sums, then train,
+# then count the right answers:
+#   python data/adder/prepare.py
+#   python train.py config/train_adder.py
+#   python evaluate.py --out_dir=out-adder --tasks=exact,held_out --data=data/adder
 out_dir = 'out-adder'
-init_from = 'auto'                  # the same command again goes on, or ends at once where the run is finished
+init_from = 'auto'                  # the same command again resumes the run
 dataset = 'adder'
-sampling = 'epoch'                  # each sum once, then again in another order
+sampling = 'epoch'                  # read each sum once, then again in another order
 eval_interval = 100
 eval_iters = 2
 log_interval = 50

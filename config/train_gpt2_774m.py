@@ -1,7 +1,9 @@
-# GPT-2 large, 774M parameters, on FineWeb-Edu. Not run here.
+# Trains GPT-2 large, 774M parameters, on FineWeb-Edu. This config has not been run here.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774m.py
-# The shape is GPT-2's (Radford et al. 2019, table 2). Its paper gives no learning rate: this one, the warm-up over 375M
-# tokens and the batch are those of GPT-3 760M (Brown et al. 2020, table 2.1 and appendix B).
+#
+# The shape is GPT-2's (Radford et al. 2019, table 2). That paper gives no learning rate. The
+# learning rate, the warm-up over 375M tokens and the batch are those of GPT-3 760M (Brown et al.
+# 2020, table 2.1 and appendix B).
 out_dir = 'out-gpt2-774m'
 dataset = 'fineweb_edu'
 sampling = 'epoch'
@@ -11,8 +13,9 @@ n_layer = 36
 n_head = 20
 n_embd = 1280
 
-# 4 x 1024 x 128 = 524,288 tokens per iteration over all GPUs; 15.5 billion in the run, 20 per parameter
-# (Hoffmann et al. 2022), from data/fineweb_edu/prepare.py --sample=sample-100BT
+# 4 x 1024 x 128 = 524,288 tokens per iteration over all GPUs. The run reads 15.5 billion tokens, 20
+# per parameter (Hoffmann et al. 2022). Prepare them with
+#   python data/fineweb_edu/prepare.py --sample=sample-100BT
 batch_size = 4
 block_size = 1024
 gradient_accumulation_steps = 128

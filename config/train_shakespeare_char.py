@@ -1,7 +1,7 @@
-# Shakespeare's plays, one token a character, with 10.6 million parameters: sized for a GPU.
-# The README has the flags that shrink it for a CPU.
+# Trains 10.6 million parameters on Shakespeare's plays, one token a character. This size is for a
+# GPU; the README has the flags that shrink it for a CPU.
 out_dir = 'out-shakespeare-char'
-sample_tokens = 200                 # after each evaluation
+sample_tokens = 200                 # printed after each evaluation
 dataset = 'shakespeare_char'
 eval_interval = 250
 eval_iters = 200
@@ -24,5 +24,5 @@ learning_rate = 1e-3
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99                        # 16,384 tokens an iteration: noisier gradients than GPT-2's
+beta2 = 0.99                        # with 16,384 tokens an iteration, gradients are noisier
 warmup_iters = 100

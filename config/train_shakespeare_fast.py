@@ -1,11 +1,12 @@
-# Shakespeare's plays on a CPU, one token a character, with what came after GPT-2: text, depth and width of the README's CPU
-# command, in the same time, for a lower loss. studies/recipe.md has the figures.
+# Trains on Shakespeare's plays on a CPU, one token a character, with what came after GPT-2. Text,
+# depth and width are those of the README's command for a CPU. In the same time it reaches a lower
+# loss; studies/recipe.md has the figures.
 #   python train.py config/train_shakespeare_fast.py
 out_dir = 'out-shakespeare-fast'
-sample_tokens = 200                 # after each evaluation
+sample_tokens = 200                 # printed after each evaluation
 dataset = 'shakespeare_char'
 eval_interval = 277
-eval_iters = 10                     # 240 windows, as 20 batches of 12 have
+eval_iters = 10                     # 240 windows, as in 20 batches of 12
 log_interval = 10
 always_save_checkpoint = False
 device = 'cpu'
@@ -22,7 +23,7 @@ n_head = 2
 n_embd = 128
 
 position = 'rotary'
-norm = 'rmsnorm'                    # without parameters
+norm = 'rmsnorm'                    # it has no parameters
 qk_norm = True
 activation = 'relu2'
 tied = False
@@ -30,13 +31,13 @@ softcap = 15.0
 zero_init = True
 
 optimizer = 'muon'
-learning_rate = 1e-2                # of the embedding and the head
+learning_rate = 1e-2                # rate of the embedding and the head
 muon_lr = 0.02
 muon_momentum = 0.85                # 0.95 is for longer runs
 weight_decay = 0.0
 beta2 = 0.99
 max_iters = 831
-lr_schedule = 'linear'              # from the first iteration on
+lr_schedule = 'linear'              # the rate falls from the first iteration on
 lr_decay_iters = 831
 warmup_iters = 0
 min_lr = 0.0

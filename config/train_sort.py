@@ -1,7 +1,10 @@
-# A GPT that learns to sort six digits, on a laptop's CPU; python data/sort/prepare.py writes them.
-# Count the right answers with: python evaluate.py --out_dir=out-sort --tasks=exact --data=data/sort
+# A GPT learns to sort six digits, on a laptop's CPU. First write the digits, then train, then count
+# the right answers:
+#   python data/sort/prepare.py
+#   python train.py config/train_sort.py
+#   python evaluate.py --out_dir=out-sort --tasks=exact --data=data/sort
 out_dir = 'out-sort'
-init_from = 'auto'                  # the same command again goes on, or ends at once where the run is finished
+init_from = 'auto'                  # the same command again resumes the run
 dataset = 'sort'
 eval_interval = 100
 eval_iters = 2

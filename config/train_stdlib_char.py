@@ -1,7 +1,7 @@
 # A first result on a laptop's CPU, from text that needs no download: the source of Python's own
-# standard library, one token a character. About four minutes on two cores.
+# standard library, one token a character. It takes about four minutes on two cores.
 out_dir = 'out-stdlib-char'
-init_from = 'auto'                  # the same command again goes on, or ends at once where the run is finished
+init_from = 'auto'                  # the same command again resumes the run
 sample_tokens = 200
 dataset = 'stdlib_char'
 eval_interval = 500
@@ -18,7 +18,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0                       # a short run sees too little to overfit
-init_std = 0.049                    # 0.02 sqrt(768 / n_embd); studies/initialisation.md says what it is worth
+init_std = 0.049                    # 0.02 sqrt(768 / n_embd), by studies/initialisation.md
 
 learning_rate = 2e-3
 max_iters = 2500

@@ -1,9 +1,12 @@
-"""Makes the tables and the picture of studies/recipe.md. For Linux and macOS, and data/shakespeare_char.
+"""Makes the tables and the picture of studies/recipe.md.
+
+It needs data/shakespeare_char, and Linux or macOS.
 
     python studies/recipe.py                       # both recipes, and the picture
     python studies/recipe.py --study=ablation      # the fast recipe with each part off
 
-A call that was stopped goes on where it was: runs that are complete, with the same settings, are not repeated.
+A call that was stopped goes on where it was: runs that are complete, with the same settings, are
+not repeated.
 """
 
 import json
@@ -28,21 +31,39 @@ from engine.errors import RunError, check_choice, check_range
 from engine.metrics.metrics_file import FILE, read_metrics
 
 study = 'compare'       # compare or ablation
-seed = 1337             # of the first run of each variant
+seed = 1337             # seed of the first run of each variant
 seeds = 3               # runs of each kind, each with the next seed
 stretch = 10.0          # compare: seconds that one run trains while the other waits
 iters = 200             # ablation: iterations of a run
 picture = 'pictures/recipe.png'
 
-GPT2 = '''config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12
-          --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'''.split()     # the README's
+# GPT-2's recipe is the README's command for a CPU.
+GPT2 = '''
+    config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
+    --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
+    --lr_decay_iters=2000 --dropout=0.0
+'''.split()
 FAST = ['config/train_shakespeare_fast.py']
 RECIPES = {'gpt2': GPT2, 'fast': FAST}
-DONE = 'recipe.json'    # in the folder of a complete run: its settings, and its CPU seconds
-ABLATION = {'all parts': '', 'AdamW for Muon': '--optimizer=adamw --learning_rate=3e-3', 'learned positions': '--position=learned',
-            'no QK-norm': '--qk_norm=False', 'GELU': '--activation=gelu', 'tied head': '--tied=True', 'no softcap': '--softcap=0',
-            'no zero_init': '--zero_init=False', 'constant, then linear over 40%': '--lr_schedule=wsd', 'four heads': '--n_head=4'}
 
+# name of a run: what it changes in the fast recipe
+ABLATION = {
+    'all parts': '',
+    'AdamW for Muon': '--optimizer=adamw --learning_rate=3e-3',
+    'learned positions': '--position=learned',
+    'no QK-norm': '--qk_norm=False',
+    'GELU': '--activation=gelu',
+    'tied head': '--tied=True',
+    'no softcap': '--softcap=0',
+    'no zero_init': '--zero_init=False',
+    'constant, then linear over 40%': '--lr_schedule=wsd',
+    'four heads': '--n_head=4',
+}
+DONE = 'recipe.json'    # in the folder of a complete run: its settings, and its CPU seconds
+GOAL = 1.88             # val loss, in nats per character, that both recipes are timed to
+
+
+# One run
 
 def folder_of(name, seed):
     return ROOT / 'out-recipe' / f'{name.replace(" ", "-")}-{seed}'
@@ -54,7 +75,7 @@ def settings(arguments):
 
 
 def start(folder, arguments, seed):
-    """A training run as a process."""
+    """Start a training run, and return its process."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, 'train.py', *arguments, f'--out_dir={folder}', f'--seed={seed}']
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -68,12 +89,17 @@ def save_seconds(folder, arguments, cpu_seconds):
 
 def saved_seconds(folder, arguments):
     """The CPU seconds of a complete run with these settings; None if there is none."""
-    found = json.loads((folder / DONE).read_text(encoding='utf-8')) if (folder / DONE).exists() else [None, None]
-    return found[1] if found[0] == settings(arguments) else None
+    path = folder / DONE
+    if not path.exists():
+        return None
+    saved_settings, cpu_seconds = json.loads(path.read_text(encoding='utf-8'))
+    if saved_settings != settings(arguments):
+        return None
+    return cpu_seconds
 
 
 def wait(process, seconds=None):
-    """The user seconds of CPU that a process took, when it ends; None if it has not ended after `seconds`."""
+    """The CPU seconds that a process took, when it ends; None if it runs on after `seconds`."""
     before = getrusage(RUSAGE_CHILDREN).ru_utime
     try:
         if process.wait(seconds):
@@ -83,16 +109,23 @@ def wait(process, seconds=None):
     return getrusage(RUSAGE_CHILDREN).ru_utime - before
 
 
+# Both recipes
+
 def run_in_turn(folders, seed):
-    """Run RECIPES, each for `stretch` seconds while the other is stopped. The seconds of metrics.jsonl are then those in
-    which the run was not stopped."""
+    """Run RECIPES, each for `stretch` seconds while the other is stopped.
+
+    folders: {recipe: the folder of its run}. The seconds of metrics.jsonl are afterwards those
+    in which the run was not stopped.
+    """
     runs = {name: start(folder, RECIPES[name], seed) for name, folder in folders.items()}
-    cpu_seconds, progress = {}, {name: [(0, 0.0)] for name in runs}        # (iteration, seconds so far)
     for process in runs.values():
         process.send_signal(signal.SIGSTOP)
+
+    # in turn, with notes of (iteration, seconds so far) after each stretch
+    cpu_seconds = {}
+    progress = {name: [(0, 0.0)] for name in runs}
     while len(cpu_seconds) < len(runs):
         for name, process in runs.items():
-            folder = folders[name]
             if name in cpu_seconds:
                 continue
             began = perf_counter()
@@ -102,49 +135,114 @@ def run_in_turn(folders, seed):
                 process.send_signal(signal.SIGSTOP)
             else:
                 cpu_seconds[name] = user
-            records, seconds = read_metrics(folder / FILE), progress[name][-1][1] + perf_counter() - began
-            progress[name].append((records[-1]['iter'] if records else 0, seconds))
+            add_progress(progress[name], folders[name], perf_counter() - began)
+
     for name, folder in folders.items():
-        iters, seconds = zip(*progress[name])
-        records = [{**record, 'seconds': float(np.interp(record['iter'], iters, seconds))} for record in read_metrics(folder / FILE)]
-        (folder / FILE).write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
+        correct_seconds(folder, progress[name])
         save_seconds(folder, RECIPES[name], cpu_seconds[name])
 
 
+def add_progress(progress, folder, seconds):
+    """Append (iteration that a run has reached, seconds so far) after `seconds` more."""
+    records = read_metrics(folder / FILE)
+    iteration = 0
+    if records:
+        iteration = records[-1]['iter']
+    _, seconds_before = progress[-1]
+    progress.append((iteration, seconds_before + seconds))
+
+
+def correct_seconds(folder, progress):
+    """Replace the seconds of metrics.jsonl by those of `progress`, interpolated."""
+    iterations, seconds = zip(*progress)
+    lines = []
+    for record in read_metrics(folder / FILE):
+        record['seconds'] = float(np.interp(record['iter'], iterations, seconds))
+        lines.append(json.dumps(record) + '\n')
+    (folder / FILE).write_text(''.join(lines), encoding='utf-8')
+
+
+def median_ms(records):
+    """Milliseconds of the median iteration."""
+    return median(record['ms'] for record in records if 'ms' in record)
+
+
+def print_recipe(name, folder, seed):
+    """Print the row of one run."""
+    records = read_metrics(folder / FILE)
+    cpu_seconds = saved_seconds(folder, RECIPES[name])
+    evaluations = [record for record in records if 'val_loss' in record]
+
+    reached = 'never'
+    for record in evaluations:
+        if record['val_loss'] <= GOAL:
+            reached = f'{record["iter"]} iterations, {record["seconds"]:.0f} s'
+            break
+
+    last = evaluations[-1]
+    best = min(record['val_loss'] for record in evaluations)
+    print0(f'| {seed} | {name} | {last["iter"]} | {median_ms(records):.1f} '
+           f'| {last["seconds"]:.0f} | {cpu_seconds:.0f} | {best:.4f} | {reached} |')
+
+
 def compare():
-    print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss | 1.88 after |\n|---|---|---|---|---|---|---|---|')
+    """Train both recipes with each seed, print a table, and draw the curves of the first seed."""
+    print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss '
+           f'| {GOAL} after |\n'
+           '|---|---|---|---|---|---|---|---|')
     for n in range(seed, seed + seeds):
         folders = {name: folder_of(name, n) for name in RECIPES}
         if any(saved_seconds(folder, RECIPES[name]) is None for name, folder in folders.items()):
             run_in_turn(folders, n)
         for name, folder in folders.items():
-            records, cpu_seconds = read_metrics(folder / FILE), saved_seconds(folder, RECIPES[name])
-            evaluations = [record for record in records if 'val_loss' in record]
-            reached = next((f'{r["iter"]} iterations, {r["seconds"]:.0f} s' for r in evaluations if r['val_loss'] <= 1.88), 'never')
-            print0(f'| {n} | {name} | {evaluations[-1]["iter"]} | {median(r["ms"] for r in records if "ms" in r):.1f} '
-                   f'| {evaluations[-1]["seconds"]:.0f} | {cpu_seconds:.0f} | {min(r["val_loss"] for r in evaluations):.4f} '
-                   f'| {reached} |')
+            print_recipe(name, folder, n)
+
     folders = [folder_of(name, seed).relative_to(ROOT) for name in RECIPES]
-    subprocess.run([sys.executable, 'plot.py', *folders, f'--picture={picture}'], cwd=ROOT, check=True)
+    command = [sys.executable, 'plot.py', *folders, f'--picture={picture}']
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+# The parts of the fast recipe
+
+def run_part(name, seed):
+    """Train the fast recipe as one row of ABLATION changes it, unless it is done.
+
+    Returns the val loss, in nats per character.
+    """
+    arguments = [
+        *FAST,
+        '--sample_tokens=0',
+        f'--max_iters={iters}',
+        f'--lr_decay_iters={iters}',
+        f'--eval_interval={iters}',
+        f'--cooldown_iters={max(1, iters * 2 // 5)}',
+        *ABLATION[name].split(),
+    ]
+    folder = folder_of(name, seed)
+    if saved_seconds(folder, arguments) is None:
+        process = start(folder, arguments, seed)
+        save_seconds(folder, arguments, wait(process))
+
+    records = read_metrics(folder / FILE)
+    loss = records[-1]['val_loss']
+    print0(f'{name}, seed {seed}: val loss {loss:.4f}, '
+           f'{saved_seconds(folder, arguments):.0f} CPU seconds, '
+           f'{median_ms(records):.1f} ms per iteration')
+    return loss
 
 
 def ablate():
-    short = [*FAST, '--sample_tokens=0', f'--max_iters={iters}', f'--lr_decay_iters={iters}', f'--eval_interval={iters}',
-             f'--cooldown_iters={max(1, iters * 2 // 5)}']
+    """Train the fast recipe with each part off, and print what that costs."""
     losses = {name: [] for name in ABLATION}
     for n in range(seed, seed + seeds):
-        for name, flags in ABLATION.items():
-            folder, arguments = folder_of(name, n), [*short, *flags.split()]
-            if saved_seconds(folder, arguments) is None:
-                save_seconds(folder, arguments, wait(start(folder, arguments, n)))
-            records = read_metrics(folder / FILE)
-            losses[name].append(records[-1]['val_loss'])
-            print0(f'{name}, seed {n}: val loss {losses[name][-1]:.4f}, {saved_seconds(folder, arguments):.0f} CPU seconds, '
-                   f'{median(r["ms"] for r in records if "ms" in r):.1f} ms per iteration')
+        for name in ABLATION:
+            losses[name].append(run_part(name, n))
+
     print0('| part | val loss | each seed | worse by |\n|---|---|---|---|')
+    whole = mean(losses['all parts'])
     for name, values in losses.items():
-        print0(f'| {name} | {mean(values):.4f} | {", ".join(f"{value:.4f}" for value in values)} '
-               f'| {mean(values) - mean(losses["all parts"]):+.4f} |')
+        each = ', '.join(f'{value:.4f}' for value in values)
+        print0(f'| {name} | {mean(values):.4f} | {each} | {mean(values) - whole:+.4f} |')
 
 
 if __name__ == '__main__':
@@ -152,4 +250,7 @@ if __name__ == '__main__':
         configurator.configure(globals(), sys.argv[1:])
         check_choice(globals(), 'study', ('compare', 'ablation'))
         check_range(globals(), 'seeds iters', 1, 10 ** 6)
-        compare() if study == 'compare' else ablate()
+        if study == 'compare':
+            compare()
+        else:
+            ablate()

@@ -42,6 +42,7 @@ def start_lab(tmp_path_factory, ranks):
     if not CAN_FORK:
         pytest.skip('faults are injected with fork and /proc')
     import chaos
+
     lab = chaos.Lab(tmp_path_factory.mktemp('lab') / f'{ranks}-ranks', ranks)
     yield lab
     lab.close()
@@ -49,7 +50,7 @@ def start_lab(tmp_path_factory, ranks):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The folder of a toy dataset, which engine.dataloader finds in this process under the name 'toy'."""
+    """The folder of a toy dataset. In this process engine.dataloader finds it by the name 'toy'."""
     monkeypatch.setattr(dataloader, 'DATA', tmp_path / 'data')
     write_toy_dataset(tmp_path / 'data' / 'toy')
     return tmp_path / 'data' / 'toy'

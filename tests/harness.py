@@ -1,7 +1,7 @@
-"""What the tests and chaos.py share: a copy of the project with a toy dataset, and runs of its scripts.
+"""What the tests and chaos.py share: a copy of the project with a toy dataset, and runs of scripts.
 
-On Linux the scripts run in forks of one server (launcher.py), which start in milliseconds. Elsewhere
-each one is a Python of its own.
+On Linux the scripts run in forks of one server (launcher.py), which start in milliseconds.
+Elsewhere each one is a Python of its own.
 """
 
 import json
@@ -24,35 +24,59 @@ import configurator  # noqa: E402
 from engine.distributed import STOP_SIGNALS  # noqa: E402
 
 CAN_FORK = sys.platform == 'linux'
-CLOCK_FIELDS = ('seconds', 'ms', 'tokens_per_second', 'mfu')    # of metrics.jsonl; no two runs share them
+# Fields of metrics.jsonl that no two runs share.
+CLOCK_FIELDS = ('seconds', 'ms', 'tokens_per_second', 'mfu')
 CHARACTERS = 'abcdefghijklmnop\n'
 # A GPT that takes milliseconds per step, with everything on that training can have.
-ITERATIONS, INTERVAL, ACCUMULATION = 20, 5, 2
-SETTINGS = dict(dataset='toy', n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dropout=0.2,
-                gradient_accumulation_steps=ACCUMULATION, max_iters=ITERATIONS, lr_decay_iters=ITERATIONS,
-                warmup_iters=2, eval_interval=INTERVAL, eval_iters=2, learning_rate=1e-2, min_lr=1e-3,
-                device='cpu', compile=False, rank_timeout=20)
+ITERATIONS = 20
+INTERVAL = 5            # iterations between evaluations
+ACCUMULATION = 2
+SETTINGS = dict(
+    dataset='toy',
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=32,
+    batch_size=2,
+    dropout=0.2,
+    gradient_accumulation_steps=ACCUMULATION,
+    max_iters=ITERATIONS,
+    lr_decay_iters=ITERATIONS,
+    warmup_iters=2,
+    eval_interval=INTERVAL,
+    eval_iters=2,
+    learning_rate=1e-2,
+    min_lr=1e-3,
+    device='cpu',
+    compile=False,
+    rank_timeout=20,
+)
+# What copy_project leaves out: prepared datasets, and what preparing leaves behind.
+NOT_COPIED = ('*.bin', '*.json', '*.jsonl', '*.txt', '*.pkl', '*.tmp', '*.lock', '*.part', 'shards',
+              'unfinished', '__pycache__')
 
 
 def copy_project(folder):
-    """Copy the scripts, engine/, config/, studies/ and data/ to `folder`, without prepared datasets."""
+    """Copy the scripts and what they need to `folder`, without prepared datasets."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
+    ignore = shutil.ignore_patterns(*NOT_COPIED)
     for name in ('engine', 'config', 'data', 'studies'):
-        shutil.copytree(ROOT / name, Path(folder) / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-            '*.bin', '*.json', '*.jsonl', '*.txt', '*.pkl', '*.tmp', '*.lock', '*.part', 'shards', 'unfinished', '__pycache__'))
+        shutil.copytree(ROOT / name, Path(folder) / name, dirs_exist_ok=True, ignore=ignore)
 
 
 def write_toy_dataset(folder, characters=CHARACTERS, tokens=6000):
-    """A character dataset, written without the project's own code: a walk through the
-    characters, each 0 to 2 places after the one before."""
+    """Write a character dataset, without the project's own code.
+
+    It is a walk through the characters, each 0 to 2 places after the one before.
+    """
     folder.mkdir(parents=True)
     walk = np.random.default_rng(0).integers(0, 3, tokens).cumsum() % len(characters)
     walk[:-1000].astype('<u2').tofile(folder / 'train.bin')
     walk[-1000:].astype('<u2').tofile(folder / 'val.bin')
-    (folder / 'meta.json').write_text(json.dumps(
-        dict(tokenizer='char', vocab_size=len(characters), chars=characters)), encoding='utf-8')
+    meta = dict(tokenizer='char', vocab_size=len(characters), chars=characters)
+    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
 
 def is_walk(text):
@@ -64,17 +88,24 @@ def is_walk(text):
 def read_records(out_dir):
     """The records of metrics.jsonl without what depends on the clock."""
     lines = (Path(out_dir) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in CLOCK_FIELDS} for line in lines]
+    records = []
+    for line in lines:
+        record = json.loads(line)
+        records.append({name: value for name, value in record.items() if name not in CLOCK_FIELDS})
+    return records
 
 
 class Workspace:
     """A folder with a copy of the project, whose data/ and outputs are its own."""
 
     def __init__(self, folder):
-        self.folder, self.launchers = Path(folder), []
+        self.folder = Path(folder)
+        self.launchers = []
         copy_project(self.folder)
         write_toy_dataset(self.folder / 'data' / 'toy')
-        self.launcher = self.new_launcher() if CAN_FORK else None
+        self.launcher = None
+        if CAN_FORK:
+            self.launcher = self.new_launcher()
 
     def new_launcher(self):
         self.launchers.append(Launcher(self.folder))
@@ -82,26 +113,32 @@ class Workspace:
 
     def run(self, script, *arguments, code=0, ranks=1, timeout=120, **environment):
         """Run a script to its end, and check the exit code of every rank. Returns the Result."""
+        run = self.run_python
         if self.launcher:
-            result = self.launcher.run(script, *arguments, ranks=ranks, timeout=timeout, **environment)
-        else:
-            result = self.run_python(script, *arguments, ranks=ranks, timeout=timeout, **environment)
+            run = self.launcher.run
+        result = run(script, *arguments, ranks=ranks, timeout=timeout, **environment)
         assert set(result.codes) == {code}, f'exit {result.codes}\n{result.stdout}\n{result.stderr}'
         return result
 
     def run_python(self, script, *arguments, ranks=1, timeout=120, **environment):
-        """Run a script in a Python of its own, by way of torchrun for several ranks. Returns the Result."""
-        command = [sys.executable, *(torchrun_options(ranks) if ranks > 1 else ()), script, *map(str, arguments)]
+        """Run a script in a Python of its own, several ranks by torchrun. Returns the Result."""
+        command = [sys.executable, script, *map(str, arguments)]
+        if ranks > 1:
+            command[1:1] = torchrun_options(ranks)
         began = time.monotonic()
-        done = subprocess.run(command, cwd=self.folder, text=True, capture_output=True, timeout=timeout,
-                              encoding='utf-8', env=script_environment(**environment))
-        return Result([done.returncode], done.stdout, done.stderr, time.monotonic() - began, timed_out=False)
+        done = subprocess.run(command, cwd=self.folder, text=True, capture_output=True,
+                              timeout=timeout, encoding='utf-8',
+                              env=script_environment(**environment))
+        seconds = time.monotonic() - began
+        return Result([done.returncode], done.stdout, done.stderr, seconds, timed_out=False)
 
     def flags(self, out_dir, **changes):
         """The flags of train.py for a run with SETTINGS, some of them changed."""
-        return [f'--{name}={value}' for name, value in dict(SETTINGS, out_dir=out_dir, **changes).items()]
+        settings = dict(SETTINGS, out_dir=out_dir, **changes)
+        return [f'--{name}={value}' for name, value in settings.items()]
 
     def train(self, out_dir, *arguments, **options):
+        """Train with SETTINGS and further flags to the end. Returns the Result."""
         return self.run('train.py', *self.flags(out_dir), *arguments, **options)
 
     def records(self, out_dir):
@@ -118,8 +155,10 @@ def torchrun_options(ranks):
 
 @contextmanager
 def script_settings(script, *flags):
-    """Apply `flags` to an imported script, as its command line would. Yields what its main takes. At the
-    end, the script's settings and the signal handlers are as before."""
+    """Apply `flags` to an imported script, as its command line would. Yields what its main takes.
+
+    At the end, the script's settings and the signal handlers are as before.
+    """
     settings = configurator.snapshot(vars(script))
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:

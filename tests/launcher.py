@@ -1,7 +1,7 @@
 """Runs a script of the project as a real process, and injects a fault if one is asked for.
 
-    python launcher.py SCRIPT ARGUMENTS...     the fault is JSON in the environment variable FAULT
-    python launcher.py                         a server: imports PyTorch once, and forks a process per request
+    python launcher.py SCRIPT ARGUMENTS...  the fault is JSON in the environment variable FAULT
+    python launcher.py                      a server: imports PyTorch once, forks for each request
 
 The project has no code for this: the functions below wrap what its files call. A fork starts in
 milliseconds, where a new Python takes seconds to import PyTorch. It reads the project's files anew,
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +30,22 @@ SAVE_STEPS = ('write', 'sync file', 'rename previous', 'rename', 'sync folder', 
 def inject(fault):
     """Make this process suffer `fault`, a dict:
 
-    kind: 'signal' (with number, and times it is sent), 'full disk', 'not finite' (what: 'loss', 'gradient', or
-    'weights', with a SIGTERM right after), or 'no reader' (stdout becomes a pipe that nobody reads; with number,
-    a signal follows).
+    kind: 'signal' (with number, and times it is sent), 'full disk', 'not finite' (what: 'loss',
+    'gradient', or 'weights', with a SIGTERM right after), or 'no reader' (stdout becomes a pipe
+    that nobody reads; with number, a signal follows).
     rank: the rank that has it, 0 by default. A process that torchrun has restarted has none.
 
-    When it strikes: either save, the number of the checkpoint file, counted from 0, with step, one of
-    SAVE_STEPS, and offset, bytes into that file. Or iteration, counted from the start of this process,
-    with micro_steps, the micro-batches of a rank per iteration, and delay, seconds.
-    report: a file for the time at which a signal struck. Each rank's pid goes into a file beside it.
+    When it strikes: either save, the number of the checkpoint file, counted from 0, with step, one
+    of SAVE_STEPS, and offset, bytes into that file. Or iteration, counted from the start of this
+    process, with micro_steps, the micro-batches of a rank per iteration, and delay, seconds.
+    report: a file for the time at which a signal struck. Each rank's pid goes into a file beside
+    it.
     """
-    if fault.get('rank', 0) != int(os.environ.get('RANK', 0)) or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    rank = int(os.environ.get('RANK', 0))
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    if fault.get('rank', 0) != rank or restarts:
         return
+
     if fault.get('what') == 'weights':
         inject_into_weights(fault)
     elif 'iteration' in fault:
@@ -84,23 +88,30 @@ def inject_into_weights(fault):
 def inject_into_training(fault):
     """Wrap GPT.forward, which training calls once per micro-batch."""
     from model import GPT
-    forward, calls = GPT.forward, 0
+
+    forward = GPT.forward
+    calls = 0
+
+    def strike(loss):
+        if fault['kind'] == 'signal':
+            threading.Timer(fault.get('delay', 0), send_signal, [fault]).start()
+        elif fault['kind'] == 'no reader':
+            close_reader(fault)
+        elif fault['what'] == 'loss':
+            loss = loss * float('nan')
+        else:
+            loss.register_hook(lambda gradient: gradient * float('inf'))
+        return loss
 
     def faulty_forward(self, *arguments, **options):
         nonlocal calls
         logits, loss = forward(self, *arguments, **options)
         if self.training:
             if calls == fault['iteration'] * fault['micro_steps']:
-                if fault['kind'] == 'signal':
-                    threading.Timer(fault.get('delay', 0), send_signal, [fault]).start()
-                elif fault['kind'] == 'no reader':
-                    close_reader(fault)
-                elif fault['what'] == 'loss':
-                    loss = loss * float('nan')
-                else:
-                    loss.register_hook(lambda gradient: gradient * float('inf'))
+                loss = strike(loss)
             calls += 1
         return logits, loss
+
     GPT.forward = faulty_forward
 
 
@@ -122,18 +133,24 @@ class Proxy:
 
 
 def inject_into_saves(fault):
-    """Wrap each step of the atomic_write of one checkpoint. Other files that are written whole, such as
-    the cache beside a dataset, do not count and are left alone."""
+    """Wrap each step of the atomic_write of one checkpoint.
+
+    Other files that are written whole, such as the cache beside a dataset, do not count and are
+    left alone.
+    """
     from engine import atomic_files
     from engine.checkpoint import gathered
-    atomic_write, saves = gathered.atomic_write, 0
+
+    atomic_write = gathered.atomic_write
+    saves = 0
 
     def reached(step):
         if fault['kind'] == 'signal' and step == fault['step']:
             send_signal(fault)
 
     def faulty_open(path, mode, **options):
-        file, written = open(path, mode, **options), 0
+        file = open(path, mode, **options)
+        written = 0
 
         def write(data):
             nonlocal written
@@ -148,33 +165,46 @@ def inject_into_saves(fault):
                 file.write(content)
             written += len(content)
             return len(content)
+
         return Proxy(file, write=write)
 
     def faulty_fsync(descriptor):
-        reached('sync folder' if os.path.isdir(f'/proc/self/fd/{descriptor}') else 'sync file')
+        if os.path.isdir(f'/proc/self/fd/{descriptor}'):
+            reached('sync folder')
+        else:
+            reached('sync file')
         os.fsync(descriptor)
 
     def faulty_replace(old, new):
-        reached('rename previous' if Path(new).name == gathered.PREVIOUS else 'rename')
+        if Path(new).name == gathered.PREVIOUS:
+            reached('rename previous')
+        else:
+            reached('rename')
         os.replace(old, new)
 
     @contextmanager
     def faulty_atomic_write(path, *arguments):
         nonlocal saves
-        is_struck, saves = saves == fault['save'], saves + 1
+        is_struck = saves == fault['save']
+        saves += 1
         if not is_struck:
             with atomic_write(path, *arguments) as file:
                 yield file
             return
-        atomic_files.open, atomic_files.os = faulty_open, Proxy(os, fsync=faulty_fsync, replace=faulty_replace)
+
+        disk = nullcontext()
+        if fault['kind'] == 'full disk':
+            disk = full_disk(fault['offset'])
+        atomic_files.open = faulty_open
+        atomic_files.os = Proxy(os, fsync=faulty_fsync, replace=faulty_replace)
         try:
-            with full_disk(fault['offset']) if fault['kind'] == 'full disk' else suppress():
-                with atomic_write(path, *arguments) as file:
-                    yield file
+            with disk, atomic_write(path, *arguments) as file:
+                yield file
         finally:
             del atomic_files.open
             atomic_files.os = os
         reached('done')
+
     gathered.atomic_write = faulty_atomic_write
 
 
@@ -182,6 +212,7 @@ def inject_into_saves(fault):
 def full_disk(offset):
     """Writing beyond `offset` bytes of any file fails, as on a full disk."""
     import resource
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # else the process would die of it
     _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (offset, hard_limit))
@@ -192,6 +223,7 @@ def full_disk(offset):
 
 
 def run_script(script, arguments):
+    """Run a script in this process as its command line would, with the fault in FAULT."""
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
     fault = json.loads(os.environ.get('FAULT') or '{}')
@@ -200,36 +232,51 @@ def run_script(script, arguments):
         pid_file.write_text(str(os.getpid()), encoding='utf-8')
     if fault:
         inject(fault)
+
     runpy.run_path(script, run_name='__main__')
 
 
 # The server
 
 def serve():
-    # What every script imports, and what a first optimizer step imports: all of it takes long.
-    import filelock  # noqa: F401
-    import numpy  # noqa: F401
-    import torch._dynamo
-    import torch.distributed
-    import torch.nn.parallel
-    import tqdm  # noqa: F401
+    """Run each request, a line of JSON on stdin. Prints its pids, and at its end the exit codes."""
+    import_all()
     for line in sys.stdin:
         request = json.loads(line)
-        store = fork_store(request['port']) if request['ranks'] > 1 else None
+        store = None
+        if request['ranks'] > 1:
+            store = fork_store(request['port'])
         pids = [fork(request, rank) for rank in range(request['ranks'])]
         print(json.dumps(pids), flush=True)
-        codes = {}
-        while len(codes) < len(pids):
-            pid, status = os.wait()
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            if codes[pid] and request['ranks'] > 1:             # torchrun ends the others too
-                for other in set(pids) - codes.keys():
-                    os.kill(other, signal.SIGTERM)
+
+        codes = wait_for_all(pids)
         if store:
             os.kill(store, signal.SIGKILL)
             os.waitpid(store, 0)
         print(json.dumps([codes[pid] for pid in pids]), flush=True)
-    os._exit(0)                                                 # the clean-up of a usual exit takes seconds
+    os._exit(0)                                 # the clean-up of a usual exit takes seconds
+
+
+def import_all():
+    """Import what every script imports, and a first optimizer step: all of it takes long."""
+    import filelock  # noqa: F401
+    import numpy  # noqa: F401
+    import torch._dynamo
+    import torch.distributed
+    import torch.nn.parallel  # noqa: F401
+    import tqdm  # noqa: F401
+
+
+def wait_for_all(pids):
+    """{pid: exit code} once all have ended. As with torchrun, one that fails ends the others."""
+    codes = {}
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid]:
+            for other in set(pids) - codes.keys():
+                os.kill(other, signal.SIGTERM)
+    return codes
 
 
 def fork_store(port):
@@ -237,6 +284,7 @@ def fork_store(port):
     pid = os.fork()
     if not pid:
         from torch.distributed import TCPStore
+
         store = TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False)
         while store:                    # always: it is kept alive
             signal.pause()
@@ -244,25 +292,20 @@ def fork_store(port):
 
 
 def fork(request, rank):
+    """Start a process that runs the script of a request as this rank. Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
+
     code = 1
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)            # the tests may run under nohup
-        for number, name in ((1, request['stdout']), (2, request['stderr'])):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdin = open(os.devnull)
-        os.chdir(request['folder'])
-        os.environ.update(request['environment'])
-        if request['ranks'] > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request['ranks']),
-                              MASTER_ADDR='127.0.0.1', MASTER_PORT=str(request['port']),
-                              TORCHELASTIC_USE_AGENT_STORE='True', TORCHELASTIC_RESTART_COUNT='0')
+        become(request, rank)
         run_script(request['script'], request['arguments'])
         code = 0
     except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        code = exit.code
+        if not isinstance(code, int):
+            code = int(code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -270,6 +313,27 @@ def fork(request, rank):
             with suppress(OSError):
                 stream.flush()
         os._exit(code & 255)
+
+
+def become(request, rank):
+    """Give this process the streams, the folder and the environment of a rank."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                # the tests may run under nohup
+    for number, name in ((1, request['stdout']), (2, request['stderr'])):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin = open(os.devnull)
+    os.chdir(request['folder'])
+
+    os.environ.update(request['environment'])
+    if request['ranks'] > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(request['ranks']),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(request['port']),
+            TORCHELASTIC_USE_AGENT_STORE='True',
+            TORCHELASTIC_RESTART_COUNT='0',
+        )
 
 
 # The client
@@ -293,17 +357,29 @@ class Launcher:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env=script_environment())
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, text=True, env=script_environment())
 
     def start(self, script, *arguments, ranks=1, fault=None, **environment):
         """Start a script. Returns the pid of each rank. `wait` must follow."""
-        self.streams = [self.folder / f'{name}-{self.server.pid}.txt' for name in ('stdout', 'stderr')]
+        self.streams = [self.folder / f'{name}-{self.server.pid}.txt'
+                        for name in ('stdout', 'stderr')]
         for path in self.streams:
             path.unlink(missing_ok=True)
-        request = dict(folder=str(self.folder), script=script, arguments=[str(a) for a in arguments], ranks=ranks,
-                       stdout=str(self.streams[0]), stderr=str(self.streams[1]), port=free_port() if ranks > 1 else 0,
-                       environment=dict(environment, FAULT=json.dumps(fault or {})))
+
+        port = 0
+        if ranks > 1:
+            port = free_port()
+        request = dict(
+            folder=str(self.folder),
+            script=script,
+            arguments=[str(argument) for argument in arguments],
+            ranks=ranks,
+            stdout=str(self.streams[0]),
+            stderr=str(self.streams[1]),
+            port=port,
+            environment=dict(environment, FAULT=json.dumps(fault or {})),
+        )
         self.began = time.monotonic()
         print(json.dumps(request), file=self.server.stdin, flush=True)
         self.pids = json.loads(self.server.stdout.readline())
@@ -312,14 +388,18 @@ class Launcher:
     def wait(self, timeout=60):
         """The Result of what was started. It is killed after `timeout` seconds."""
         timed_out = not select.select([self.server.stdout], [], [], timeout)[0]
-        for pid in self.pids if timed_out else ():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if timed_out:
+            for pid in self.pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
         codes = json.loads(self.server.stdout.readline())
-        stdout, stderr = (path.read_text(encoding='utf-8', errors='replace') for path in self.streams)
+        stdout, stderr = (path.read_text(encoding='utf-8', errors='replace')
+                          for path in self.streams)
         return Result(codes, stdout, stderr, time.monotonic() - self.began, timed_out)
 
     def run(self, script, *arguments, timeout=60, **options):
+        """Run a script to its end. Returns the Result."""
         self.start(script, *arguments, **options)
         return self.wait(timeout)
 
@@ -338,10 +418,14 @@ def script_environment(**changes):
 
 def free_port():
     import socket
+
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
 
 
 if __name__ == '__main__':
-    run_script(sys.argv[1], sys.argv[2:]) if sys.argv[1:] else serve()
+    if sys.argv[1:]:
+        run_script(sys.argv[1], sys.argv[2:])
+    else:
+        serve()

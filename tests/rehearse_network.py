@@ -1,12 +1,14 @@
-"""Rehearse training on two machines: two network namespaces of Linux, joined by a virtual cable that can be cut.
+"""Rehearse training on two machines: two network namespaces of Linux, joined by a virtual cable.
+
+The cable can be cut.
 
     python tests/rehearse_network.py                    # all cases, about four minutes
     python tests/rehearse_network.py --case=cut
 
-Each host runs torchrun with one rank, over gloo. Both see the same out_dir. Each case compares every tensor of
-state.pt and ckpt.pt and every logged number with a run that was left alone. The exit code is 1 if
-any case failed. It needs Linux, `ip` and `unshare`, and the right to make namespaces: root has it, and on
-many systems every user has it.
+Each host runs torchrun with one rank, over gloo. Both see the same out_dir. Each case compares
+every tensor of state.pt and ckpt.pt and every logged number with a run that was left alone. The
+exit code is 1 if any case failed. It needs Linux, `ip` and `unshare`, and the right to make
+namespaces: root has it, and on many systems every user has it.
 """
 
 import os
@@ -19,6 +21,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import console
 
 from chaos import Failure, differences, expect
@@ -34,25 +37,30 @@ case = 'all'            # one of the functions under "Cases", or all
 RANK_TIMEOUT = 5        # seconds
 ADDRESSES = {'a': '10.77.0.1', 'b': '10.77.0.2'}
 # Long enough that a fault finds it running, and saved a few times.
-RUN = dict(max_iters=300, lr_decay_iters=300, eval_interval=40, rank_timeout=RANK_TIMEOUT, init_from='auto')
-# torchrun keeps one store over its restarts, and PyTorch 2.13 does not tell its address to a machine that
-# joins later. With this variable there is a new store at every start.
+RUN = dict(max_iters=300, lr_decay_iters=300, eval_interval=40, rank_timeout=RANK_TIMEOUT,
+           init_from='auto')
+# torchrun keeps one store over its restarts, and PyTorch 2.13 does not tell its address to a
+# machine that joins later. With this variable there is a new store at every start.
 NEW_STORE = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 # A frozen process gets this many seconds between SIGTERM and SIGKILL.
 AGENT = ['--shutdown-timeout=3']
 
-
+UNSHARE = ['unshare', '--net', '--mount']
+if not (os.name == 'posix' and os.geteuid() == 0):
+    UNSHARE += ['--user', '--map-root-user']
 # The names of namespaces live in /run/netns. A private /run lets them vanish with this program.
-UNSHARE = ['unshare', '--net', '--mount', *([] if os.name == 'posix' and os.geteuid() == 0 else ['--user', '--map-root-user'])]
 PREPARE = 'mount -t tmpfs tmpfs /run && mkdir /run/netns && ip link set lo up'
+MAKE_CABLE = 'ip netns add host && ip link add name one type veth peer name two'
 
 
 def namespaces_are_allowed():
     """True where this user can make network namespaces and a cable between them."""
-    if sys.platform != 'linux' or not all(map(shutil.which, ('ip', 'unshare', 'nsenter', 'mount'))):
+    if sys.platform != 'linux':
         return False
-    return subprocess.run([*UNSHARE, 'sh', '-c', f'{PREPARE} && ip netns add host && ip link add name one type veth peer name two'],
-                          capture_output=True).returncode == 0
+    if not all(map(shutil.which, ('ip', 'unshare', 'nsenter', 'mount'))):
+        return False
+    command = [*UNSHARE, 'sh', '-c', f'{PREPARE} && {MAKE_CABLE}']
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def ip(*words):
@@ -65,7 +73,8 @@ class Network:
     def __init__(self):
         for host in ADDRESSES:
             ip('netns', 'add', host)
-        ip('link', 'add', 'name', 'cable', 'netns', 'a', 'type', 'veth', 'peer', 'name', 'cable', 'netns', 'b')
+        ip('link', 'add', 'name', 'cable', 'netns', 'a', 'type', 'veth',
+           'peer', 'name', 'cable', 'netns', 'b')
         for host, address in ADDRESSES.items():
             ip('-netns', host, 'address', 'add', f'{address}/24', 'dev', 'cable')
             ip('-netns', host, 'link', 'set', 'lo', 'up')
@@ -85,12 +94,17 @@ class Host:
     def __init__(self, workspace, name, arguments, script, **environment):
         self.errors = workspace.folder / f'{time.monotonic_ns()}.err'
         # Not by `ip netns exec`, which mounts /sys anew: a user without root may not.
-        command = ['nsenter', f'--net=/run/netns/{name}', sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1',
-                   *arguments, *AGENT, *script]
+        command = ['nsenter', f'--net=/run/netns/{name}', sys.executable, '-m',
+                   'torch.distributed.run', '--nproc_per_node=1', *arguments, *AGENT, *script]
         environment = script_environment(GLOO_SOCKET_IFNAME='cable', **environment)
         with open(self.errors, 'w', encoding='utf-8') as file:
-            self.agent = subprocess.Popen(command, cwd=workspace.folder, stdout=subprocess.DEVNULL, stderr=file,
-                                          env=environment, start_new_session=True)
+            self.agent = subprocess.Popen(
+                command, cwd=workspace.folder, stdout=subprocess.DEVNULL, stderr=file,
+                env=environment, start_new_session=True)
+
+    def last_errors(self):
+        """The end of what torchrun and train.py wrote on stderr."""
+        return self.errors.read_text()[-1500:]
 
     def rank(self):
         """The pid of this host's rank, once torchrun has started it."""
@@ -100,21 +114,25 @@ class Host:
                     if b'train.py' in Path(f'/proc/{pid}/cmdline').read_bytes():
                         return pid
             time.sleep(0.05)
-        raise Failure(f'torchrun ended: {self.errors.read_text()[-1500:]}')
+        raise Failure(f'torchrun ended: {self.last_errors()}')
 
     def restart_count(self):
         """torchrun's count of restarts, as this host's rank sees it."""
-        variables = Path(f'/proc/{self.rank()}/environ').read_bytes().split(b'\0')
-        return next(int(text.partition(b'=')[2]) for text in variables if text.startswith(b'TORCHELASTIC_RESTART_COUNT='))
+        for variable in Path(f'/proc/{self.rank()}/environ').read_bytes().split(b'\0'):
+            name, _, value = variable.partition(b'=')
+            if name == b'TORCHELASTIC_RESTART_COUNT':
+                return int(value)
+        raise Failure('torchrun counts no restarts')
 
     def children(self):
         """The pids of torchrun's processes."""
+        path = Path(f'/proc/{self.agent.pid}/task/{self.agent.pid}/children')
         with suppress(OSError):
-            return [int(pid) for pid in Path(f'/proc/{self.agent.pid}/task/{self.agent.pid}/children').read_text().split()]
+            return [int(pid) for pid in path.read_text().split()]
         return []
 
     def wait(self, timeout=90):
-        """torchrun's exit code, or None where it has not ended after `timeout` seconds and was killed."""
+        """torchrun's exit code, or None where it ran on after `timeout` seconds and was killed."""
         try:
             return self.agent.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -128,7 +146,8 @@ class Host:
 
     def lines(self):
         """What train.py, and not torchrun, wrote on stderr."""
-        return [line for line in self.errors.read_text(encoding='utf-8').splitlines() if line.startswith('train.py:')]
+        lines = self.errors.read_text(encoding='utf-8').splitlines()
+        return [line for line in lines if line.startswith('train.py:')]
 
 
 class Rehearsal(Workspace):
@@ -136,21 +155,41 @@ class Rehearsal(Workspace):
 
     def __init__(self, folder, network):
         super().__init__(folder)
-        self.network, self.hosts = network, []
+        self.network = network
+        self.hosts = []
         self.reference = self.folder / 'reference'
         self.run('train.py', *self.flags(self.reference, **RUN), ranks=2)
 
     def start(self, out_dir, **options):
-        """Start one torchrun on each host: with static addresses, or one that starts lost ranks again."""
+        """Start one torchrun on each host. Returns the hosts."""
         self.hosts = [self.start_host(name, out_dir, **options) for name in ADDRESSES]
         return self.hosts
 
     def start_host(self, name, out_dir, elastic=False, **environment):
-        address, rank = ADDRESSES['a'], list(ADDRESSES).index(name)
-        arguments = ['--nnodes=2', *(['--rdzv_backend=c10d', f'--rdzv_endpoint={address}:29400', '--rdzv_id=rehearsal',
-                     '--max-restarts=3', f'--local_addr={ADDRESSES[name]}', f'--rdzv_conf=is_host={name == "a"}'] if elastic else
-                     [f'--node_rank={rank}', f'--master_addr={address}', '--master_port=29500'])]
-        return Host(self, name, arguments, ['train.py', *self.flags(out_dir, **RUN)], **environment)
+        """Start torchrun on a host. If elastic, it starts lost ranks again, without fixed ranks."""
+        address = ADDRESSES['a']
+        if elastic:
+            arguments = [
+                '--nnodes=2',
+                '--rdzv_backend=c10d',
+                f'--rdzv_endpoint={address}:29400',
+                '--rdzv_id=rehearsal',
+                '--max-restarts=3',
+                f'--local_addr={ADDRESSES[name]}',
+                f'--rdzv_conf=is_host={name == "a"}',
+            ]
+        else:
+            arguments = [
+                '--nnodes=2',
+                f'--node_rank={list(ADDRESSES).index(name)}',
+                f'--master_addr={address}',
+                '--master_port=29500',
+            ]
+        script = ['train.py', *self.flags(out_dir, **RUN)]
+        return Host(self, name, arguments, script, **environment)
+
+    def last_errors(self):
+        return [host.last_errors() for host in self.hosts]
 
     def new_out_dir(self):
         out_dir = Path(tempfile.mkdtemp(prefix='out-', dir=self.folder))
@@ -165,12 +204,13 @@ class Rehearsal(Workspace):
                 if read_records(out_dir)[-1]['iter'] >= iteration:
                     return
             time.sleep(0.02)
-        raise Failure(f'iteration {iteration} never came: {[host.errors.read_text()[-1500:] for host in self.hosts]}')
+        raise Failure(f'iteration {iteration} never came: {self.last_errors()}')
 
     def expect_end(self, code=0):
         for host in self.hosts:
             found = host.wait()
-            expect(found == code, f'torchrun ended with {found}, not {code}: {[host.errors.read_text()[-1500:] for host in self.hosts]}')
+            words = f'torchrun ended with {found}, not {code}: {self.last_errors()}'
+            expect(found == code, words)
 
     def expect_same(self, out_dir):
         found = differences(out_dir, self.reference)
@@ -212,20 +252,28 @@ def cut(lab):
     hosts = lab.start(out_dir)
     lab.wait_for_iteration(out_dir, 60)
     lab.network.cut()
+
+    # how it ends
     began = time.monotonic()
     while any(host.agent.poll() is None for host in hosts) and time.monotonic() < began + 60:
         time.sleep(0.05)
     seconds = time.monotonic() - began
     lab.expect_end(code=1)
+    words = 'another rank did not answer within --rank_timeout'
     for host in hosts:
         lines = host.lines()
-        expect(len(lines) == 1 and 'another rank did not answer within --rank_timeout' in lines[0], f'one line: {lines}')
-    iterations = [run_folder.load_state(out_dir)[0]['iter_num'], gathered.load_model(out_dir)['iter_num']]
+        is_fine = len(lines) == 1 and words in lines[0]
+        expect(is_fine, f'one line: {lines}')
+
+    # and goes on
+    state, _ = run_folder.load_state(out_dir)
+    iterations = [state['iter_num'], gathered.load_model(out_dir)['iter_num']]
     lab.network.plug_in()
     lab.start(out_dir)
     lab.expect_end()
     lab.expect_same(out_dir)
-    return f'both ended {seconds:.1f} s after the cut (rank_timeout {RANK_TIMEOUT} s), saved at {iterations}'
+    return (f'both ended {seconds:.1f} s after the cut (rank_timeout {RANK_TIMEOUT} s), '
+            f'saved at {iterations}')
 
 
 def lost(lab):
@@ -245,7 +293,7 @@ def counts(lab):
     hosts = lab.start(out_dir, elastic=True)
     lab.wait_for_iteration(out_dir, 60)
     frozen = hosts[0].rank()
-    os.kill(frozen, signal.SIGSTOP)                     # it cannot notice that the other one is lost
+    os.kill(frozen, signal.SIGSTOP)             # it cannot notice that the other one is lost
     os.kill(hosts[1].rank(), signal.SIGKILL)
     while hosts[0].rank() == frozen:
         time.sleep(0.1)
@@ -269,7 +317,7 @@ def machine(lab):
 
 
 def reconnect(lab):
-    """Elastic: after a cut cable both machines wait for each other, and go on once it is plugged in."""
+    """Elastic: after a cut cable both machines wait for each other, and go on with a cable."""
     out_dir = lab.new_out_dir()
     lab.start(out_dir, elastic=True)
     lab.wait_for_iteration(out_dir, 60)
@@ -281,7 +329,8 @@ def reconnect(lab):
     return f'{RANK_TIMEOUT + 5} s without a cable'
 
 
-CASES = dict(plain=plain, glitch=glitch, cut=cut, lost=lost, counts=counts, machine=machine, reconnect=reconnect)
+CASES = dict(plain=plain, glitch=glitch, cut=cut, lost=lost, counts=counts, machine=machine,
+             reconnect=reconnect)
 
 
 def rehearse(names):
@@ -292,15 +341,19 @@ def rehearse(names):
         lab = Rehearsal(Path(folder), network)
         try:
             for name in names:
-                began, words = time.monotonic(), 'ok'
+                began = time.monotonic()
                 try:
                     seen = CASES[name](lab)
+                    verdict = 'ok'
                 except Failure as failure:
-                    failures, words, seen = failures + 1, 'FAILED', str(failure)
+                    seen = str(failure)
+                    verdict = 'FAILED'
+                    failures += 1
                     for host in lab.hosts:
                         host.kill()
                     network.plug_in()
-                print(f'{name:<10} {words:<6} {time.monotonic() - began:5.1f} s  {seen}', flush=True)
+                seconds = time.monotonic() - began
+                print(f'{name:<10} {verdict:<6} {seconds:5.1f} s  {seen}', flush=True)
         finally:
             lab.close()
     return failures
@@ -309,12 +362,20 @@ def rehearse(names):
 def main():
     if case not in (*CASES, 'all'):
         raise UserError(f'case={case!r} is unknown; try {", ".join(CASES)} or all')
+
+    # inside the namespaces, which the second half makes
     if os.environ.get('REHEARSAL') == 'inside':
-        raise SystemExit(1 if rehearse(CASES if case == 'all' else [case]) else 0)
+        names = [case]
+        if case == 'all':
+            names = list(CASES)
+        raise SystemExit(int(rehearse(names) > 0))
+
+    # outside: start this program again, inside
     if not namespaces_are_allowed():
-        raise UserError('this system does not let you make network namespaces; the rehearsal needs Linux and `ip`; try it as root')
-    inside = subprocess.run([*UNSHARE, 'sh', '-c', f'{PREPARE} && exec "$@"', 'sh', sys.executable, *sys.argv],
-                            env={**os.environ, 'REHEARSAL': 'inside'})
+        raise UserError('this system does not let you make network namespaces; the rehearsal needs '
+                        'Linux and `ip`; try it as root')
+    command = [*UNSHARE, 'sh', '-c', f'{PREPARE} && exec "$@"', 'sh', sys.executable, *sys.argv]
+    inside = subprocess.run(command, env={**os.environ, 'REHEARSAL': 'inside'})
     raise SystemExit(inside.returncode)
 
 

@@ -29,13 +29,16 @@ def script(tmp_path):
     """The globals of a small script."""
     path = tmp_path / 'script.py'
     path.write_text(SCRIPT)
-    return {'__file__': str(path), 'width': 4, 'rate': 1e-3, 'name': 'a=b', 'fast': 'auto', 'quiet': False}
+    settings = dict(width=4, rate=1e-3, name='a=b', fast='auto', quiet=False)
+    return dict(settings, __file__=str(path))
 
 
 def write_config(script, text):
     path = script['__file__'].replace('script.py', 'some_config.py')
+    if isinstance(text, str):
+        text = text.encode()
     with open(path, 'wb') as file:
-        file.write(text if isinstance(text, bytes) else text.encode())
+        file.write(text)
     return path
 
 
@@ -44,26 +47,46 @@ def write_config(script, text):
 def test_files_and_flags_apply_from_left_to_right(script):
     file = write_config(script, 'width = 8\nrate = 1')
     overrides = configurator.configure(script, ['--width=6', '--rate=0.5', file, '--rate=2'])
-    assert overrides == {'width': 8, 'rate': 2.0} and type(overrides['rate']) is float
+    assert overrides == {'width': 8, 'rate': 2.0}
+    assert type(overrides['rate']) is float
     assert (script['width'], script['rate'], script['name']) == (8, 2.0, 'a=b')
 
 
 @pytest.mark.parametrize('flag, name, value', [
-    ('--name=x=y', 'name', 'x=y'), ('--name=', 'name', ''), ('--name=5', 'name', '5'), ('--name=None', 'name', None),
-    ('--fast=False', 'fast', False), ('--fast=true', 'fast', True), ('--quiet=true', 'quiet', True),
-    ('--quiet=False', 'quiet', False), ('--rate=3', 'rate', 3.0), ('--width=-2', 'width', -2)])
+    ('--name=x=y', 'name', 'x=y'),
+    ('--name=', 'name', ''),
+    ('--name=5', 'name', '5'),
+    ('--name=None', 'name', None),
+    ('--fast=False', 'fast', False),
+    ('--fast=true', 'fast', True),
+    ('--quiet=true', 'quiet', True),
+    ('--quiet=False', 'quiet', False),
+    ('--rate=3', 'rate', 3.0),
+    ('--width=-2', 'width', -2),
+])
 def test_a_flag_means_what_it_spells(script, flag, name, value):
     configurator.configure(script, [flag])
-    assert script[name] == value and type(script[name]) is type(value)
+    assert script[name] == value
+    assert type(script[name]) is type(value)
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--widht=3', "there is no setting 'widht'; did you mean width"), ('--width=3.5', 'width=3.5 should be a whole number'),
-    ('--width=None', 'width=None should be a whole number'), ('--width=wide', "width='wide' should be a whole number"),
-    ('--rate=fast', "rate='fast' should be a number"), ('--quiet=1', 'True or False'), ('--quiet=yes', 'True or False'),
-    ('--width', '--width lacks its value, as in --width=4'), ('--width=', 'whole number'), ('--__file__=x', 'no setting'),
-    ('--main=1', 'no setting'), ('--rate=' + '[' * 9999, 'a number'), ('nowhere.py', "no config file 'nowhere.py'"),
-    ('a\0b', 'no config file'), ('x' * 9999, 'no config file')])
+    ('--widht=3', "there is no setting 'widht'; did you mean width"),
+    ('--width=3.5', 'width=3.5 should be a whole number'),
+    ('--width=None', 'width=None should be a whole number'),
+    ('--width=wide', "width='wide' should be a whole number"),
+    ('--rate=fast', "rate='fast' should be a number"),
+    ('--quiet=1', 'True or False'),
+    ('--quiet=yes', 'True or False'),
+    ('--width', '--width lacks its value, as in --width=4'),
+    ('--width=', 'whole number'),
+    ('--__file__=x', 'no setting'),
+    ('--main=1', 'no setting'),
+    ('--rate=' + '[' * 9999, 'a number'),
+    ('nowhere.py', "no config file 'nowhere.py'"),
+    ('a\0b', 'no config file'),
+    ('x' * 9999, 'no config file'),
+])
 def test_a_mistake_is_named(script, flag, words):
     before = dict(script)
     with pytest.raises(UserError, match=words):
@@ -73,22 +96,35 @@ def test_a_mistake_is_named(script, flag, words):
 
 def test_positional_arguments_are_folders_where_a_script_takes_them(script):
     folders = []
-    assert configurator.configure(script, ['out-a', '--width=5', 'out-b'], positional=folders) == {'width': 5}
+    arguments = ['out-a', '--width=5', 'out-b']
+    assert configurator.configure(script, arguments, positional=folders) == {'width': 5}
     assert folders == ['out-a', 'out-b']
 
 
 def test_a_config_is_python_over_a_copy_of_the_defaults(script):
-    file = write_config(script, 'import math\nfrom os import path as p\n_half = width // 2\n'
-                                'width = _half + int(math.sqrt(9))\nquiet = __file__.endswith("some_config.py")')
+    file = write_config(script, '''
+import math
+from os import path as p
+_half = width // 2
+width = _half + int(math.sqrt(9))
+quiet = __file__.endswith("some_config.py")
+''')
     assert configurator.configure(script, [file]) == {'width': 5, 'quiet': True}
 
 
 @pytest.mark.parametrize('text, words', [
-    ('width = 1\nwdith = 2', "there is no setting 'wdith'; did you mean width"), ('width =', 'line 1: SyntaxError'),
-    ('width = 1\nrate = = 1', 'line 2: SyntaxError'), ('width = 1\nrate = 1 / 0', 'line 2: ZeroDivisionError: division'),
-    ('rate = "high"', "rate='high' should be a number"), ('\n\nwidth = "four"', "width='four' should be a whole number"),
-    ('width = True', 'whole number'), ('fast = None', 'text'), ('import sys\nsys.exit(0)', 'line 2: SystemExit'),
-    ('x\0y', ''), (b'width = 4 # \xff\xfe', 'UnicodeDecodeError')])
+    ('width = 1\nwdith = 2', "there is no setting 'wdith'; did you mean width"),
+    ('width =', 'line 1: SyntaxError'),
+    ('width = 1\nrate = = 1', 'line 2: SyntaxError'),
+    ('width = 1\nrate = 1 / 0', 'line 2: ZeroDivisionError: division'),
+    ('rate = "high"', "rate='high' should be a number"),
+    ('\n\nwidth = "four"', "width='four' should be a whole number"),
+    ('width = True', 'whole number'),
+    ('fast = None', 'text'),
+    ('import sys\nsys.exit(0)', 'line 2: SystemExit'),
+    ('x\0y', ''),
+    (b'width = 4 # \xff\xfe', 'UnicodeDecodeError'),
+])
 def test_a_mistake_in_a_config_names_the_file(script, text, words):
     with pytest.raises(UserError, match=f'some_config.py.*{words}'):
         configurator.configure(script, [write_config(script, text)])
@@ -96,7 +132,8 @@ def test_a_mistake_in_a_config_names_the_file(script, text, words):
 
 def test_a_setting_named_at_its_default_counts_as_an_override(script):
     file = write_config(script, 'width = 4')
-    assert configurator.configure(script, [file, '--quiet=False']) == {'width': 4, 'quiet': False}
+    overrides = configurator.configure(script, [file, '--quiet=False'])
+    assert overrides == {'width': 4, 'quiet': False}
 
 
 def test_bare_names_are_found_in_config():
@@ -107,8 +144,12 @@ def test_bare_names_are_found_in_config():
 
 
 @pytest.mark.parametrize('limits, words', [
-    (dict(low=5), 'width=4 should be at least 5'), (dict(high=3), 'width=4 should be at most 3'),
-    (dict(low=5, high=1000000), 'at least 5 and at most 1,000,000'), (dict(above=4), 'above 4'), (dict(below=4), 'below 4')])
+    (dict(low=5), 'width=4 should be at least 5'),
+    (dict(high=3), 'width=4 should be at most 3'),
+    (dict(low=5, high=1000000), 'at least 5 and at most 1,000,000'),
+    (dict(above=4), 'above 4'),
+    (dict(below=4), 'below 4'),
+])
 def test_a_value_out_of_its_range_is_refused(script, limits, words):
     configurator.check_range(script, 'width rate', -1, 4)
     with pytest.raises(UserError, match=words):
@@ -122,15 +163,19 @@ def test_saved_settings_come_back_but_for_overrides_and_those_of_this_command(sc
     overrides = configurator.configure(script, ['--width=6', '--rate=0.5'])
     differences = configurator.restore_settings(script, saved, overrides, keep=('name',))
     assert differences == {'width': (9, 6)}
-    assert configurator.snapshot(script) == dict(width=6, rate=0.5, name='a=b', fast='auto', quiet=True)
+    assert configurator.snapshot(script) == dict(
+        width=6, rate=0.5, name='a=b', fast='auto', quiet=True)
     assert 'unknown' not in script
 
 
 def test_the_settings_are_told_in_lines_of_a_terminal():
     assert configurator.describe_settings({}) == 'settings: defaults'
+
     lines = configurator.describe_settings({f'setting_{i}': i for i in range(20)}).splitlines()
-    assert len(lines) > 1 and all(len(line) <= 110 for line in lines)
-    assert ' '.join(line.strip() for line in lines) == 'settings: ' + ', '.join(f'setting_{i}={i}' for i in range(20))
+    assert len(lines) > 1
+    assert all(len(line) <= 110 for line in lines)
+    together = ', '.join(f'setting_{i}={i}' for i in range(20))
+    assert ' '.join(line.strip() for line in lines) == 'settings: ' + together
 
 
 # Help
@@ -140,17 +185,23 @@ def test_help_shows_every_setting_with_its_comment(script, capsys):
         configurator.configure(script, ['--help'])
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    assert shown.index('\nsize\n') < shown.index('--width=4') < shown.index('\nnames\n') < shown.index("--name='a=b'")
-    assert 'channels; more is slower and better' in shown and 'hidden' not in shown and 'python script.py' in shown
+    places = [shown.index(text) for text in (
+        '\nsize\n', '--width=4', '\nnames\n', "--name='a=b'")]
+    assert places == sorted(places)
+    assert 'channels; more is slower and better' in shown
+    assert 'hidden' not in shown
+    assert 'python script.py' in shown
 
 
 @pytest.mark.parametrize('script, lines', [
     ('train.py', ['--learning_rate=0.0006', '--max_iters=600000',
                   'usage: python train.py CONFIG_FILE ... [--SETTING=VALUE ...]']),
-    ('sample.py', ['--top_k=200']), ('bench.py', ['--profile=False']),
+    ('sample.py', ['--top_k=200']),
+    ('bench.py', ['--profile=False']),
     ('plot.py', ["--picture=''", 'usage: python plot.py FOLDER ...']),
     ('export.py', ['usage: python export.py FOLDER ...']),
-    ('data/stdlib_char/prepare.py', ['usage: python data/stdlib_char/prepare.py'])])
+    ('data/stdlib_char/prepare.py', ['usage: python data/stdlib_char/prepare.py']),
+])
 def test_the_real_scripts_show_their_settings(workspace, script, lines):
     shown = workspace.run(script, '--help').stdout
     assert all(line in shown for line in lines), shown
@@ -159,6 +210,14 @@ def test_the_real_scripts_show_their_settings(workspace, script, lines):
 
 def test_a_config_is_an_ordinary_python_file(script):
     """With a byte order mark, helpers, constants, loop variables and star imports of its own."""
-    path = write_config(script, '\ufefffrom math import *\nimport os\nN = 64\nclass Helper: pass\n'
-                                'def twice(x):\n    return 2 * x\nfor i in range(3):\n    _last = i\nwidth = twice(N) + _last')
+    path = write_config(script, '''\ufefffrom math import *
+import os
+N = 64
+class Helper: pass
+def twice(x):
+    return 2 * x
+for i in range(3):
+    _last = i
+width = twice(N) + _last
+''')
     assert configurator.configure(script, [path]) == {'width': 130}

@@ -1,4 +1,4 @@
-"""Every command of the README: its scripts exist, its settings are known, and it runs at toy size."""
+"""Every command of the README: its script and settings exist, and it runs at toy size."""
 
 import ast
 import importlib
@@ -13,8 +13,9 @@ import configurator
 import train
 from engine.training.settings_checks import check_training
 
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = [block.replace('\\\n', ' ').strip()
-          for block in re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.DOTALL)]
+          for block in re.findall(r'```sh\n(.*?)```', README, re.DOTALL)]
 
 
 def script_and_arguments(command):
@@ -24,9 +25,18 @@ def script_and_arguments(command):
     return words[position], words[position + 1:]
 
 
-COMMANDS = list(dict.fromkeys(re.sub(r' --node_rank=\d', '', command.strip())
-                              for block in BLOCKS for line in block.splitlines() for command in line.split(' && ')
-                              if re.search(r'^(python3?|torchrun) .*\w\.py\b', command.strip())))
+def find_commands():
+    """The commands of all blocks that start a script, each once."""
+    commands = []
+    for line in '\n'.join(BLOCKS).splitlines():
+        for command in line.split(' && '):
+            command = re.sub(r' --node_rank=\d', '', command.strip())
+            if re.search(r'^(python3?|torchrun) .*\w\.py\b', command) and command not in commands:
+                commands.append(command)
+    return commands
+
+
+COMMANDS = find_commands()
 
 
 def commands_of(script):
@@ -35,10 +45,14 @@ def commands_of(script):
 
 def configured(script, arguments):
     """The settings of a script after its command line, {name: value}."""
-    settings = {name: setting.default for name, setting in configurator.read_settings(ROOT / script).items()}
+    known = configurator.read_settings(ROOT / script)
+    settings = {name: setting.default for name, setting in known.items()}
     settings['__file__'] = str(ROOT / script)
-    positional = [] if script in ('export.py', 'plot.py') else None
-    configurator.configure(settings, [a for a in arguments if a != '--help'], positional=positional)
+    positional = None
+    if script in ('export.py', 'plot.py'):
+        positional = []
+    arguments = [argument for argument in arguments if argument != '--help']
+    configurator.configure(settings, arguments, positional=positional)
     return settings
 
 
@@ -49,17 +63,21 @@ def needs_download(command):
 
 def test_the_first_two_blocks_are_one_command_line_each_with_an_environment_of_their_own():
     first, second = BLOCKS[:2]
-    environment = 'python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && python '
+    environment = ('python3 -m venv .venv && . .venv/bin/activate && '
+                   'pip install -r requirements.txt && python ')
     for block in (first, second):
-        assert '\n' not in block and block.startswith(environment)
+        assert '\n' not in block
+        assert block.startswith(environment)
     assert re.search(r'prepare\.py.* && python train\.py .* && python sample\.py ', first)
     assert second.endswith('python -m pytest -q -n auto')
 
 
 def test_the_commands_are_found():
     """A block in another form would leave its commands untested."""
-    lines = [line for block in BLOCKS for line in block.splitlines() if '.py' in line and not line.startswith('#')]
-    assert lines and all(re.match(r'python3? |torchrun ', line) for line in lines)
+    lines = [line for block in BLOCKS for line in block.splitlines()
+             if '.py' in line and not line.startswith('#')]
+    assert lines
+    assert all(re.match(r'python3? |torchrun ', line) for line in lines)
     scripts = {script_and_arguments(c)[0] for c in COMMANDS}
     assert scripts >= {'train.py', 'sample.py', 'bench.py', 'export.py', 'tests/chaos.py'}
 
@@ -88,13 +106,20 @@ def test_commands_do_not_write_to_the_same_folder():
 
 
 def run_train_command(workspace, command, out_dir):
+    """Run a train command for a few iterations, with a toy model in out_dir."""
     _, arguments = script_and_arguments(command)
-    settings = configured('train.py', arguments)
-    shape = ('--n_', '--device', '--dtype', '--out_dir')
-    max_iters = 22 if settings['init_from'] in ('auto', 'resume') else 3
+    max_iters = 3
+    if configured('train.py', arguments)['init_from'] in ('auto', 'resume'):
+        max_iters = 22                          # the run that it resumes has 20
+    ranks = 1
+    if command.startswith('torchrun'):
+        ranks = 2
+
+    replaced = ('--n_', '--device', '--dtype', '--out_dir')
+    kept = [argument for argument in arguments if not argument.startswith(replaced)]
     toy = dict(SETTINGS, out_dir=out_dir, wandb_log=False, max_iters=max_iters)
-    workspace.run('train.py', *[a for a in arguments if not a.startswith(shape)],
-                  *(f'--{name}={value}' for name, value in toy.items()), ranks=2 if command.startswith('torchrun') else 1)
+    flags = [f'--{name}={value}' for name, value in toy.items()]
+    workspace.run('train.py', *kept, *flags, ranks=ranks)
 
 
 @pytest.mark.parametrize('command', [c for c in commands_of('train.py') if not needs_download(c)])
@@ -120,8 +145,10 @@ def test_a_sample_command_runs_at_toy_size(trained, command):
     _, arguments = script_and_arguments(command)
     (trained.folder / 'prompt.txt').write_text('abc')
     replaced = ('--start=', '--out_dir=', '--device=')
-    arguments = [a for a in arguments if a.startswith('--start=FILE:') or not a.startswith(replaced)]
-    shown = trained.run('sample.py', *arguments, '--out_dir=out-toy', '--max_new_tokens=20', '--device=cpu').stdout
+    arguments = [argument for argument in arguments
+                 if argument.startswith('--start=FILE:') or not argument.startswith(replaced)]
+    shown = trained.run('sample.py', *arguments, '--out_dir=out-toy', '--max_new_tokens=20',
+                        '--device=cpu').stdout
     assert shown.count('---------------') == configured('sample.py', arguments)['num_samples']
 
 
@@ -129,10 +156,11 @@ def test_a_sample_command_runs_at_toy_size(trained, command):
 def test_a_bench_command_runs_at_toy_size(workspace, command):
     """Those with --bench=data run in test_bench; they would encode 10 MB here too."""
     _, arguments = script_and_arguments(command)
-    arguments = [a for a in arguments if not a.startswith(('--report', '--device'))]
-    workspace.run('bench.py', *arguments, '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32',
-                  '--batch_size=2', '--vocab_size=50', '--steps=2', '--warmup_steps=1', '--prompt_tokens=5',
-                  '--new_tokens=20')
+    arguments = [argument for argument in arguments
+                 if not argument.startswith(('--report', '--device'))]
+    workspace.run('bench.py', *arguments, '--device=cpu', '--n_layer=1', '--n_head=2',
+                  '--n_embd=32', '--block_size=32', '--batch_size=2', '--vocab_size=50',
+                  '--steps=2', '--warmup_steps=1', '--prompt_tokens=5', '--new_tokens=20')
 
 
 @pytest.mark.parametrize('command', commands_of('export.py') + commands_of('plot.py'))
@@ -141,7 +169,7 @@ def test_a_command_for_folders_runs(trained, command):
     if script == 'export.py':
         pytest.importorskip('transformers')
         shutil.rmtree(trained.folder / arguments[-1], ignore_errors=True)
-    trained.run(script, *['out-toy' if argument.startswith('out-') else argument for argument in arguments])
+    trained.run(script, *[re.sub('^out-.*', 'out-toy', argument) for argument in arguments])
 
 
 @pytest.mark.parametrize('command', [c for c in COMMANDS if '--help' in c])
@@ -151,17 +179,22 @@ def test_a_command_for_help_shows_the_settings(workspace, command):
 
 
 def test_the_names_in_lines_of_python_exist():
-    """What the block under `From Python` imports, and what it uses of the modules that it imports."""
+    """What the block under `From Python` imports, and what it uses of those modules."""
     text = (ROOT / 'docs' / 'extending.md').read_text(encoding='utf-8')
     blocks = re.findall(r'## From Python\n+```python\n(.*?)```', text, re.DOTALL)
-    assert len(blocks) == 1
-    for block in blocks:
-        modules = {}
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Import):
-                modules.update({alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names})
-            elif isinstance(node, ast.ImportFrom):
-                assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+    (block,) = blocks
+    nodes = list(ast.walk(ast.parse(block)))
+
+    modules = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                modules[alias.asname or alias.name] = importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                assert hasattr(importlib.import_module(node.module), alias.name)
+
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in modules:
                 assert hasattr(modules[node.value.id], node.attr), ast.unparse(node)

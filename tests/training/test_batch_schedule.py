@@ -10,10 +10,18 @@ from engine.training.run import BatchSchedule, split_batch
 
 
 @pytest.mark.parametrize('n_sequences, batch_size, ranks, expected', [
-    (480, 12, 1, (40, 12)), (480, 12, 8, (5, 12)), (64, 64, 2, (1, 32)), (60, 12, 2, (3, 10)), (64, 64, 64, (1, 1)), (40, 8, 2, (4, 5))])
+    (480, 12, 1, (40, 12)),
+    (480, 12, 8, (5, 12)),
+    (64, 64, 2, (1, 32)),
+    (60, 12, 2, (3, 10)),
+    (64, 64, 64, (1, 1)),
+    (40, 8, 2, (4, 5)),
+])
 def test_each_rank_takes_an_equal_share(n_sequences, batch_size, ranks, expected):
     micro_steps, size = split_batch(n_sequences, batch_size, ranks)
-    assert (micro_steps, size) == expected and micro_steps * size * ranks == n_sequences and size <= batch_size
+    assert (micro_steps, size) == expected
+    assert micro_steps * size * ranks == n_sequences
+    assert size <= batch_size
 
 
 @pytest.mark.parametrize('accumulation, batch, ranks', [(1, 12, 5), (3, 1, 2), (7, 3, 4)])
@@ -28,18 +36,28 @@ def test_a_ramp_grows_linearly_and_takes_the_same_sequences_on_any_number_of_ran
     plans = []
     for ranks in (1, 2, 4):
         schedule = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000)
-        tokens = sequences = 0
+        tokens = 0
+        sequences = 0
         sizes = []
-        for number, (first, micro_steps, micro_batch_size) in zip(range(60), schedule.iterations(0, 0)):
-            assert first == sequences and schedule.tokens_after(number) == tokens
+        for number, iteration in zip(range(60), schedule.iterations(0, 0)):
+            first, micro_steps, micro_batch_size = iteration
+            assert first == sequences
+            assert schedule.tokens_after(number) == tokens
             assert micro_batch_size <= 8
             n_sequences = micro_steps * micro_batch_size * ranks
-            # the published rule: linear from the first batch to the full one; here in steps of the first batch
+
+            # The published rule is linear from the first batch to the full one. Here it goes in
+            # steps of the first batch.
             linear = 4 + (128 - 4) * min(1, tokens / 20_000)
-            assert n_sequences % 4 == 0 and linear - 4 < n_sequences <= linear
-            sequences, tokens = sequences + n_sequences, tokens + n_sequences * 64
+            assert n_sequences % 4 == 0
+            assert linear - 4 < n_sequences <= linear
+            sequences += n_sequences
+            tokens += n_sequences * 64
             sizes.append(n_sequences)
-        assert sizes[0] == 4 and sizes[-1] == 128 and sizes == sorted(sizes)
+
+        assert sizes[0] == 4
+        assert sizes[-1] == 128
+        assert sizes == sorted(sizes)
         plans.append(sizes)
     assert plans[0] == plans[1] == plans[2]
 
@@ -54,41 +72,65 @@ def test_a_ramp_goes_on_where_it_was(done):
     schedule = BatchSchedule(16, 8, 64, 2, ramp_start=4 * 64, ramp_tokens=20_000)
     plan = first_iterations(schedule, 40)
     assert schedule.tokens_after(11) < 20_000 <= schedule.tokens_after(12)
-    assert first_iterations(schedule, 40 - done, plan[done][0], schedule.tokens_after(done)) == plan[done:]
+
+    sequences = plan[done][0]
+    rest = first_iterations(schedule, 40 - done, sequences, schedule.tokens_after(done))
+    assert rest == plan[done:]
 
 
-@pytest.mark.parametrize('ranks, on_the_ramp, after_it', [(1, (2, 8), (32, 8)), (8, (1, 2), (4, 8)), (16, (1, 1), (2, 8))])
+@pytest.mark.parametrize('ranks, on_the_ramp, after_it', [
+    (1, (2, 8), (32, 8)),
+    (8, (1, 2), (4, 8)),
+    (16, (1, 1), (2, 8)),
+])
 def test_micro_batches_are_full_after_a_ramp(ranks, on_the_ramp, after_it):
-    schedule = BatchSchedule(32, 8, 2048, ranks, ramp_start=16 * 2048, ramp_tokens=4 * 10 ** 9)
+    ramp_tokens = 4 * 10 ** 9
+    schedule = BatchSchedule(32, 8, 2048, ranks, ramp_start=16 * 2048, ramp_tokens=ramp_tokens)
+    without_ramp = BatchSchedule(32, 8, 2048, ranks)
     assert schedule.split(0) == on_the_ramp
-    assert schedule.split(4 * 10 ** 9 - 1)[1] == on_the_ramp[1]
-    assert schedule.split(4 * 10 ** 9) == after_it == BatchSchedule(32, 8, 2048, ranks).split(0)
+    assert schedule.split(ramp_tokens - 1)[1] == on_the_ramp[1]
+    assert schedule.split(ramp_tokens) == after_it == without_ramp.split(0)
 
 
 def test_the_ranks_together_take_each_sequence_once_on_a_ramp_and_after_it():
     """By the requests of train_batches, which are the numbers of sequences."""
-    data = SimpleNamespace(batch=lambda seed, stream, first, count: (torch.arange(first, first + count), torch.zeros(count)))
+    def numbers(seed, stream, first, count):
+        return torch.arange(first, first + count), torch.zeros(count)
+    data = SimpleNamespace(batch=numbers)
+
+    def taken_by(rank, iterations):
+        """The sequences of each iteration that a rank takes."""
+        env = SimpleNamespace(rank=rank, device=torch.device('cpu'))
+        batches = train_batches(data, 1, iterations, env)
+        taken = [torch.cat([next(batches)[0] for _ in range(micro_steps)]).tolist()
+                 for _, micro_steps, _ in iterations]
+        assert next(batches, None) is None
+        return taken
+
     plans = []
     for ranks in (1, 2, 4):
-        schedule, taken = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000), []
-        for rank in range(ranks):
-            iterations = first_iterations(schedule, 35)
-            batches = train_batches(data, 1, iterations, SimpleNamespace(rank=rank, device=torch.device('cpu')))
-            taken.append([torch.cat([next(batches)[0] for _ in range(micro_steps)]).tolist() for _, micro_steps, _ in iterations])
-            assert next(batches, None) is None
+        schedule = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000)
+        iterations = first_iterations(schedule, 35)
+        taken = [taken_by(rank, iterations) for rank in range(ranks)]
         plans.append([sorted(chain(*parts)) for parts in zip(*taken)])
+
     assert plans[0] == plans[1] == plans[2]
-    assert list(chain(*plans[0])) == list(range(sum(map(len, plans[0])))) and len(plans[0][0]) == 4 and len(plans[0][-1]) == 128
+    sizes = [len(sequences) for sequences in plans[0]]
+    assert list(chain(*plans[0])) == list(range(sum(sizes)))
+    assert sizes[0] == 4
+    assert sizes[-1] == 128
 
 
 def test_a_ramp_that_the_ranks_cannot_share_is_refused_with_one_that_they_can():
     with pytest.raises(UserError, match='over 8 ranks') as error:
         BatchSchedule(40, 12, 1024, 8, ramp_start=60 * 1024, ramp_tokens=10 ** 7)
-    BatchSchedule(40, 12, 1024, 8, ramp_start=int(str(error.value).split('=')[-1]), ramp_tokens=10 ** 7)
+    fitting = int(str(error.value).split('=')[-1])
+    BatchSchedule(40, 12, 1024, 8, ramp_start=fitting, ramp_tokens=10 ** 7)
 
 
 @pytest.mark.parametrize('start', [100, 64 * 200, 64 * 5])
 def test_a_ramp_that_does_not_fit_the_batch_is_refused_with_one_that_does(start):
     with pytest.raises(UserError, match='batch_ramp_start') as error:
         BatchSchedule(4, 8, 64, 1, ramp_start=start, ramp_tokens=1000)
-    BatchSchedule(4, 8, 64, 1, ramp_start=int(str(error.value).split('=')[-1]), ramp_tokens=1000)
+    fitting = int(str(error.value).split('=')[-1])
+    BatchSchedule(4, 8, 64, 1, ramp_start=fitting, ramp_tokens=1000)

@@ -1,5 +1,7 @@
 """torch.compile on a CPU: one graph, no graph breaks, the same numbers as eager mode.
-These are the properties that a GPU needs too, where tests/test_cuda.py measures them."""
+
+A GPU needs these properties too; tests/test_cuda.py measures them there.
+"""
 
 import shutil
 import sys
@@ -27,7 +29,8 @@ def counters():
 
 def tiny_gpt(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32), **changes}))
+    shape = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+    return GPT(GPTConfig(**{**shape, **changes}))
 
 
 def environment(compile):
@@ -41,6 +44,7 @@ def train_and_evaluate(compile):
     optimizer = optim.adamw(model, 1e-2, 0.1, (0.9, 0.95))
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     tokens = torch.randint(50, (7, 4, 17), generator=torch.Generator().manual_seed(0))
+
     losses = []
     for step in range(5):
         if step in (0, 3):
@@ -48,6 +52,7 @@ def train_and_evaluate(compile):
             with torch.no_grad():
                 losses.append(wrapped(tokens[5][:, :-1], tokens[5][:, 1:])[1].item())
             wrapped.train()
+
         loss = wrapped(tokens[step][:2, :-1], tokens[step][:2, 1:])[1]
         loss.backward()
         optim.step(optimizer, scaler, loss.detach(), 1.0)
@@ -57,41 +62,54 @@ def train_and_evaluate(compile):
 
 def test_training_compiles_to_one_graph_and_evaluation_to_another(counters):
     compiled = train_and_evaluate(True)
-    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
+    assert counters['stats']['unique_graphs'] == 2
+    assert not counters['graph_break']
     assert compiled == pytest.approx(train_and_evaluate(False), rel=1e-4)
 
 
 def test_generation_compiles_once_and_never_per_token(counters):
     model = tiny_gpt().eval()
-    idx, noise = torch.randint(50, (2, 3)), torch.rand(2, 40)
-    options = dict(temperature=0.9, top_k=10, noise=noise)
+    idx = torch.randint(50, (2, 3))
+    options = dict(temperature=0.9, top_k=10, noise=torch.rand(2, 40))
     expected = model.generate(idx, 40, **options)
     assert torch.equal(model.generate(idx, 40, compile=True, **options), expected)
-    assert counters['stats']['unique_graphs'] == 1 and not counters['graph_break']
+    assert counters['stats']['unique_graphs'] == 1
+    assert not counters['graph_break']
+
     caches = model.decoder.kv_caches
     for _ in range(3):
         assert torch.equal(model.generate(idx, 40, compile=True, **options), expected)
-    assert counters['stats']['unique_graphs'] == 1 and model.decoder.kv_caches is caches
+    assert counters['stats']['unique_graphs'] == 1
+    assert model.decoder.kv_caches is caches
 
 
 def test_any_number_of_shapes_can_be_compiled(monkeypatch, counters):
-    """PyTorch refuses a ninth variant of one function by default. The backend does not matter for that."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda function, mode=None, **options: compile(function, backend='eager', **options))
+    """PyTorch refuses a ninth variant of one function by default, with any backend."""
+    torch_compile = torch.compile
+
+    def compile_by_tracing(function, mode=None, **options):
+        return torch_compile(function, backend='eager', **options)
+    monkeypatch.setattr(torch, 'compile', compile_by_tracing)
+
     model = tiny_gpt().eval()
     for batch_size in range(1, 13):
-        idx, noise = torch.randint(50, (batch_size, 3)), torch.rand(batch_size, 5)
-        assert torch.equal(model.generate(idx, 5, noise=noise, compile=True), model.generate(idx, 5, noise=noise))
+        idx = torch.randint(50, (batch_size, 3))
+        noise = torch.rand(batch_size, 5)
+        compiled = model.generate(idx, 5, noise=noise, compile=True)
+        assert torch.equal(compiled, model.generate(idx, 5, noise=noise))
     assert counters['stats']['unique_graphs'] == 12
 
 
 def test_two_compiled_ranks_train_as_one_process_in_one_graph_each(workspace):
     flags = ['--dropout=0', '--max_iters=4', '--eval_interval=100']
     workspace.run_python('train.py', *workspace.flags('out-eager'), *flags)
-    result = workspace.run_python('train.py', *workspace.flags('out-compiled'), *flags, '--compile=True', ranks=2,
-                                  TORCH_LOGS='graph_code')
+    result = workspace.run_python('train.py', *workspace.flags('out-compiled'), *flags,
+                                  '--compile=True', ranks=2, TORCH_LOGS='graph_code')
     assert result.codes == [0], result.stderr
-    for one, two in zip(workspace.records('out-eager'), workspace.records('out-compiled'), strict=True):
+
+    records = zip(workspace.records('out-eager'), workspace.records('out-compiled'), strict=True)
+    for one, two in records:
         assert two == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
+
     # training, evaluation, and the function that shows whether the compiler works, on each rank
     assert result.stderr.count('TRACED GRAPH') == 2 * 3

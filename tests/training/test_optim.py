@@ -11,10 +11,12 @@ from model import GPT, GPTConfig
 
 def tiny_gpt(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32), **changes}))
+    shape = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+    return GPT(GPTConfig(**{**shape, **changes}))
 
 
-def new_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), name='adamw', **muon):
+def new_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), name='adamw',
+                  **muon):
     return optim.build(name, model, learning_rate, weight_decay, betas, muon_lr=0.02, **muon)
 
 
@@ -46,22 +48,31 @@ def test_decay_falls_on_matrices_and_embeddings_only(bias):
     decayed, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
     assert (decayed['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert all(names[id(p)].endswith('.weight') and '.ln_' not in names[id(p)] for p in decayed['params'])
-    assert {names[id(p)] for p in rest['params']} == {n for n in names.values() if n.endswith('.bias') or '.ln_' in n}
-    assert decayed['fused'] and rest['fused']
+    for p in decayed['params']:
+        assert names[id(p)].endswith('.weight')
+        assert '.ln_' not in names[id(p)]
+    biases_and_norms = {name for name in names.values() if name.endswith('.bias') or '.ln_' in name}
+    assert {names[id(p)] for p in rest['params']} == biases_and_norms
+    assert decayed['fused']
+    assert rest['fused']
 
 
 def test_the_optimizer_is_pytorchs():
     """Its weights and state are those of an AdamW built by hand, and the states fit each other."""
-    model, reference = tiny_gpt(), tiny_gpt()
+    model = tiny_gpt()
     a = new_optimizer(model)
     assert type(a) is torch.optim.AdamW
-    b = torch.optim.AdamW([dict(params=[p for p in reference.parameters() if p.dim() >= 2], weight_decay=0.1),
-                           dict(params=[p for p in reference.parameters() if p.dim() < 2], weight_decay=0.0)],
-                          lr=1e-2, betas=(0.9, 0.95), fused=True)
+
+    reference = tiny_gpt()
+    matrices = [p for p in reference.parameters() if p.dim() >= 2]
+    vectors = [p for p in reference.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    b = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+
     for i in range(4):
         if i == 2:
-            state_of_a, state_of_b = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
+            state_of_a = copy.deepcopy(a.state_dict())
+            state_of_b = copy.deepcopy(b.state_dict())
             a.load_state_dict(state_of_b)
             b.load_state_dict(state_of_a)
         train(model, a, 1)
@@ -73,21 +84,27 @@ def test_the_optimizer_is_pytorchs():
 @pytest.mark.parametrize('grad_clip', [0.0, 0.3])
 def test_a_step_clips_updates_and_clears(grad_clip):
     """Against clipping by the formula, and PyTorch's own AdamW."""
-    model, reference = tiny_gpt(), tiny_gpt()
-    optimizer, reference_optimizer = new_optimizer(model), new_optimizer(reference)
+    model = tiny_gpt()
+    optimizer = new_optimizer(model)
     optim.set_lr(optimizer, 3e-3)
+
+    reference = tiny_gpt()
+    reference_optimizer = new_optimizer(reference)
     for group in reference_optimizer.param_groups:
         group['lr'] = 3e-3
+
     for _ in range(3):
         norm = optim.step(optimizer, scaler(), backward(model), grad_clip)
         backward(reference)
         expected = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
         assert norm.item() == pytest.approx(expected, rel=1e-5)
-        for p in reference.parameters():
-            p.grad *= min(1, grad_clip / expected) if grad_clip else 1
+        if grad_clip:
+            for p in reference.parameters():
+                p.grad *= min(1, grad_clip / expected)
         reference_optimizer.step()
         reference_optimizer.zero_grad()
         assert all(p.grad is None for p in model.parameters())
+
     for p, q in zip(model.parameters(), reference.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
@@ -96,11 +113,14 @@ def test_a_step_clips_updates_and_clears(grad_clip):
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_a_step_that_is_not_finite_changes_nothing(float16, what, name):
-    """A GradScaler looks at gradients only; with one, a loss that is not finite has such gradients too."""
+    """A GradScaler looks at gradients only, so with one a bad loss comes with bad gradients."""
     model = tiny_gpt()
     optimizer = new_optimizer(model, name=name)
     train(model, optimizer, 2)
-    before, moments = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()['state'])
+    before = copy.deepcopy(model)
+    moments = copy.deepcopy(optimizer.state_dict()['state'])
+
+    # a step that is not finite
     loss_scaler = scaler(float16)
     loss_scaler.scale(torch.zeros(1))                   # sets up its scale
     loss = backward(model)
@@ -112,10 +132,14 @@ def test_a_step_that_is_not_finite_changes_nothing(float16, what, name):
     norm = optim.step(optimizer, loss_scaler, loss, 1.0)
     assert same_weights(model, before)
     for index, moment in optimizer.state_dict()['state'].items():
-        assert all(torch.equal(moment[key], value) for key, value in moments[index].items() if key != 'step')
+        for key, value in moments[index].items():
+            if key != 'step':
+                assert torch.equal(moment[key], value)
     assert what == 'loss' or not math.isfinite(norm)
+
+    # and the next one goes on
     optim.step(optimizer, loss_scaler, backward(model), 1.0)
-    assert not same_weights(model, before)              # and the next one goes on
+    assert not same_weights(model, before)
 
 
 def saved_state(steps=3, name='adamw', **changes):
@@ -126,7 +150,10 @@ def saved_state(steps=3, name='adamw', **changes):
 
 
 @pytest.mark.parametrize('name, changes', [
-    ('adamw', {}), ('muon', {}), ('muon', dict(activation='swiglu', n_kv_head=1, tied=False))])
+    ('adamw', {}),
+    ('muon', {}),
+    ('muon', dict(activation='swiglu', n_kv_head=1, tied=False)),
+])
 def test_a_restored_optimizer_goes_on_as_an_uninterrupted_one(tmp_path, name, changes):
     model, optimizer, saved = saved_state(name=name, **changes)
     restored = copy.deepcopy(model)
@@ -176,7 +203,8 @@ def test_moments_of_another_model_are_refused(changes, name):
 @pytest.mark.parametrize('saved_name, name', [('adamw', 'muon'), ('muon', 'adamw')])
 def test_optimizers_are_not_mixed(saved_name, name, steps):
     saved = saved_state(steps, saved_name)[2]
-    with pytest.raises(UserError, match=f'trained with optimizer={saved_name}, .* go on with --optimizer={saved_name}'):
+    words = f'trained with optimizer={saved_name}, .* go on with --optimizer={saved_name}'
+    with pytest.raises(UserError, match=words):
         optim.load_state_dict(new_optimizer(tiny_gpt(), name=name), scaler(), saved)
 
 
@@ -211,9 +239,11 @@ def test_a_damaged_state_is_refused(change, words):
 def test_moments_larger_than_their_file_are_refused(tmp_path):
     """A tensor that repeats one number a trillion times."""
     from engine.checkpoint import run_folder
+
     model, _, saved = saved_state()
     with_moment('exp_avg_sq', torch.zeros(1).expand(10 ** 6, 10 ** 6))(saved)
-    torch.save(dict(model.to_checkpoint(), **saved, iter_num=3, best_val_loss=2.5), tmp_path / 'state.pt')
+    checkpoint = dict(model.to_checkpoint(), **saved, iter_num=3, best_val_loss=2.5)
+    torch.save(checkpoint, tmp_path / 'state.pt')
     with pytest.raises(UserError, match='its tensors are larger than the file'):
         run_folder.load_state(tmp_path)
 
@@ -238,41 +268,60 @@ def plain_newton_schulz(matrix):
 def matrices_of(p, name, config):
     """The matrices that Muon should update each by itself."""
     if name.endswith('c_attn.weight'):
-        return p.split([config.n_embd, config.kv_heads * config.head_size, config.kv_heads * config.head_size])
-    return p.chunk(2) if config.activation == 'swiglu' and name.endswith('c_fc.weight') else [p]
+        kv_width = config.kv_heads * config.head_size
+        return p.split([config.n_embd, kv_width, kv_width])
+    if config.activation == 'swiglu' and name.endswith('c_fc.weight'):
+        return p.chunk(2)
+    return [p]
 
 
-@pytest.mark.parametrize('changes, muon', [
-    ({}, {}), (dict(activation='swiglu', n_kv_head=1, position='rotary', tied=False, bias=False), dict(muon_momentum=0.75))])
-def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, muon, monkeypatch):
-    """And AdamW the rest, by PyTorch's own. In float32: bfloat16 leaves an error of a few percent."""
+# the momentum at three iterations: it goes from 0.85 to the setting during the first 300
+MOMENTA = {0: 0.85, 150: 0.9, 600: 0.95}
+MOMENTA_TO_075 = {0: 0.85, 150: 0.8, 600: 0.75}
+SWIGLU = dict(activation='swiglu', n_kv_head=1, position='rotary', tied=False, bias=False)
+
+
+@pytest.mark.parametrize('changes, muon, momenta', [
+    ({}, {}, MOMENTA),
+    (SWIGLU, dict(muon_momentum=0.75), MOMENTA_TO_075),
+])
+def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, muon, momenta, monkeypatch):
+    """And PyTorch's AdamW the rest. In float32: bfloat16 leaves an error of a few percent."""
     monkeypatch.setattr(optim, 'PRECISION', torch.float32)
-    model, reference = tiny_gpt(**changes), tiny_gpt(**changes)
+    model = tiny_gpt(**changes)
     optimizer = new_optimizer(model, name='muon', **muon)
+
+    # AdamW of another copy, for the rest
+    reference = tiny_gpt(**changes)
     named = dict(reference.named_parameters())
     of_muon = [name for name, p in named.items() if '.h.' in name and p.dim() == 2]
     rest = [p for name, p in named.items() if name not in of_muon]
-    adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() == 2], weight_decay=0.1),
-                               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)], 5e-3, (0.9, 0.95))
+    groups = [dict(params=[p for p in rest if p.dim() == 2], weight_decay=0.1),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, 5e-3, (0.9, 0.95))
+
     buffers = {name: torch.zeros_like(named[name]) for name in of_muon}
-    for iteration in (0, 150, 600):
+    for iteration, momentum in momenta.items():
+        # one step of both, from the same weights
         before = copy.deepcopy(model)
-        optim.set_lr(optimizer, 5e-3, iteration)                # half of the highest, so Muon's rate is 0.01
-        momentum = {0: 0.85, 150: 0.8, 600: 0.75}[iteration] if muon else {0: 0.85, 150: 0.9, 600: 0.95}[iteration]
+        optim.set_lr(optimizer, 5e-3, iteration)    # half of the highest, so Muon's rate is 0.01
         backward(model)
         reference.load_state_dict(before.state_dict())
         backward(reference)
         optimizer.step()
         adamw.step()
+
         after = dict(model.named_parameters())
         for name, p in reference.named_parameters():
             if name not in of_muon:
                 torch.testing.assert_close(after[name], p, rtol=1e-5, atol=1e-7)
                 continue
+
             buffers[name] = momentum * buffers[name] + (1 - momentum) * p.grad
             nesterov = momentum * buffers[name] + (1 - momentum) * p.grad
             old = dict(before.named_parameters())[name].detach()
-            for found, start, update in zip(*(matrices_of(x, name, model.config) for x in (after[name], old, nesterov))):
+            parts = [matrices_of(x, name, model.config) for x in (after[name], old, nesterov)]
+            for found, start, update in zip(*parts):
                 rate = 0.01 * max(1, len(start) / start.size(1)) ** 0.5
                 expected = -rate * plain_newton_schulz(update)
                 moved = found.detach() - start * (1 - 0.01 * 0.1)
@@ -282,16 +331,17 @@ def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, muon, monke
 
 
 def test_muon_agrees_with_pytorchs_where_a_weight_is_one_matrix():
-    model, reference = tiny_gpt(), tiny_gpt()
-    optimizer, names = new_optimizer(model, name='muon'), ('attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+    names = ('attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+    model = tiny_gpt()
+    optimizer = new_optimizer(model, name='muon')
+    reference = tiny_gpt()
     matrices = [p for name, p in reference.named_parameters() if name.endswith(names)]
-    pytorchs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn='original')
+    pytorchs = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95,
+                                adjust_lr_fn='original')
     for _ in range(3):
-        for m, o in ((model, optimizer), (reference, pytorchs)):
-            backward(m)
-            o.step()
-            m.zero_grad()
-        with torch.no_grad():                                   # the next gradients should be the same again
+        train(model, optimizer, 1)
+        train(reference, pytorchs, 1)
+        with torch.no_grad():                       # the next gradients should be the same again
             for (name, p), q in zip(model.named_parameters(), reference.parameters()):
                 if name.endswith(names):
                     assert (p - q).abs().max() < 0.02 * 0.02, name
@@ -302,20 +352,34 @@ def test_newton_schulz_brings_singular_values_near_one():
     x = torch.randn(4, 24, 96) * torch.tensor([1e-3, 1.0, 30.0, 1e-20])[:, None, None]
     found = optim.orthogonalize(x).float()
     values = torch.linalg.svdvals(found[:3])
-    assert values.min() > 0.6 and values.max() < 1.35
+    assert values.min() > 0.6
+    assert values.max() < 1.35
+
+    # the direction is that of the orthogonal factor
     left, _, right = torch.linalg.svd(x[:3], full_matrices=False)
-    assert (found[:3] * (left @ right)).sum() / found[:3].norm() / (left @ right).norm() > 0.95
-    assert found.isfinite().all() and optim.orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
+    exact = left @ right
+    assert (found[:3] * exact).sum() / found[:3].norm() / exact.norm() > 0.95
+
+    # tiny and zero matrices
+    assert found.isfinite().all()
+    assert optim.orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
 
 
 def train_rank(rank, ranks, folder, changes):
-    """Ten steps on this rank's share of 4 sequences. Saves the weights, and the losses of all ranks together."""
+    """Ten steps on this rank's share of 4 sequences.
+
+    Saves the weights, and the losses of all ranks together.
+    """
     torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=ranks)
-    model, losses = tiny_gpt(**changes), []
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank,
+                                         world_size=ranks)
+    model = tiny_gpt(**changes)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = new_optimizer(model, name='muon')
-    batch = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(0)).chunk(ranks)[rank]
+    batch = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(0))
+    batch = batch.chunk(ranks)[rank]
+
+    losses = []
     for iteration in range(10):
         optim.set_lr(optimizer, 1e-2, iteration)
         loss = wrapped(batch[:, :-1], batch[:, 1:])[1]
@@ -324,21 +388,27 @@ def train_rank(rank, ranks, folder, changes):
         torch.distributed.all_reduce(loss)
         losses.append(loss)
         optim.step(optimizer, scaler(), loss, 1.0)
-    torch.save(dict(weights=model.state_dict(), losses=torch.stack(losses)), f'{folder}/rank-{rank}')
+
+    saved = dict(weights=model.state_dict(), losses=torch.stack(losses))
+    torch.save(saved, f'{folder}/rank-{rank}')
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_with_muon_are_one(tmp_path):
     """With the options of a modern shape. The ranks keep the same weights to the bit."""
-    changes = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False,
-                   bias=False, softcap=15.0, n_kv_head=1)
+    changes = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
+                   embedding_norm=True, tied=False, bias=False, softcap=15.0, n_kv_head=1)
     found = []
     for ranks in (1, 2):
-        (tmp_path / str(ranks)).mkdir()
-        arguments = ranks, str(tmp_path / str(ranks)), changes
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        arguments = (ranks, str(folder), changes)
         torch.multiprocessing.start_processes(train_rank, arguments, ranks, start_method='spawn')
-        found += [torch.load(tmp_path / str(ranks) / f'rank-{rank}', weights_only=True) for rank in range(ranks)]
+        for rank in range(ranks):
+            found.append(torch.load(folder / f'rank-{rank}', weights_only=True))
+
     one, first, second = found
-    assert all(torch.equal(first['weights'][name], second['weights'][name]) for name in one['weights'])
+    for name in one['weights']:
+        assert torch.equal(first['weights'][name], second['weights'][name])
     torch.testing.assert_close(first['losses'], one['losses'], rtol=1e-4, atol=0)
     assert one['losses'][-1] < one['losses'][0] - 0.5

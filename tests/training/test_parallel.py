@@ -10,9 +10,14 @@ from model import GPT, GPTConfig
 
 @pytest.mark.parametrize('compile', [False, True])
 def test_a_wrapped_model_computes_the_same_with_the_same_weights(compile, monkeypatch):
-    """Compiled by a backend that traces the model and runs it as it is, which takes no C compiler."""
+    """The backend traces the model and runs it as it is, which takes no C compiler."""
     torch_compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda model, **options: torch_compile(model, backend='eager', **options))
+
+    def compile_by_tracing(model, **options):
+        return torch_compile(model, backend='eager', **options)
+    monkeypatch.setattr(torch, 'compile', compile_by_tracing)
+
+    # the plain model
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
     idx = torch.randint(50, (2, 16))
@@ -21,12 +26,15 @@ def test_a_wrapped_model_computes_the_same_with_the_same_weights(compile, monkey
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
     names = list(model.state_dict())
+
+    # the wrapped one
     env = distributed.start(device='cpu')
     env.compile = compile
     wrapped = parallel.wrap(model, env)
     with parallel.sync_gradients(wrapped, enabled=False):
         found = wrapped(idx, idx)[1]
         found.backward()
+
     torch.testing.assert_close(found, loss)
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
@@ -44,7 +52,8 @@ def test_only_the_last_micro_step_waits_for_the_other_ranks():
             yield
             self.is_synchronized = True
 
-    wrapped, found = Wrapped(), []
+    wrapped = Wrapped()
+    found = []
     for enabled in (False, False, True):
         with parallel.sync_gradients(wrapped, enabled):
             found.append(wrapped.is_synchronized)
