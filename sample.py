@@ -11,7 +11,7 @@ import codecs
 import sys
 from pathlib import Path
 
-from console import print0, report_errors  # before torch: see console.py
+from console import log_to, print0, report_errors  # before torch: see console.py
 
 import torch
 from tqdm import tqdm
@@ -26,8 +26,8 @@ from engine.tokenizer import Tokenizer
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (the model in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name,
-                            # or a folder of Hugging Face weights, with their tokenizer
+init_from = 'resume'        # resume (the model in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+                            # another hub name, or a folder of Hugging Face weights, with their tokenizer
 out_dir = 'out'             # where ckpt.pt lies
 # text
 start = '\n'                # what to continue: text, or FILE:PATH
@@ -51,12 +51,16 @@ MAX_PROMPT_BYTES = 1 << 26
 
 
 def read_prompt(text):
+    """The text to continue, from a file if `text` is FILE:PATH."""
     if not text.startswith('FILE:'):
         return text
-    path = Path(text[5:])
+
+    path = Path(text.removeprefix('FILE:'))
     try:
+        if not path.exists():
+            raise UserError('there is no such file')
         if not path.is_file():
-            raise UserError('it is not a regular file' if path.exists() else 'there is no such file')
+            raise UserError('it is not a regular file')
         if path.stat().st_size > MAX_PROMPT_BYTES:
             raise UserError(f'it has over {MAX_PROMPT_BYTES >> 20} MiB')
         return path.read_text(encoding='utf-8-sig')
@@ -64,27 +68,52 @@ def read_prompt(text):
         raise UserError(f'the prompt {text[5:]!r} cannot be read: {error}') from None
 
 
+def encode_prompt(prompt, tokenizer):
+    """The ids that the model continues: at least one."""
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f'start: {error}') from None
+
+    if ids:
+        return ids
+    if tokenizer.end_of_text is None:
+        raise UserError('start is empty, and this model needs something to begin with; '
+                        'try --start="A"')
+    return [tokenizer.end_of_text]                      # a document begins after this token
+
+
 class Text:
     """One sample as it grows: whole characters only, and nothing from `stop` on."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.text, self.shown, self.ended = tokenizer, '', 0, False
+        self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.text = ''
+        self.n_shown = 0                                # characters of the text
+        self.ended = False
 
     def add(self, token, last):
-        if not self.ended:
-            self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]), final=last)
-            before, found, _ = self.text.partition(stop) if stop else (self.text, '', '')
-            self.text, self.ended = before, bool(found) or last
+        """Append a sampled token. last: no more tokens follow."""
+        if self.ended:
+            return
+        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]), final=last)
+        self.ended = last
+        if stop and stop in self.text:
+            self.text = self.text[:self.text.index(stop)]
+            self.ended = True
 
     def new_part(self):
         """What can be shown and was not yet. The end of the text may still turn out to begin `stop`."""
-        end = len(self.text) if self.ended else max(self.shown, len(self.text) - max(0, len(stop) - 1))
-        part, self.shown = self.text[self.shown:end], end
+        end = len(self.text)
+        if not self.ended and stop:
+            end = max(self.n_shown, end - (len(stop) - 1))
+        part = self.text[self.n_shown:end]
+        self.n_shown = end
         return part
 
 
-def main(overrides):
+def check_settings():
     check = configurator.check_range
     check(globals(), 'num_samples max_new_tokens max_batch', 1, 10 ** 7)
     check(globals(), 'temperature top_k', 0, below=float('inf'))
@@ -92,52 +121,76 @@ def main(overrides):
     check(globals(), 'min_p', 0, high=1)
     check(globals(), 'repetition_penalty', above=0, below=float('inf'))
     check(globals(), 'seed', 0, 2 ** 63 - 1)
+
+
+def draw_noise(first, count):
+    """The random numbers of the samples from number `first` on, (count, max_new_tokens)."""
+    rows = []
+    for number in range(first, first + count):
+        generator = torch.Generator().manual_seed(derive_seed(seed, 'sample', number))
+        rows.append(torch.rand(max_new_tokens, generator=generator))
+    return torch.stack(rows)
+
+
+def generate_texts(model, tokenizer, ids, first, count, env, bar, is_live):
+    """The `count` Texts of the samples from number `first` on. is_live: print the only one as it grows."""
+    texts = [Text(tokenizer) for _ in range(count)]
+    idx = torch.tensor([ids] * count, device=env.device)
+    steps = model.stream(idx, max_new_tokens, temperature, top_k, top_p,
+                         noise=draw_noise(first, count).to(env.device), min_p=min_p,
+                         repetition_penalty=repetition_penalty, vocab_size=tokenizer.vocab_size,
+                         exact_window=exact_window, compile=env.compile)
+
+    for n, tokens in enumerate(steps, 1):
+        for text, token in zip(texts, tokens.tolist()):
+            text.add(token, last=n == max_new_tokens)
+        if is_live:
+            print(texts[0].new_part(), end='', flush=True)
+        bar.update(count)
+        if all(text.ended for text in texts):
+            break
+    return texts
+
+
+def main(overrides):
+    check_settings()
     env = start_environment(device, dtype, compile)
+
+    # the model and its prompt
     model, spec, _ = load_model(GPT, init_from, out_dir)
-    tokenizer, prompt = Tokenizer(spec), read_prompt(start)
-    try:
-        ids = tokenizer.encode(prompt)
-    except UserError as error:
-        raise UserError(f'start: {error}') from None
-    if not ids and tokenizer.end_of_text is None:
-        raise UserError('start is empty, and this model needs something to begin with; try --start="A"')
-    ids = ids or [tokenizer.end_of_text]                # a document begins after this token
+    tokenizer = Tokenizer(spec)
+    prompt = read_prompt(start)
+    ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.block_size:
-        print0(f'note: the prompt has {len(ids):,} tokens, the model reads its last {model.config.block_size:,}', file=sys.stderr)
+        print0(f'note: the prompt has {len(ids):,} tokens, the model reads its last '
+               f'{model.config.block_size:,}', file=sys.stderr)
     print0(configurator.describe_settings(overrides), file=sys.stderr)
     print0(env.summary, file=sys.stderr)
-    sys.stdout.reconfigure(errors='replace')            # a pipe on Windows lacks some characters
+
+    # the model on its device
     model.to(env.device, DTYPES[env.dtype]).eval()
     if env.device.type == 'cpu' and not env.compile:    # the compiler chooses layouts itself
         optimize_for_generation(model, min(num_samples, max_batch))
 
+    # samples, max_batch at a time
+    sys.stdout.reconfigure(errors='replace')            # a pipe on Windows lacks some characters
     is_live = sys.stdout.isatty() and num_samples == 1
-    bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=True if is_live else None)
+    hidden = True if is_live else None                  # None: hidden where stderr is not a terminal
+    bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=hidden)
     for first in range(0, num_samples, max_batch):
         count = min(max_batch, num_samples - first)
-        noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(
-            derive_seed(seed, 'sample', first + i))) for i in range(count)])
-        texts = [Text(tokenizer) for _ in range(count)]
         if is_live:
             print(prompt, end='', flush=True)
-        idx = torch.tensor([ids] * count, device=env.device)
-        tokens_of_all = model.stream(idx, max_new_tokens, temperature, top_k, top_p, noise=noise.to(env.device), min_p=min_p,
-                                     repetition_penalty=repetition_penalty, vocab_size=tokenizer.vocab_size,
-                                     exact_window=exact_window, compile=env.compile)
-        for n, tokens in enumerate(tokens_of_all, 1):
-            for text, token in zip(texts, tokens.tolist()):
-                text.add(token, last=n == max_new_tokens)
-            if is_live:
-                print(texts[0].new_part(), end='', flush=True)
-            bar.update(count)
-            if all(text.ended for text in texts):
-                break
+        texts = generate_texts(model, tokenizer, ids, first, count, env, bar, is_live)
         bar.clear()
         for text in texts:
-            print('' if is_live else prompt + text.text, '\n---------------', sep='', flush=True)
+            if not is_live:
+                print(prompt + text.text, end='')
+            print('\n---------------', flush=True)
     bar.close()
 
 
 if __name__ == '__main__':
+    log_to('stderr')
     with report_errors():
         main(configurator.configure(globals(), sys.argv[1:]))

@@ -4,6 +4,8 @@ implementations is tested in test_hf_weights.py."""
 import copy
 import itertools
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import harness  # noqa: F401, puts the project on sys.path
 import pytest
@@ -12,33 +14,38 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.attention import CausalAttention
 from engine.errors import UserError
 from engine.generation import cpu as cpu_generation
 from engine.generation.kv_cache import KVCache, StaticKVCache, new_caches
-from engine.positions import alibi_bias, rotary_angles, rotate
+from engine.positions import ALiBi, PositionEncoding, RotaryPositions
 from engine.training import chunked_loss
 from engine.training import cpu as cpu_training
 from model import GPT, NANOGPT_ARGS, GPTConfig
 
 OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'),
-           ('activation', 'relu2'), ('activation', 'swiglu'), ('qk_norm', True), ('embedding_norm', True), ('n_kv_head', 2), ('tied', False),
-           ('softcap', 1.0), ('zero_init', True)]
+           ('activation', 'relu2'), ('activation', 'swiglu'), ('qk_norm', True),
+           ('embedding_norm', True), ('n_kv_head', 2), ('tied', False), ('softcap', 1.0),
+           ('zero_init', True)]
 PAIRS = [dict(pair) for pair in itertools.combinations(OPTIONS, 2) if pair[0][0] != pair[1][0]]
-NANOCHAT = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True, embedding_norm=True, tied=False,
-                softcap=15.0, bias=False)
-LLAMA = dict(position='rotary', norm='rmsnorm_gain', activation='swiglu', n_kv_head=2, qk_norm=True, bias=False)
+NANOCHAT = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
+                embedding_norm=True, tied=False, softcap=15.0, bias=False)
+LLAMA = dict(position='rotary', norm='rmsnorm_gain', activation='swiglu', n_kv_head=2, qk_norm=True,
+             bias=False)
 ALIBI = dict(position='alibi', n_kv_head=2, tied=False)
 
 
 def tiny_gpt(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32), **changes}))
+    shape = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
+    return GPT(GPTConfig(**{**shape, **changes}))
 
 
 def with_random_weights(model):
     torch.manual_seed(1)
     for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)     # far from uniform, so that mistakes show
+        # far from uniform, so that mistakes show
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
     return model.eval()
 
 
@@ -47,26 +54,30 @@ def describe(changes):
 
 
 each_pair = pytest.mark.parametrize('changes', PAIRS, ids=describe)
-each_shape = pytest.mark.parametrize('changes', [NANOCHAT, LLAMA, ALIBI], ids=['nanochat', 'llama', 'alibi'])
+each_shape = pytest.mark.parametrize('changes', [NANOCHAT, LLAMA, ALIBI],
+                                     ids=['nanochat', 'llama', 'alibi'])
 
 
 # Positions
 
-def test_rotary_angles_turn_pairs_of_channels_as_complex_numbers():
-    x, positions = torch.randn(2, 5, 3, 8), torch.tensor([0, 1, 2, 10, 1000])
+def test_rotary_positions_turn_pairs_of_channels_as_complex_numbers():
+    x = torch.randn(2, 5, 3, 8)
+    positions = torch.tensor([0, 1, 2, 10, 1000])
     pairs = torch.complex(x[..., :4], x[..., 4:])
     frequencies = torch.tensor([100.0 ** (-2 * i / 8) for i in range(4)])
     turned = pairs * torch.polar(torch.ones(5, 4), positions[:, None] * frequencies)[:, None]
-    found = rotate(x, *rotary_angles(positions, 8, 100.0))
-    torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], dim=-1), rtol=1e-4, atol=1e-4)
-    assert rotate(x.bfloat16(), *rotary_angles(positions, 8, 100.0)).dtype == torch.bfloat16
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    encoding = RotaryPositions(positions, 8, 100.0)
+    torch.testing.assert_close(encoding.rotate(x), expected, rtol=1e-4, atol=1e-4)
+    assert encoding.rotate(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('n_head, slopes', [
-    (8, [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]), (1, [2 ** -8]),       # as published
+    (8, [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]),      # as published
+    (1, [2 ** -8]),
     (12, [2 ** -n for n in range(1, 9)] + [2 ** -0.5, 2 ** -1.5, 2 ** -2.5, 2 ** -3.5])])
 def test_alibi_has_the_published_slopes(n_head, slopes):
-    bias = alibi_bias(torch.arange(6), 6, n_head)[0]
+    bias = ALiBi(torch.arange(6), 6, n_head).bias[0]
     for h, slope in enumerate(slopes):
         for i, j in itertools.product(range(6), repeat=2):
             expected = -slope * (i - j) if j <= i else -math.inf
@@ -79,11 +90,16 @@ def test_only_distances_count(position):
     model = with_random_weights(tiny_gpt(position=position, block_size=64))
     idx = torch.randint(50, (1, 12))
     plain = model.hidden(idx)
+
+    def attend(q, k, v, bias):
+        if bias is not None:
+            bias = bias[..., -12:]
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
+
     caches = new_caches(model, 1, 64)
     for cache in caches:
-        cache.length = 20                               # zeros, which the next line hides from attention
-        cache.attend = lambda q, k, v, bias: F.scaled_dot_product_attention(
-            q, k, v, None if bias is None else bias[..., -12:], is_causal=bias is None)
+        cache.length = 20                               # zeros, which `attend` hides from attention
+        cache.attend = attend
     torch.testing.assert_close(model.hidden(idx, caches), plain, rtol=1e-3, atol=1e-4)
     swapped = torch.cat([idx[:, 1:2], idx[:, :1], idx[:, 2:]], dim=1)
     assert (model.hidden(swapped)[:, -1] - plain[:, -1]).abs().max() > 1e-3
@@ -111,7 +127,8 @@ def test_a_checkpoint_names_what_differs_from_gpt2_and_comes_back_the_same(chang
     assert saved['activation'] == changes.get('activation', 'gelu')
     again = GPT.from_checkpoint(saved)
     assert again.config == model.config
-    for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    both = zip(model.state_dict().items(), again.state_dict().items(), strict=True)
+    for (name, a), (other, b) in both:
         assert name == other and torch.equal(a, b)
     assert (again.lm_head.weight is again.transformer.wte.weight) == changes.get('tied', True)
 
@@ -162,7 +179,8 @@ def test_a_cpu_computes_the_same_losses_and_gradients(changes, monkeypatch):
         assert fast(idx, targets)[0] is None            # no logits, so the chunked loss is in use
         torch.testing.assert_close(fast(idx, targets)[1], plain(idx, targets)[1])
     for (name, a), b in zip(plain.named_parameters(), fast.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 1e-5 * a.grad.norm() + 1e-7, name     # a bias of keys has gradients of 0
+        # a bias of keys has gradients of 0
+        assert (a.grad - b.grad).norm() <= 1e-5 * a.grad.norm() + 1e-7, name
 
 
 @each_pair
@@ -176,12 +194,12 @@ def test_flops_and_parameters_are_those_that_are_there(changes):
     assert model.flops_per_token() * 16 == counter.get_total_flops() + 6 * 16 * vectors
     numbers = {p.data_ptr(): p.numel() for p in model.state_dict().values()}
     assert model.get_num_params(non_embedding=False) == sum(numbers.values())
-    assert model.get_num_params() == sum(numbers.values()) - (16 * 32 if changes.get('position') is None else 0)
+    n_learned = 16 * 32 if changes.get('position') is None else 0
+    assert model.get_num_params() == sum(numbers.values()) - n_learned
 
 
 @each_pair
-def test_layouts_for_generation_change_no_logits(changes, monkeypatch):
-    monkeypatch.setattr(cpu_generation, 'LAYOUTS', [cpu_generation.SplitLinear])
+def test_layouts_for_generation_change_no_logits(changes):
     model = with_random_weights(tiny_gpt(**changes))
     expected = copy.deepcopy(model)
     cpu_generation.optimize_for_generation(model, 1)
@@ -197,7 +215,7 @@ def test_zero_init_begins_with_equal_probabilities_and_blocks_that_add_nothing()
     idx = torch.randint(50, (2, 16))
     assert model(idx, idx)[1].item() == pytest.approx(math.log(50))
     x = torch.randn(2, 16, 32)
-    assert torch.equal(model.transformer.h[0](x), x)
+    assert torch.equal(model.transformer.h[0](x, PositionEncoding(), CausalAttention()), x)
     assert tiny_gpt(zero_init=True).lm_head.weight.std() > 0.01     # a tied head is the embedding too
 
 
@@ -214,15 +232,16 @@ def test_a_soft_cap_bounds_the_logits():
 def test_swiglu_is_as_large_as_gpt2s_mlp_unless_its_width_is_given():
     for n_embd in (384, 768, 1024):
         with torch.device('meta'):
-            sizes = [GPT(GPTConfig(n_layer=1, n_head=2, n_embd=n_embd, activation=activation)).get_num_params()
-                     for activation in ('gelu', 'swiglu')]
-        assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+            gelu = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=n_embd))
+            swiglu = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=n_embd, activation='swiglu'))
+        assert swiglu.get_num_params() == pytest.approx(gelu.get_num_params(), rel=0.02)
     assert tiny_gpt(activation='swiglu', n_inner=40).transformer.h[0].mlp.c_fc.weight.shape == (80, 32)
 
 
 @each_shape
 def test_activation_checkpointing_gives_the_same_gradients(changes):
-    idx, found = torch.randint(50, (2, 16)), []
+    idx = torch.randint(50, (2, 16))
+    found = []
     for checkpointed in (False, True):
         model = tiny_gpt(dropout=0.2, **changes)
         if checkpointed:
@@ -236,19 +255,22 @@ def test_activation_checkpointing_gives_the_same_gradients(changes):
 @each_shape
 def test_16_bits_are_near_32(changes):
     """Losses and gradients under autocast, and cached positions with 16-bit weights."""
-    idx, found = torch.randint(50, (4, 16)), []
+    idx = torch.randint(50, (4, 16))
+    found = []
     model = with_random_weights(tiny_gpt(**changes))
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             loss = model(idx, idx)[1]
         loss.backward()
-        found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+        gradients = [p.grad.flatten() for p in model.parameters()]
+        found.append(torch.cat([loss.detach()[None], *gradients]))
         model.zero_grad()
     assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
     exact = model.hidden(idx)
     model.bfloat16()
     caches = new_caches(model, 4, 16)
-    parts = [model.hidden(idx[:, :5], caches)] + [model.hidden(idx[:, i:i + 1], caches) for i in range(5, 16)]
+    parts = [model.hidden(idx[:, :5], caches)]
+    parts += [model.hidden(idx[:, i:i + 1], caches) for i in range(5, 16)]
     assert (torch.cat(parts, dim=1) - exact).norm() < 0.03 * exact.norm()
 
 
@@ -275,11 +297,14 @@ def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(position='sinus'), "position='sinus' should be one of 'learned', 'rotary', 'alibi'"),
-    (dict(norm='batch'), "norm='batch' should be one of"), (dict(qk_norm=1), 'qk_norm=1 should be one of True, False'),
-    (dict(tied='False'), "tied='False' should be"), (dict(softcap=-1), 'softcap=-1 should be a number from 0'),
+    (dict(norm='batch'), "norm='batch' should be one of"),
+    (dict(qk_norm=1), 'qk_norm=1 should be one of True, False'),
+    (dict(tied='False'), "tied='False' should be"),
+    (dict(softcap=-1), 'softcap=-1 should be a number from 0'),
     (dict(softcap=float('nan')), 'softcap=nan should be'), (dict(softcap=torch.ones(2)), 'softcap='),
     (dict(n_kv_head=3), 'n_head=4 does not divide over n_kv_head=3; try --n_kv_head=2'),
-    (dict(n_kv_head=True), 'n_kv_head=True should be'), (dict(n_inner=2.5), 'n_inner=2.5 should be a whole number'),
+    (dict(n_kv_head=True), 'n_kv_head=True should be'),
+    (dict(n_inner=2.5), 'n_inner=2.5 should be a whole number'),
     (dict(rope_theta=0), 'rope_theta=0 should be'), (dict(norm=['rmsnorm']), 'norm='),
     (dict(position=torch.ones(2)), 'position='),
     (dict(position='rotary', n_embd=36), 'is 9; try --n_embd=72')])
@@ -291,6 +316,23 @@ def test_an_impossible_option_is_refused(changes, words):
 def test_an_untied_head_may_differ_and_a_tied_one_may_not():
     model = with_random_weights(tiny_gpt(tied=False))
     weights = model.state_dict()
-    assert not torch.equal(GPT.from_weights(model.config, weights).lm_head.weight, model.transformer.wte.weight)
+    again = GPT.from_weights(model.config, weights)
+    assert not torch.equal(again.lm_head.weight, model.transformer.wte.weight)
     with pytest.raises(UserError, match='here they are tied'):
         GPT.from_weights(tiny_gpt().config, weights)
+
+
+@dataclass
+class LargerConfig(GPTConfig):
+    embedding_scale: float = 1.0
+    gate: Literal['sigmoid', 'tanh'] = 'sigmoid'
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(embedding_scale='2'), "embedding_scale='2' should be a number"),
+    (dict(embedding_scale=float('nan')), 'embedding_scale=nan should be a number'),
+    (dict(gate='relu'), "gate='relu' should be one of 'sigmoid', 'tanh'")])
+def test_a_new_field_is_checked_by_its_annotation(changes, words):
+    assert LargerConfig(embedding_scale=3, gate='tanh').gate == 'tanh'
+    with pytest.raises(UserError, match=words):
+        LargerConfig(**changes)

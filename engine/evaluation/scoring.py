@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from engine.attention import CausalAttention, attention
 from engine.distributed import Environment
 from engine.errors import RunError
 from engine.generation.kv_cache import decoding_attention
@@ -84,45 +84,72 @@ class Tree:
         self.branches = np.concatenate(branches).astype(np.int64)
 
 
-class TreeAttention:
-    """Attention within each tree of a row of trees. It takes the place of the KV caches in GPT.hidden."""
+class TreeAttention(CausalAttention):
+    """Attention within each tree of a row of trees, in which the trees of a batch follow one another.
 
-    def __init__(self, trees, device):
+    The row has N tokens. For attention, the B trees are padded to the S tokens of the longest.
+    """
+
+    def __init__(self, trees: list[Tree], device: torch.device):
+        super().__init__()
         lengths = [len(tree.tokens) for tree in trees]
-        longest, starts = max(lengths), np.cumsum([0, *lengths])
-        rows, positions, branches = np.zeros((3, len(trees), longest), np.int64)
+        longest = max(lengths)
+        starts = np.cumsum([0, *lengths])
+
+        # for each place in the padded trees: the place in the row, the position, the branch
+        rows = np.zeros((len(trees), longest), np.int64)
+        positions = np.zeros_like(rows)
+        branches = np.zeros_like(rows)
         for i, tree in enumerate(trees):
             rows[i, :lengths[i]] = np.arange(starts[i], starts[i + 1])
             positions[i, :lengths[i]] = tree.positions
             branches[i, :lengths[i]] = tree.branches
-        padded = np.concatenate([i * longest + np.arange(length) for i, length in enumerate(lengths)])
+        self.rows = torch.from_numpy(rows).to(device)                       # (B, S)
+        self.positions = torch.from_numpy(positions).to(device)             # (B, S)
         self.n_positions = int(positions.max()) + 1
-        self.places = torch.from_numpy(padded).to(device)       # (N,) places in the padded trees, flattened
-        self.rows, self.positions, branches = torch.from_numpy(np.stack([rows, positions, branches])).to(device)    # (B, S)
+
+        # for each place in the row: the place in the padded trees, flattened
+        padded = [i * longest + np.arange(length) for i, length in enumerate(lengths)]
+        self.places = torch.from_numpy(np.concatenate(padded)).to(device)   # (N,)
+
+        # a token sees those before it that all options share, and those of its own option
         self.visible = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-        self.is_causal = bool((branches == 0).all())            # every tree is one sequence
+        self.is_causal = bool((branches == 0).all())                        # no tree has branches
         if not self.is_causal:
-            same = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
-            self.visible = (self.visible & same)[:, None]       # (B, 1, S, S)
+            branches = torch.from_numpy(branches).to(device)
+            keys = branches[:, None]                                        # (B, 1, S)
+            queries = branches[:, :, None]                                  # (B, S, 1)
+            same = (keys == 0) | (keys == queries)
+            self.visible = (self.visible & same)[:, None]                   # (B, 1, S, S)
 
     def n_keys(self, T):
-        """How many keys, at positions from 0 on, a bias of the scores has to cover."""
         return self.n_positions
 
     def attend(self, q, k, v, bias=None):
-        """Attention of the N tokens of a row, (1, H, N, D), each over its own tree; k and v may have fewer heads.
+        """Attention of the N tokens of a row, (1, H, N, D), each over its own tree."""
+        q = self.pad(q[0])                                                  # (B, H, S, D)
+        k = self.pad(k[0])                                                  # (B, G, S, D)
+        v = self.pad(v[0])                                                  # (B, G, S, D)
 
-        bias: (1, H, N, n_keys) to add to the scores of the keys at each position, as ALiBi does, or None.
-        """
-        q, k, v = (x[0][:, self.rows].transpose(0, 1) for x in (q, k, v))                   # (B, H or G, S, D)
-        mask = None if self.is_causal else self.visible
+        mask = None
+        if not self.is_causal:
+            mask = self.visible
         if bias is not None:
-            bias = bias[0][:, self.rows]                                                    # (H, B, S, n_keys)
-            bias = bias.gather(3, self.positions[None, :, None].expand(*bias.shape[:3], -1)).transpose(0, 1)
-            mask = bias.masked_fill(~self.visible, -torch.inf).to(q.dtype)                     # (B, H, S, S)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.size(1) != k.size(1))
-        return y.transpose(0, 1).flatten(1, 2)[:, self.places][None]                        # (1, H, N, D)
+            mask = self.bias_of_pairs(bias).masked_fill(~self.visible, -torch.inf)
+
+        y = attention(q, k, v, mask, is_causal=mask is None)
+        return y.transpose(0, 1).flatten(1, 2)[:, self.places][None]        # (1, H, N, D)
+
+    def pad(self, x):
+        """x (H, N, ...) of a row as that of padded trees, (B, H, S, ...)."""
+        return x[:, self.rows].transpose(0, 1)
+
+    def bias_of_pairs(self, bias):
+        """The bias of each query and key of a tree, (B, H, S, S), from that of each query and position
+        (1, H, N, n_keys)."""
+        bias = self.pad(bias[0])                                            # (B, H, S, n_keys)
+        keys = self.positions[:, None, None].expand(*bias.shape[:3], -1)    # (B, H, S, S)
+        return bias.gather(3, keys)
 
 
 def make_batches(examples, batch_size):

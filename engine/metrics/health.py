@@ -26,8 +26,8 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from engine.attention import CausalAttention
 from engine.device import read_async
 from engine.distributed import Environment
 from engine.log import log
@@ -233,33 +233,30 @@ class HealthMonitor:
         return max(values, default=None)
 
 
-class AttentionProbe:
-    """Takes the place of a KV cache in GPT.hidden: causal attention, whose scores it measures.
+class AttentionProbe(CausalAttention):
+    """Causal attention whose scores are measured, on MAX_ATTENDED sequences.
 
-    entropy: nats, mean over heads and positions. logit: the largest. Both are scalar tensors, of MAX_ATTENDED sequences.
+    entropy: nats, mean over heads and positions. logit: the largest score. Both are scalar tensors.
     """
 
-    def n_keys(self, T):
-        return T
-
-    def attend(self, q, k, v, attn_bias=None):
-        """The attention of queries and keys as the layer has them, normalized and rotated. (B, H, T, D); k and v may
-        have fewer heads. attn_bias: what ALiBi adds to the scores, -inf for a later key."""
-        T, groups = q.size(2), q.size(1) // k.size(1)
-        positions = torch.arange(T, device=q.device)
-        rows = positions[::-(-T // MAX_QUERIES)]                                        # (R,)
+    def attend(self, q, k, v, bias=None):
         with torch.autocast(q.device.type, enabled=False):
-            keys = k[:MAX_ATTENDED].repeat_interleave(groups, dim=1).float()
-            scores = q[:MAX_ATTENDED, :, rows].float() @ keys.mT / math.sqrt(q.size(-1))        # (B, H, R, T)
-            if attn_bias is None:
-                scores.masked_fill_(positions > rows[:, None], -math.inf)
-            else:
-                scores += attn_bias[..., rows, :]
+            scores = self.scores(q[:MAX_ATTENDED], k[:MAX_ATTENDED], bias)
             self.logit = scores.max()
             p = scores.softmax(dim=-1)
             self.entropy = -torch.xlogy(p, p).sum(dim=-1).mean()
-        return F.scaled_dot_product_attention(q, k, v, None if attn_bias is None else attn_bias.to(q.dtype),
-                                              is_causal=attn_bias is None, enable_gqa=groups > 1)
+        return super().attend(q, k, v, bias)
+
+    def scores(self, q, k, bias):
+        """The scores before the softmax, -inf for later keys, of R queries of q: (B, H, R, T)."""
+        T = q.size(2)
+        positions = torch.arange(T, device=q.device)
+        rows = positions[::math.ceil(T / MAX_QUERIES)]                      # (R,)
+        keys = k.repeat_interleave(q.size(1) // k.size(1), dim=1).float()
+        scores = q[:, :, rows].float() @ keys.mT / math.sqrt(q.size(-1))
+        if bias is None:
+            return scores.masked_fill_(positions > rows[:, None], -math.inf)
+        return scores.add_(bias[..., rows, :])
 
 
 # What hooks measure

@@ -13,6 +13,16 @@ CHUNK_LOGITS = {'cpu': 2 ** 22, 'cuda': 2 ** 26}
 MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 
 
+def is_worth_chunking(n_positions: int, vocab_size: int) -> bool:
+    """Whether there are so many logits that chunked_cross_entropy is the better choice."""
+    return n_positions * vocab_size >= MIN_LOGITS
+
+
+def chunked_cross_entropy(x, weight, targets, softcap):
+    """The mean cross-entropy of x (B, T, C) with a head's weight (V, C) and targets (B, T): a float32 scalar."""
+    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), softcap, torch.is_grad_enabled())
+
+
 def replace_loss(model):
     """Make `model.loss_fn` return (None, loss) in chunks wherever there are at least MIN_LOGITS logits.
 
