@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Literal
 
 from console import print0, report_errors  # before torch: see console.py
 
@@ -34,7 +35,6 @@ from engine.prepare.encode import in_order, safe_pieces
 from engine.tokenizer import Tokenizer, padded_vocab_size
 from engine.training import optim, parallel
 from engine.training.run import BatchSchedule, Progress, Run
-from engine.training.settings_checks import CHOICES
 from model import GPT, GPTConfig
 from train import train_step  # the one script that another imports: a copy would drift
 
@@ -68,7 +68,7 @@ figures = False                         # True prints the figures as a last line
 # machine
 device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                          # auto, float32, bfloat16 or float16
-compile = 'auto'                        # auto (on CUDA), True or False
+compile: Literal['auto', True, False] = 'auto'      # whether torch.compile is used; auto: on CUDA
 recompute = False                       # True recomputes activations in the backward pass
 strategy = 'ddp'                        # how several ranks share the work: ddp, fsdp or hsdp
 backend = 'auto'                        # how ranks communicate: auto, nccl or gloo
@@ -141,7 +141,8 @@ def build_model(env, size):
 
     # Where a model is sharded, rank 0 alone has its weights, and gives the others their parts.
     place = env.device
-    if not env.is_main and bench == 'train' and parallel.check_strategy(strategy, 'float32', env):
+    is_sharded = bench == 'train' and parallel.is_sharded(strategy, env)
+    if is_sharded and not env.is_main:
         place = 'meta'
     with torch.device(place):
         return GPT(config)
@@ -435,7 +436,7 @@ def check_settings():
         bench=('train', 'sample', 'data'),
         compare=('', 'transformers'),
         compare_dtype=('auto', *devices.DTYPES),
-        strategy=CHOICES['strategy'],
+        strategy=parallel.STRATEGIES,
     )
     for name, known in choices.items():
         value = globals()[name]
@@ -470,6 +471,7 @@ def main(overrides):
     # settings and machine
     check_settings()
     env = start(device, dtype, compile, backend)
+    parallel.check_strategy(strategy, 'float32', env)
     check_comparison(env)
     print0(configurator.describe_settings(overrides))
     print0(f'{env.summary}, PyTorch {torch.__version__}')

@@ -86,7 +86,7 @@ def statements_with_comments(body, source):
             if indent <= node.col_offset or not line.strip().startswith('#'):
                 break
             parts.append(line.strip('# '))
-        yield node, ' '.join(parts), group
+        yield node, ' '.join(parts).strip(), group
 
 
 def add_options(namespace, dataclass, leave_out=()):

@@ -130,7 +130,6 @@ def train(model, data, seed):
     """The validation loss after `iters` iterations, in nats per token."""
     optimize_for_training(model)
     optimizer = optim.adamw(model, learning_rate, 0.1, (0.9, 0.99))
-    scaler = torch.amp.GradScaler('cpu', enabled=False)
 
     for i in range(iters):
         warmup = min(1, (i + 1) / (0.1 * iters))
@@ -138,7 +137,9 @@ def train(model, data, seed):
         x, y = data.batch(seed, 'train', i * batch_size, batch_size)
         loss = model(x, y)[1]
         loss.backward()
-        optim.step(optimizer, scaler, loss, grad_clip=1.0)
+        optim.clip_grad_norm(optimizer, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
     with torch.no_grad():
         x, y = data.batch(0, 'eval val', 0, 512)

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -167,3 +168,19 @@ def script_settings(script, *flags):
         vars(script).update(settings)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def take_step(optimizer, loss, grad_clip=1.0, scaler=None):
+    """The step of train.py over one micro-batch with this loss. Returns the gradient's norm."""
+    import torch
+
+    import train
+    from engine.distributed import Environment
+    progress = SimpleNamespace(iter_num=0)
+    run = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(dropout=0.0)),
+        wrapped_model=lambda x, y: (None, loss), micro_steps=1, progress=progress, seed=0,
+        optimizer=optimizer, grad_clip=grad_clip,
+        scaler=scaler or torch.amp.GradScaler('cpu', enabled=False))
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, '')
+    return train.train_step(run, iter([(None, None)]), env)['grad_norm']

@@ -1,21 +1,26 @@
+import dataclasses
+import sys
+
 import harness  # noqa: F401, puts the project on sys.path
 import pytest
 
 import configurator
 from engine.errors import UserError
+from model import GPTConfig
 
 SCRIPT = '''"""A script.
 
     python script.py
 """
 import math
+from typing import Literal
 # size
 width = 4               # channels; more is slower
                         # and better
 rate = 1e-3
 # names
 name = 'a=b'            # text, or None
-fast = 'auto'           # auto, True or False
+fast: Literal['auto', True, False] = 'auto'     # whether it hurries
 quiet = False
 
 
@@ -56,7 +61,7 @@ def test_files_and_flags_apply_from_left_to_right(script):
     ('--name=x=y', 'name', 'x=y'),
     ('--name=', 'name', ''),
     ('--name=5', 'name', '5'),
-    ('--name=None', 'name', None),
+    ('--name=None', 'name', 'None'),            # a comment's word changes no type
     ('--fast=False', 'fast', False),
     ('--fast=true', 'fast', True),
     ('--quiet=true', 'quiet', True),
@@ -94,6 +99,65 @@ def test_a_mistake_is_named(script, flag, words):
     assert script == before                                     # nothing is half applied
 
 
+@pytest.mark.parametrize('flag', ['--fast=maybe', '--fast=None', '--fast=1'])
+def test_a_value_that_an_annotation_does_not_name_is_refused(script, flag):
+    with pytest.raises(UserError, match="should be one of 'auto', True, False"):
+        configurator.configure(script, [flag])
+
+
+def test_fields_of_a_dataclass_are_settings_with_their_comments_and_values(tmp_path, capsys):
+    """As the options of the model are in train.py, which does not list them."""
+    (tmp_path / 'shapes.py').write_text(
+        'from dataclasses import dataclass\n'
+        'from typing import Literal\n'
+        '@dataclass\n'
+        'class Shape:\n'
+        '    width: int = 3              # channels\n'
+        '    size: int = 5               # of the data\n'
+        "    kind: Literal['a', 'b'] = 'a'\n"
+        '                                # what it is: a is\n'
+        '                                # the usual one\n'
+        '    deep: bool = False          # True has layers\n')
+    path = tmp_path / 'script.py'
+    path.write_text(
+        'from shapes import Shape\n'
+        'width = 4                   # channels of ours\n'
+        '# of the shape\n'
+        "OPTIONS = configurator.add_options(globals(), Shape, leave_out=('size',))\n"
+        '# rest\n'
+        'last = 1.0\n')
+    namespace = {'__file__': str(path), 'width': 4, 'last': 1.0}
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from shapes import Shape
+    finally:
+        sys.path.remove(str(tmp_path))
+
+    added = configurator.add_options(namespace, Shape, leave_out=('size',))
+    assert added == ('kind', 'deep')
+    assert configurator.snapshot(namespace) == dict(width=4, kind='a', deep=False, last=1.0)
+    overrides = configurator.configure(namespace, ['--kind=b', '--deep=True'])
+    assert overrides == dict(kind='b', deep=True)
+    assert (namespace['kind'], namespace['deep']) == ('b', True)
+    with pytest.raises(UserError, match="kind='c' should be one of 'a', 'b'"):
+        configurator.configure(namespace, ['--kind=c'])
+
+    with pytest.raises(SystemExit):
+        configurator.configure(namespace, ['--help'])
+    shown = capsys.readouterr().out
+    assert shown.index('\nof the shape\n') < shown.index("--kind='a'") < shown.index('\nrest\n')
+    assert 'what it is: a is the usual one' in shown
+    assert '--size' not in shown
+
+
+def test_every_option_of_the_model_is_a_setting_of_train_py():
+    """But for the vocabulary, which the data decide."""
+    settings = configurator.read_settings(configurator.ROOT / 'train.py')
+    fields = {field.name for field in dataclasses.fields(GPTConfig)}
+    assert fields - set(settings) == {'vocab_size'}
+    assert all(settings[name].comment for name in fields - {'vocab_size'})
+
+
 def test_positional_arguments_are_folders_where_a_script_takes_them(script):
     folders = []
     arguments = ['out-a', '--width=5', 'out-b']
@@ -120,7 +184,7 @@ quiet = __file__.endswith("some_config.py")
     ('rate = "high"', "rate='high' should be a number"),
     ('\n\nwidth = "four"', "width='four' should be a whole number"),
     ('width = True', 'whole number'),
-    ('fast = None', 'text'),
+    ('fast = None', 'should be one of'),
     ('import sys\nsys.exit(0)', 'line 2: SystemExit'),
     ('x\0y', ''),
     (b'width = 4 # \xff\xfe', 'UnicodeDecodeError'),

@@ -77,7 +77,7 @@ class ShardedSaver:
         """Begin to write state/, and return once the tensors are copied to CPU memory.
 
         model: the model, whose parameters may be shards.
-        optimizer_state: what optim.state_dict returns.
+        optimizer_state: {'optimizer', 'scaler'}, the state_dict of each.
         rest: a dict for run.pt.
         Raises RunError where a tensor is not finite; state/ is then as it was. If the previous save
         failed, this one is waited for, and raises RunError if it fails too.

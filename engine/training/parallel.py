@@ -18,7 +18,8 @@ from engine.errors import UserError
 from engine.training import chunked_loss
 from engine.training import cpu as cpu_training
 
-# Strategies
+STRATEGIES = ('ddp', 'fsdp', 'hsdp')
+
 
 def is_sharded(strategy: str, env: Environment) -> bool:
     """True where each rank holds a part of the model. One rank holds all of it."""

@@ -11,7 +11,7 @@ from engine.training import parallel
 CHOICES = dict(
     lr_schedule=('cosine', 'linear', 'wsd'),
     optimizer=('adamw', 'muon'),
-    strategy=('ddp', 'fsdp', 'hsdp'),
+    strategy=parallel.STRATEGIES,
     reduce_dtype=('float32', 'bfloat16'),
     checkpoint=('gathered', 'sharded'),
     **batches.CHOICES)

@@ -61,7 +61,7 @@ def save_model(folder, model, iter_num=7, **rest):
 def save_state(folder, model, optimizer, iter_num=3):
     contents = dict(
         model.to_checkpoint(),
-        **optim.state_dict(optimizer, scaler()),
+        optimizer=optimizer.state_dict(), scaler=scaler().state_dict(),
         iter_num=iter_num,
         best_val_loss=2.5,
         fingerprint='f',
@@ -510,7 +510,8 @@ def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
     saver = sharded_checkpoint.ShardedSaver(tmp_path, env)
     rest = dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5)
     del rest['model']
-    saver.save(model, optim.state_dict(optimizer, scaler()), rest)
+    state = dict(optimizer=optimizer.state_dict(), scaler=scaler().state_dict())
+    saver.save(model, state, rest)
     saver.wait()
 
     verified = []

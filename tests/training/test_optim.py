@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from harness import take_step
 
 from engine.errors import UserError
 from engine.training import optim
@@ -24,11 +25,22 @@ def scaler(enabled=False):
     return torch.amp.GradScaler('cpu', enabled=enabled)
 
 
-def backward(model):
+def loss_of(model):
     idx = torch.arange(32).view(2, 16)
-    loss = model(idx, idx + 1)[1]
-    loss.backward()
-    return loss.detach()
+    return model(idx, idx + 1)[1]
+
+
+def backward(model):
+    loss_of(model).backward()
+
+
+def spoil(value):
+    """A hook that puts `value` into a gradient."""
+    def hook(gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = value
+        return gradient
+    return hook
 
 
 def train(model, optimizer, steps):
@@ -94,7 +106,7 @@ def test_a_step_clips_updates_and_clears(grad_clip):
         group['lr'] = 3e-3
 
     for _ in range(3):
-        norm = optim.step(optimizer, scaler(), backward(model), grad_clip)
+        norm = take_step(optimizer, loss_of(model), grad_clip)
         backward(reference)
         expected = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
         assert norm.item() == pytest.approx(expected, rel=1e-5)
@@ -123,13 +135,17 @@ def test_a_step_that_is_not_finite_changes_nothing(float16, what, name):
     # a step that is not finite
     loss_scaler = scaler(float16)
     loss_scaler.scale(torch.zeros(1))                   # sets up its scale
-    loss = backward(model)
+    loss = loss_of(model)
+    hooks = []
     if what == 'loss':
-        loss = loss * float('nan')
+        loss = loss + float('nan')                      # its gradients are finite
     if what == 'gradient' or float16:
-        model.transformer.ln_f.weight.grad[0] = float('inf')
-        model.transformer.h[0].attn.c_attn.weight.grad[3, 4] = float('nan')
-    norm = optim.step(optimizer, loss_scaler, loss, 1.0)
+        weight = model.transformer.h[0].attn.c_attn.weight
+        hooks.append(model.transformer.ln_f.weight.register_hook(spoil(float('inf'))))
+        hooks.append(weight.register_hook(spoil(float('nan'))))
+    norm = take_step(optimizer, loss, scaler=loss_scaler)
+    for hook in hooks:
+        hook.remove()
     assert same_weights(model, before)
     for index, moment in optimizer.state_dict()['state'].items():
         for key, value in moments[index].items():
@@ -138,7 +154,7 @@ def test_a_step_that_is_not_finite_changes_nothing(float16, what, name):
     assert what == 'loss' or not math.isfinite(norm)
 
     # and the next one goes on
-    optim.step(optimizer, loss_scaler, backward(model), 1.0)
+    take_step(optimizer, loss_of(model), scaler=loss_scaler)
     assert not same_weights(model, before)
 
 
@@ -146,7 +162,8 @@ def saved_state(steps=3, name='adamw', **changes):
     model = tiny_gpt(**changes)
     optimizer = new_optimizer(model, name=name)
     train(model, optimizer, steps)
-    return model, optimizer, copy.deepcopy(optim.state_dict(optimizer, scaler()))
+    saved = dict(optimizer=optimizer.state_dict(), scaler=scaler().state_dict())
+    return model, optimizer, copy.deepcopy(saved)
 
 
 @pytest.mark.parametrize('name, changes', [
@@ -383,11 +400,10 @@ def train_rank(rank, ranks, folder, changes):
     for iteration in range(10):
         optim.set_lr(optimizer, 1e-2, iteration)
         loss = wrapped(batch[:, :-1], batch[:, 1:])[1]
-        loss.backward()
+        take_step(optimizer, loss)
         loss = loss.detach() / ranks
         torch.distributed.all_reduce(loss)
         losses.append(loss)
-        optim.step(optimizer, scaler(), loss, 1.0)
 
     saved = dict(weights=model.state_dict(), losses=torch.stack(losses))
     torch.save(saved, f'{folder}/rank-{rank}')
