@@ -53,11 +53,13 @@ def evaluate_tasks(model: torch.nn.Module, tasks: list[Task], env: Environment,
     on_scores: is called with each task and its scores, a list for each example.
     """
     results = []
+
     for task in tasks:
         examples = [example.options for example in task.examples]
         scores = score(model, examples, env, batch_size, should_stop, title=task.name)
         if scores is None:
             return None
+
         if on_scores:
             on_scores(task, scores)
         results += summarize(task, scores)
@@ -68,6 +70,7 @@ def make_result(task, metric, value, stderr, protocol):
     """The Result of a metric. stderr: may be nan."""
     result = Result(task=task.name, metric=metric, value=float(value), stderr=None,
                     examples=len(task.examples), protocol=protocol)
+
     if math.isfinite(stderr):
         result['stderr'] = float(stderr)
     if task.skipped:
@@ -118,8 +121,10 @@ def measure_choice(kind, is_core, example, scores):
     per_token = loglikelihoods / [score.tokens for score in scores]
     if is_core:
         return dict(acc=is_right(per_token))
+
     if kind == 'schema':
         return dict(acc=is_right(loglikelihoods))
+
     return dict(
         acc=is_right(loglikelihoods),
         acc_norm=is_right(loglikelihoods / example.characters),
@@ -159,6 +164,8 @@ def summarize_core(results, missing):
     protocol = f'mean of {n} centered accuracies'
     if missing:
         protocol += f'; without {", ".join(missing)}'
+
+    # The tasks are independent, so their variances add up.
     variance = sum((result['stderr'] or 0) ** 2 for result in centered)
     return [Result(
         task='core',

@@ -109,6 +109,7 @@ class HealthMonitor:
         """Keep the norms of the gradients and copies of the weights, if this step is measured."""
         if self.run.progress.iter_num % self.interval or self.before is not None:
             return
+
         self.before = {}
         for layer, parameters in self.parameters.items():
             grad_norm = norm(parameter.grad for parameter in parameters)
@@ -120,6 +121,7 @@ class HealthMonitor:
         """Measure everything, and begin to copy the numbers to the host."""
         if self.before is None:
             return
+
         found = self.measure_weights()
         self.before = None                              # frees the copies before the forward pass
         found.update(self.measure_forward_pass())
@@ -134,6 +136,7 @@ class HealthMonitor:
         for layer, (grad_norm, copies) in self.before.items():
             parameters = self.parameters[layer]
             weight_norm = norm(parameters)
+            # In place, as there is no memory to spare for another copy of the weights
             update_norm = norm(old.sub_(new) for old, new in zip(copies, parameters))
 
             found[layer, 'weight_norm'] = weight_norm
@@ -160,9 +163,12 @@ class HealthMonitor:
     def first_sequences(self):
         """The tokens of the first sequences of this iteration's batch, (B, T)."""
         progress = self.run.progress
+
+        # As many as fit MAX_TOKENS, but at least one
         _, micro_batch_size = self.run.batch_schedule.split(progress.tokens)
         count = min(micro_batch_size, MAX_TOKENS // self.data.block_size)
         count = max(1, count)
+
         tokens, _ = self.data.batch(self.run.seed, 'train', progress.sequences, count)
         return tokens
 
@@ -170,12 +176,17 @@ class HealthMonitor:
     def measuring_hooks(self, found):
         """While the block runs, forward passes of the model fill `found`."""
         handles = []
+
+        # The output of each layer
         for name, layer in self.layers.items():
             hook = measure_output(name, found)
             handles.append(layer.register_forward_hook(hook))
+
+        # What goes into the nonlinearity of each block
         for i, block in enumerate(self.run.model.transformer.h):
             hook = measure_units(f'h.{i}', self.run.model.config.mlp_width, found)
             handles.append(block.mlp.c_fc.register_forward_hook(hook))
+
         try:
             yield
         finally:
@@ -195,6 +206,7 @@ class HealthMonitor:
         names, read = self.unread.pop(iteration)
         found = dict(zip(names, read()))
         clipped = sum(self.clipped) / len(self.clipped)
+
         if self.run.writer:
             numbers = {f'{PREFIX}/{layer}/{quantity}': value
                        for (layer, quantity), value in found.items()}
@@ -207,7 +219,8 @@ class HealthMonitor:
 
     def new_warnings(self, iteration, found, clipped):
         """A line for each quantity that is over its limit for the first time in this process."""
-        causes = {}
+        causes = {}             # {quantity: what is wrong}
+
         window_is_full = len(self.clipped) == CLIPPED_WINDOW
         if window_is_full and clipped > LIMITS['clipped'].value:
             causes['clipped'] = f'{clipped:.0%} of the last {CLIPPED_WINDOW} steps were clipped'
@@ -264,7 +277,7 @@ class AttentionProbe(CausalAttention):
 def measure_output(layer_name, found):
     """A forward hook that measures a layer's output."""
     def hook(layer, inputs, output):
-        magnitudes = output.float()
+        magnitudes = output.float()                     # squares overflow float16
         found[layer_name, 'activation_rms'] = magnitudes.square().mean().sqrt()
         found[layer_name, 'activation_max'] = magnitudes.abs().max()
     return hook
@@ -319,8 +332,10 @@ def own_parameters(layers):
     seen = set()
     found = {}
     for name, layer in layers.items():
+        # Tensors are hashed by identity, so a tied one is found in `seen`.
         own = [p for p in layer.parameters() if p.requires_grad and p not in seen]
         seen.update(own)
+
         if own:
             found[name] = own
     return found

@@ -52,6 +52,7 @@ class MetricsWriter:
         self.open_file(Path(out_dir) / FILE, iter_num, evaluated)
         if wandb_run:
             self.start_wandb(wandb_run)
+
         self.began = time.perf_counter()
 
     def open_file(self, path, iter_num, evaluated):
@@ -89,12 +90,15 @@ class MetricsWriter:
         if seconds is not None:
             seconds = round(seconds, 3)
         record = dict(iter=iter_num, seconds=seconds, **numbers)
+
+        # The file is flushed at each line, so a killed run loses none.
         try:
             self.file.write(json.dumps(record) + '\n')
             self.file.flush()
         except OSError as error:
             log_lost_file(error)
-            with suppress(OSError):     # closing writes what is left, to the same disk
+            # Closing writes what is left, to the same disk.
+            with suppress(OSError):
                 self.file.close()
             self.file = None
 
@@ -116,6 +120,7 @@ class MetricsWriter:
         elapsed = self.elapsed_seconds()
         if elapsed is None:
             return ''
+
         minutes, seconds = divmod(round(elapsed), 60)
         return f'{minutes:,} min {seconds} s'
 
@@ -131,6 +136,7 @@ class MetricsWriter:
 def empty_stdin():
     """Without a terminal on stdin, wandb does not ask to log in."""
     terminal = sys.stdin
+
     with open(os.devnull, encoding='utf-8') as nothing:
         sys.stdin = nothing
         try:
@@ -174,6 +180,8 @@ def read_metrics(path: str | Path) -> list[dict]:
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             record = json.loads(line)
+
+            # What MetricsWriter wrote has an iteration.
             if type(record['iter']) is int:
                 records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -208,10 +216,12 @@ def drop_records_from(path, iter_num, evaluated):
         is_evaluation = evaluated and record['iter'] == iter_num and 'val_loss' in record
         if is_before or is_evaluation:
             kept.append(record)
+
     with atomic_write(path) as file:
         for record in kept:
             file.write(json.dumps(record) + '\n')
 
+    # The clock goes on where the last of them was written.
     if not kept:
         return 0.0
     seconds = kept[-1].get('seconds')
@@ -231,9 +241,12 @@ def health_by_layer(records: list[dict]) -> dict[str, dict[str, dict[int, float]
     for record in records:
         if not is_number(record['iter']):
             continue
+
         for name, value in record.items():
+            # health/LAYER/QUANTITY
             prefix, _, rest = name.partition('/')
             layer, _, quantity = rest.partition('/')
+
             if prefix == PREFIX and quantity in TITLES and is_number(value):
                 layers = found.setdefault(quantity, {})
                 layers.setdefault(layer, {})[record['iter']] = value

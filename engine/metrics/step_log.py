@@ -92,6 +92,7 @@ class StepLog:
         tokens: how many tokens the run has been trained on, with this step.
         host_numbers: numbers to log as they are.
         """
+        # The numbers and the stop flags share one reduction over the ranks, and one copy.
         values = torch.stack(list(numbers.values()))
         values = torch.cat([values, self.env.stop_flags()])
         read = read_async(self.env.all_reduce(values))
@@ -138,12 +139,14 @@ class StepLog:
         may_skip = MAX_SKIPPED_IN_A_ROW if self.env.dtype == 'float16' else 0
         if math.isfinite(loss) and self.skipped_steps <= may_skip:
             return
+
         self.before_error()
         raise RunError(f'iteration {iteration}: loss {loss}, gradient norm {grad_norm}; '
                        f'the run ends before that update. {self.advice}')
 
     def write_line(self, iteration, numbers):
         """Log a line about the steps since the last line, and give the writer its numbers."""
+        # Averages since the last line
         elapsed = time.perf_counter() - self.began
         seconds = elapsed / self.steps
         tokens_per_second = (self.tokens - self.tokens_before) / elapsed
@@ -159,6 +162,7 @@ class StepLog:
         iterations_left = self.max_iters - iteration - 1
         seconds_left = self.seconds_per_iter * iterations_left
         log.info(format_line(iteration, numbers, seconds_left))
+
         if self.writer:
             self.writer.write(iteration, **numbers)
 
