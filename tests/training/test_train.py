@@ -255,7 +255,7 @@ def test_the_best_checkpoint_survives_a_stop_and_a_ruined_model(workspace):
 
     values = {r['iter']: r['val_loss'] for r in workspace.records('out-best') if 'val_loss' in r}
     assert min(values, key=values.get) == 20
-    assert values[30] > values[25] > values[20]
+    assert min(values[25], values[30]) > values[20]
     assert (workspace.folder / 'out-best' / 'ckpt.pt').read_bytes() == best
     state = torch.load(workspace.folder / 'out-best' / 'state.pt', weights_only=True)
     assert (state['iter_num'], state['best_val_loss']) == (30, values[20])
