@@ -43,7 +43,8 @@ class GPTConfig:
                                 # learned embeddings, rotary (arXiv:2104.09864), alibi (2108.12409)
     rope_theta: float = 1e4     # the slowest rotary channels turn once in 2 pi rope_theta positions
     norm: Literal['layernorm', 'rmsnorm', 'rmsnorm_gain'] = 'layernorm'
-                                # rmsnorm (arXiv:1910.07467) has no parameters, rmsnorm_gain has some
+                                # rmsnorm (arXiv:1910.07467) has no parameters, rmsnorm_gain has
+                                # some
     norm_eps: float = 1e-5      # keeps a norm of zeros finite
     qk_norm: bool = False       # normalizes queries and keys in each head (arXiv:2010.04245)
     embedding_norm: bool = False    # normalizes what the first block reads

@@ -27,7 +27,8 @@ from model import GPT
 
 # model
 init_from = 'resume'        # resume (the model in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-                            # another hub name, or a folder of Hugging Face weights, with their tokenizer
+                            # another hub name, or a folder of Hugging Face weights, with their
+                            # tokenizer
 out_dir = 'out'             # where ckpt.pt lies
 # text
 start = '\n'                # what to continue: text, or FILE:PATH
@@ -36,7 +37,8 @@ max_new_tokens = 500        # per sample
 temperature = 0.8           # 1 samples as trained, less is safer, 0 takes the likeliest token
 top_k = 200                 # sample among the k likeliest tokens; 0 among all
 top_p = 1.0                 # sample among the likeliest tokens that make up this probability
-min_p = 0.0                 # sample among tokens at least this times as likely as the likeliest; 0 among all
+min_p = 0.0                 # sample among tokens at least this times as likely as the likeliest;
+                            # 0 among all
 repetition_penalty = 1.0    # above 1 makes tokens that the text already has less likely
 stop = ''                   # text that ends a sample, such as <|endoftext|>; it is not shown
 max_batch = 64              # samples generated at once; lower it where memory is short
@@ -104,7 +106,8 @@ class Text:
             self.ended = True
 
     def new_part(self):
-        """What can be shown and was not yet. The end of the text may still turn out to begin `stop`."""
+        """What can be shown and was not yet. The end of the text may still turn out to begin
+        `stop`."""
         end = len(self.text)
         if not self.ended and stop:
             end = max(self.n_shown, end - (len(stop) - 1))
@@ -133,7 +136,8 @@ def draw_noise(first, count):
 
 
 def generate_texts(model, tokenizer, ids, first, count, env, bar, is_live):
-    """The `count` Texts of the samples from number `first` on. is_live: print the only one as it grows."""
+    """The `count` Texts of the samples from number `first` on. is_live: print the only one as it
+    grows."""
     texts = [Text(tokenizer) for _ in range(count)]
     idx = torch.tensor([ids] * count, device=env.device)
     steps = model.stream(idx, max_new_tokens, temperature, top_k, top_p,
@@ -175,7 +179,7 @@ def main(overrides):
     # samples, max_batch at a time
     sys.stdout.reconfigure(errors='replace')            # a pipe on Windows lacks some characters
     is_live = sys.stdout.isatty() and num_samples == 1
-    hidden = True if is_live else None                  # None: hidden where stderr is not a terminal
+    hidden = True if is_live else None          # None: hidden where stderr is not a terminal
     bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=hidden)
     for first in range(0, num_samples, max_batch):
         count = min(max_batch, num_samples - first)

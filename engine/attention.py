@@ -36,7 +36,8 @@ class CausalAttention:
         self.dropout = dropout
 
     def n_keys(self, T: int) -> int:
-        """How many keys T new queries attend over. A bias has to cover their positions, from 0 on."""
+        """How many keys T new queries attend over. A bias has to cover their positions, from 0
+        on."""
         return self.length + T
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,

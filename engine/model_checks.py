@@ -29,7 +29,8 @@ RANGES = dict(
 
 
 def allowed_values(field: Field) -> tuple | None:
-    """The values among which a field of GPTConfig chooses, by its annotation, or None for a number."""
+    """The values among which a field of GPTConfig chooses, by its annotation, or None for a
+    number."""
     if field.type is bool:
         return (True, False)
     if get_origin(field.type) is Literal:
@@ -52,7 +53,8 @@ def check_config(config) -> None:
 
 
 def check_number(field: Field, value: Any) -> None:
-    """UserError unless `value` is a number of the field's type and within its range, if it has one."""
+    """UserError unless `value` is a number of the field's type and within its range, if it has
+    one."""
     if field.name == 'dropout':                         # the only range without its upper end
         if type(value) not in (int, float) or not 0 <= value < 1:
             raise UserError(f'dropout={value!r} should be at least 0 and below 1')
@@ -71,7 +73,8 @@ def check_number(field: Field, value: Any) -> None:
 
 
 def check_head_sizes(config) -> None:
-    """UserError where the channels do not divide over the heads, or the heads over those of keys."""
+    """UserError where the channels do not divide over the heads, or the heads over those of
+    keys."""
     if config.n_embd % config.n_head:
         nearest = max(1, round(config.n_embd / config.n_head)) * config.n_head
         raise UserError(f'n_embd={config.n_embd} does not divide over n_head={config.n_head}; '
@@ -93,7 +96,8 @@ def check_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """UserError where a name or shape in `weights` is missing, unknown or not that of `model`."""
     layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
     if len(layers) != model.config.n_layer:
-        raise UserError(f'the weights have {len(layers)} layers, the settings {model.config.n_layer}')
+        raise UserError(f'the weights have {len(layers)} layers, '
+                        f'the settings {model.config.n_layer}')
 
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}

@@ -1,8 +1,8 @@
 """How attention learns where a token is: embeddings, rotary positions, ALiBi.
 
-An object of this file is made once for each forward pass, and every layer uses it. Rotary positions and
-ALiBi have no parameters, and both depend only on the distance of two tokens.
-T queries, S keys, H heads, D channels in each head.
+An object of this file is made once for each forward pass, and every layer uses it. Rotary
+positions and ALiBi have no parameters, and both depend only on the distance of two tokens. T
+queries, S keys, H heads, D channels in each head.
 """
 
 import math
@@ -11,7 +11,8 @@ import torch
 
 
 class PositionEncoding:
-    """What attention does about positions. Here that is nothing: learned embeddings are in its input.
+    """What attention does about positions. Here that is nothing: learned embeddings are in its
+    input.
 
     bias: (1, H, T, S), which attention adds to the scores, or None.
     """
@@ -26,8 +27,8 @@ class PositionEncoding:
 class RotaryPositions(PositionEncoding):
     """Turns each pair of channels (i, i + D / 2) by an angle that grows with the position.
 
-    The first pair turns by 1 radian a position, the last one by about 1 / theta. The pairs are those of
-    Llama in transformers. Source: Su et al. 2021 (arXiv:2104.09864).
+    The first pair turns by 1 radian a position, the last one by about 1 / theta. The pairs are
+    those of Llama in transformers. Source: Su et al. 2021 (arXiv:2104.09864).
     """
 
     def __init__(self, positions: torch.Tensor, head_size: int, theta: float):
@@ -40,20 +41,23 @@ class RotaryPositions(PositionEncoding):
         self.sin = torch.cat([-sin, sin], dim=-1)[:, None]                      # (T, 1, D)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, H, D), turned. The arithmetic is in float32, and the result has the precision of x."""
+        """x (B, T, H, D), turned. The arithmetic is in float32, and the result has the precision
+        of x."""
         swapped = x.roll(x.size(-1) // 2, dims=-1)
         return (x * self.cos + swapped * self.sin).type_as(x)
 
 
 class ALiBi(PositionEncoding):
-    """Lowers each score in proportion to the distance of query and key, in each head by another slope.
+    """Lowers each score in proportion to the distance of query and key, in each head by another
+    slope.
 
-    The slopes of a power of two of heads are geometric. Another number of heads adds every other slope
-    of twice that power. Source: Press et al. 2021 (arXiv:2108.12409).
+    The slopes of a power of two of heads are geometric. Another number of heads adds every other
+    slope of twice that power. Source: Press et al. 2021 (arXiv:2108.12409).
     """
 
     def __init__(self, positions: torch.Tensor, n_keys: int, n_head: int):
-        """positions: those of the queries, (T,). n_keys: the keys have the positions 0 to n_keys - 1."""
+        """positions: those of the queries, (T,). n_keys: the keys have the positions 0 to n_keys
+        - 1."""
         power = 2 ** (n_head.bit_length() - 1)
         head = torch.arange(1, n_head + 1, device=positions.device)             # (H,)
         exponents = torch.where(head <= power, 8 * head / power, (8 * (head - power) - 4) / power)
@@ -66,7 +70,8 @@ class ALiBi(PositionEncoding):
 
 
 def encode_positions(config, positions: torch.Tensor, n_keys: int) -> PositionEncoding:
-    """The PositionEncoding of a GPTConfig for queries at `positions` (T,) and keys at 0 to n_keys - 1."""
+    """The PositionEncoding of a GPTConfig for queries at `positions` (T,) and keys at 0 to n_keys
+    - 1."""
     if config.position == 'rotary':
         return RotaryPositions(positions, config.head_size, config.rope_theta)
     if config.position == 'alibi':

@@ -1,6 +1,7 @@
 """The same run gives the same curve: twice here, and as it was stored in gold.json.
 
-`python tests/test_gold.py` stores the curve of this machine, after a change that is meant to move it.
+`python tests/test_gold.py` stores the curve of this machine, after a change that is meant to move
+it.
 """
 
 import json
@@ -16,21 +17,25 @@ GOLD = Path(__file__).with_name('gold.json')
 
 
 def describe_build():
-    """What the last bits of a sum depend on: PyTorch's version, the processor and its vector width."""
+    """What the last bits of a sum depend on: PyTorch's version, the processor and its vector
+    width."""
     try:
         names = [line for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
                  if line.startswith(('model name', 'cpu family', 'model\t'))]
         processor = ', '.join(' '.join(line.split()) for line in sorted(set(names)))
     except OSError:
         processor = platform.processor()
-    return [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [torch.__version__, platform.machine(), capability, processor]
 
 
 def read_curve(out_dir):
     """[iteration, training loss], then [iteration, loss on train, on val] of each evaluation."""
     records = read_records(out_dir)
-    return ([[record['iter'], record['loss']] for record in records if 'loss' in record]
-            + [[record['iter'], record['train_loss'], record['val_loss']] for record in records if 'val_loss' in record])
+    steps = [[record['iter'], record['loss']] for record in records if 'loss' in record]
+    evaluations = [[record['iter'], record['train_loss'], record['val_loss']]
+                   for record in records if 'val_loss' in record]
+    return steps + evaluations
 
 
 def test_two_runs_are_identical(lab):
@@ -53,6 +58,8 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder) / 'workspace')
         workspace.train('out-toy')
-        rows = ',\n'.join(f'  {json.dumps(row)}' for row in read_curve(workspace.folder / 'out-toy'))
-        GOLD.write_text(f'{{"build": {json.dumps(describe_build())},\n "curve": [\n{rows}]}}\n', encoding='utf-8')
+        curve = read_curve(workspace.folder / 'out-toy')
+        rows = ',\n'.join(f'  {json.dumps(row)}' for row in curve)
+        build = json.dumps(describe_build())
+        GOLD.write_text(f'{{"build": {build},\n "curve": [\n{rows}]}}\n', encoding='utf-8')
         workspace.close()

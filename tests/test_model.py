@@ -2,6 +2,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ def tiny_gpt(**changes):
 
 def slow_forward(model, idx):
     """GPT-2 by its formulas, one head and one position at a time. (B, T) to (B, T, V)"""
-    w, c = model.state_dict(), model.config
+    w = model.state_dict()
+    c = model.config
     D = c.n_embd // c.n_head
 
     def norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        variance = x.var(-1, unbiased=False, keepdim=True)
+        x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(variance + 1e-5)
         return x * w[f'{name}.weight'] + w.get(f'{name}.bias', 0)
 
     def linear(x, name):
@@ -46,7 +49,8 @@ def slow_forward(model, idx):
                 scores = (k[:, :t + 1, part] @ q[:, t, part, None])[..., 0] / math.sqrt(D)
                 heads[:, t, part] = (scores.softmax(-1)[..., None] * v[:, :t + 1, part]).sum(1)
         x = x + linear(heads, f'{block}.attn.c_proj')
-        x = x + linear(gelu(linear(norm(x, f'{block}.ln_2'), f'{block}.mlp.c_fc')), f'{block}.mlp.c_proj')
+        h = gelu(linear(norm(x, f'{block}.ln_2'), f'{block}.mlp.c_fc'))
+        x = x + linear(h, f'{block}.mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ w['lm_head.weight'].t()
 
 
@@ -98,7 +102,7 @@ def test_initial_weights_have_gpt2s_deviations():
 def test_gpt2_has_124m_parameters_under_nanogpts_names():
     with torch.device('meta'):
         model = GPT(GPTConfig(vocab_size=50257))
-    assert model.get_num_params(non_embedding=False) == 124_439_808     # Radford et al., as released
+    assert model.get_num_params(non_embedding=False) == 124_439_808     # Radford et al.
     names = set(model.state_dict())
     assert {'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.11.attn.c_attn.bias',
             'transformer.h.0.mlp.c_fc.weight', 'transformer.ln_f.weight', 'lm_head.weight'} <= names
@@ -108,10 +112,16 @@ def test_gpt2_has_124m_parameters_under_nanogpts_names():
 
 def test_a_first_step_imports_nothing_that_it_does_not_need():
     """Each of these takes seconds to import."""
-    code = ("import sys, torch; from model import GPT, GPTConfig; m = GPT(GPTConfig(8, 9, 1, 1, 4)); "
-            "o = m.configure_optimizers(0.1, 1e-3, (0.9, 0.95)); x = torch.zeros(1, 8, dtype=torch.long); "
-            "m(x, x)[1].backward(); o.step(); "
-            "print([n for n in ('transformers', 'datasets', 'wandb', 'matplotlib') if n in sys.modules])")
+    code = """
+import sys, torch
+from model import GPT, GPTConfig
+m = GPT(GPTConfig(8, 9, 1, 1, 4))
+o = m.configure_optimizers(0.1, 1e-3, (0.9, 0.95))
+x = torch.zeros(1, 8, dtype=torch.long)
+m(x, x)[1].backward()
+o.step()
+print([n for n in ('transformers', 'datasets', 'wandb', 'matplotlib') if n in sys.modules])
+"""
     ended = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout == '[]\n', ended.stderr
 
@@ -154,10 +164,17 @@ def test_dropout_is_where_gpt2_has_it():
 
 def test_activation_checkpointing_gives_the_same_gradients():
     """Dropout included: when a block runs again, it drops the same."""
-    idx, found, forwards = torch.randint(50, (4, 16)), [], []
+    idx = torch.randint(50, (4, 16))
+    found = []
+    forwards = []
+
+    def count(*arguments, checkpointed):
+        forwards.append(checkpointed)
+
     for checkpointed in (False, True):
         model = tiny_gpt(dropout=0.3)
-        model.transformer.h[1].mlp.register_forward_pre_hook(lambda *arguments: forwards.append(checkpointed))
+        mlp = model.transformer.h[1].mlp
+        mlp.register_forward_pre_hook(partial(count, checkpointed=checkpointed))
         if checkpointed:
             model.checkpoint_activations()
         torch.manual_seed(5)
@@ -169,11 +186,12 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 def test_flops_count_the_matmuls():
     model = tiny_gpt(bias=False, n_embd=64, n_layer=3)
-    c, forward = model.config, 0
-    forward += c.n_layer * (2 * 12 * c.n_embd ** 2)                     # the four Linears of a block
-    forward += c.n_layer * 2 * 2 * c.block_size * c.n_embd              # scores, and their use
+    c = model.config
+    forward = 0
+    forward += c.n_layer * (2 * 12 * c.n_embd ** 2)         # the four Linears of a block
+    forward += c.n_layer * 2 * 2 * c.block_size * c.n_embd  # scores, and their use
     forward += 2 * c.n_embd * c.vocab_size
-    norms = (2 * c.n_layer + 1) * c.n_embd                              # the estimate counts them as matrices
+    norms = (2 * c.n_layer + 1) * c.n_embd                  # it counts them as matrices
     assert model.flops_per_token() == 3 * (forward + 2 * norms)
     seconds = model.flops_per_token() * c.block_size * 4 / 1e9
     assert model.estimate_mfu(4, seconds, 1e9) == pytest.approx(1.0)
@@ -181,11 +199,13 @@ def test_flops_count_the_matmuls():
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(n_layer=0), 'n_layer=0 should be'), (dict(n_head=3), 'try --n_embd=33'), (dict(n_head=-2), 'n_head=-2 should be'),
+    (dict(n_layer=0), 'n_layer=0 should be'), (dict(n_head=3), 'try --n_embd=33'),
+    (dict(n_head=-2), 'n_head=-2 should be'),
     (dict(n_embd=30, n_head=4), 'n_embd=30 does not divide over n_head=4; try --n_embd=32'),
     (dict(dropout=1.5), 'dropout=1.5 should be'), (dict(dropout=-0.1), 'dropout=-0.1 should be'),
     (dict(block_size=-1), 'block_size=-1 should be'),
-    (dict(vocab_size=2.5), 'vocab_size=2.5 should be a whole number'), (dict(activation='relu'), 'gelu')])
+    (dict(vocab_size=2.5), 'vocab_size=2.5 should be a whole number'),
+    (dict(activation='relu'), 'gelu')])
 def test_a_shape_that_cannot_be_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         tiny_gpt(**changes)

@@ -23,7 +23,8 @@ from engine.training import chunked_loss
 from engine.training import cpu as cpu_training
 from model import GPT, NANOGPT_ARGS, GPTConfig
 
-OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'), ('norm', 'rmsnorm_gain'),
+OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'),
+           ('norm', 'rmsnorm_gain'),
            ('activation', 'relu2'), ('activation', 'swiglu'), ('qk_norm', True),
            ('embedding_norm', True), ('n_kv_head', 2), ('tied', False), ('softcap', 1.0),
            ('zero_init', True)]
@@ -86,7 +87,8 @@ def test_alibi_has_the_published_slopes(n_head, slopes):
 
 @pytest.mark.parametrize('position', ['rotary', 'alibi'])
 def test_only_distances_count(position):
-    """Text that begins at another position gives the same, and the order of tokens still matters."""
+    """Text that begins at another position gives the same, and the order of tokens still
+    matters."""
     model = with_random_weights(tiny_gpt(position=position, block_size=64))
     idx = torch.randint(50, (1, 12))
     plain = model.hidden(idx)
@@ -185,7 +187,8 @@ def test_a_cpu_computes_the_same_losses_and_gradients(changes, monkeypatch):
 
 @each_pair
 def test_flops_and_parameters_are_those_that_are_there(changes):
-    """PyTorch's counter sees the matrix products. The estimate also counts norms and biases as matrices."""
+    """PyTorch's counter sees the matrix products. The estimate also counts norms and biases as
+    matrices."""
     model = tiny_gpt(**changes)
     idx = torch.randint(50, (1, 16))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -216,7 +219,8 @@ def test_zero_init_begins_with_equal_probabilities_and_blocks_that_add_nothing()
     assert model(idx, idx)[1].item() == pytest.approx(math.log(50))
     x = torch.randn(2, 16, 32)
     assert torch.equal(model.transformer.h[0](x, PositionEncoding(), CausalAttention()), x)
-    assert tiny_gpt(zero_init=True).lm_head.weight.std() > 0.01     # a tied head is the embedding too
+    # a tied head is the embedding too
+    assert tiny_gpt(zero_init=True).lm_head.weight.std() > 0.01
 
 
 def test_a_soft_cap_bounds_the_logits():
@@ -235,7 +239,8 @@ def test_swiglu_is_as_large_as_gpt2s_mlp_unless_its_width_is_given():
             gelu = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=n_embd))
             swiglu = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=n_embd, activation='swiglu'))
         assert swiglu.get_num_params() == pytest.approx(gelu.get_num_params(), rel=0.02)
-    assert tiny_gpt(activation='swiglu', n_inner=40).transformer.h[0].mlp.c_fc.weight.shape == (80, 32)
+    mlp = tiny_gpt(activation='swiglu', n_inner=40).transformer.h[0].mlp
+    assert mlp.c_fc.weight.shape == (80, 32)
 
 
 @each_shape
@@ -301,7 +306,8 @@ def test_training_and_decoding_trace_to_one_graph_each(changes, monkeypatch):
     (dict(qk_norm=1), 'qk_norm=1 should be one of True, False'),
     (dict(tied='False'), "tied='False' should be"),
     (dict(softcap=-1), 'softcap=-1 should be a number from 0'),
-    (dict(softcap=float('nan')), 'softcap=nan should be'), (dict(softcap=torch.ones(2)), 'softcap='),
+    (dict(softcap=float('nan')), 'softcap=nan should be'),
+    (dict(softcap=torch.ones(2)), 'softcap='),
     (dict(n_kv_head=3), 'n_head=4 does not divide over n_kv_head=3; try --n_kv_head=2'),
     (dict(n_kv_head=True), 'n_kv_head=True should be'),
     (dict(n_inner=2.5), 'n_inner=2.5 should be a whole number'),

@@ -1,1 +1,2 @@
-"""Tokens out: the key/value cache, generation token by token, faster layouts of weights on a CPU."""
+"""Tokens out: the key/value cache, generation token by token, faster layouts of weights on a
+CPU."""

@@ -1,24 +1,24 @@
 """Layouts of weights that a CPU reads faster than those of nn.Linear, for generation.
 
-Most of a token's time goes into reading the weights from memory. `optimize_for_generation` stores the
-weight of each Linear in a layout that depends on the precision and the number of sequences alone, so a
-text depends on its seed alone.
+Most of a token's time goes into reading the weights from memory. `optimize_for_generation` stores
+the weight of each Linear in a layout that depends on the precision and the number of sequences
+alone, so a text depends on its seed alone.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-PARTS = 8                       # into which a SplitLinear divides its inputs; 2 and 4 were up to 5% slower
+PARTS = 8               # of the inputs of a SplitLinear; 2 and 4 were up to 5% slower
 
 
 @torch.no_grad()
 def optimize_for_generation(model: nn.Module, batch_size: int) -> None:
     """Store the weights of `model` as a CPU reads them fastest for products with batch_size rows.
 
-    Linears and embeddings keep the model's precision, and return float32. All other parameters become
-    float32, in which a CPU computes fastest. A class derived from nn.Linear stays as it is. After this,
-    the model can neither be trained nor saved nor moved to another device.
+    Linears and embeddings keep the model's precision, and return float32. All other parameters
+    become float32, in which a CPU computes fastest. A class derived from nn.Linear stays as it
+    is. After this, the model can neither be trained nor saved nor moved to another device.
     """
     layout = choose_layout(next(model.parameters()).dtype, batch_size)
     for parent in list(model.modules()):
@@ -53,7 +53,8 @@ def choose_layout(dtype: torch.dtype, batch_size: int) -> type[nn.Module]:
 
 
 def onednn_packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is part of this PyTorch and packs weights of float32 or bfloat16 on this CPU."""
+    """Whether oneDNN is part of this PyTorch and packs weights of float32 or bfloat16 on this
+    CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -84,14 +85,15 @@ class PlainLinear(nn.Module):
 class SplitLinear(nn.Module):
     """The weight of float32 as (in, out), in PARTS parts of the inputs.
 
-    One row is multiplied part by part, and the results are added: so each core reads memory in order.
+    One row is multiplied part by part, and the results are added: so each core reads memory in
+    order.
     """
 
     def __init__(self, linear):
         super().__init__()
-        self.weight = linear.weight.detach().t().contiguous()               # (in, out)
+        self.weight = linear.weight.detach().t().contiguous()   # (in, out)
         self.bias = detached_bias(linear)
-        self.parts = None                                                   # (PARTS, in / PARTS, out)
+        self.parts = None                                       # (PARTS, in / PARTS, out)
         if linear.in_features % PARTS == 0:
             self.parts = self.weight.view(PARTS, -1, linear.out_features)
 
@@ -99,14 +101,15 @@ class SplitLinear(nn.Module):
         if self.parts is None or x.numel() > x.size(-1):
             return F.linear(x, self.weight.t(), self.bias)
 
-        y = torch.bmm(x.reshape(PARTS, 1, -1), self.parts).sum(0)           # (1, out)
+        y = torch.bmm(x.reshape(PARTS, 1, -1), self.parts).sum(0)   # (1, out)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.Module):
-    """The weight of float32 or bfloat16 in oneDNN's blocks. torch.compile uses the same operators."""
+    """The weight of float32 or bfloat16 in oneDNN's blocks. torch.compile uses the same
+    operators."""
 
     def __init__(self, linear):
         super().__init__()

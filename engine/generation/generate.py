@@ -1,6 +1,7 @@
 """Generation token by token, with key/value caches.
 
-`GPT.generate` and `GPT.stream` call `stream`. It uses only model.hidden, model.logits and model.config.
+`GPT.generate` and `GPT.stream` call `stream`. It uses only model.hidden, model.logits and
+model.config.
 """
 
 import math
@@ -14,7 +15,7 @@ from engine.errors import UserError
 from engine.generation.kv_cache import StaticKVCache, decoding_attention, new_caches
 from engine.tokenizer import Tokenizer
 
-COMPILED_POSITIONS = 256        # a compiled cache has a multiple of so many: few shapes to compile for
+COMPILED_POSITIONS = 256        # a compiled cache has a multiple of it: few shapes to compile for
 
 
 class Sampling(NamedTuple):
@@ -63,7 +64,8 @@ class CompiledDecoder:
         for kv_cache in self.kv_caches:
             kv_cache.position = self.position
 
-        # Each (batch size, cache size, options) compiles once; PyTorch's limit of 8 is for accidents.
+        # Each (batch size, cache size, options) compiles once; PyTorch's limit of 8 is for
+        # accidents.
         with torch._dynamo.config.patch(recompile_limit=1000):
             self.step(self.token, self.position, self.noise, self.seen, self.kv_caches)
 
@@ -83,7 +85,8 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
     temperature: 0 takes the likeliest token.
     top_k: sample among the k likeliest; None or 0 for all.
     top_p: sample among the likeliest that together reach this probability.
-    min_p: and among those that are at least min_p times as likely as the likeliest (arXiv:2407.01082).
+    min_p: and among those that are at least min_p times as likely as the likeliest
+    (arXiv:2407.01082).
     repetition_penalty: divides a positive logit, and multiplies a negative one, of every token
         in idx or sampled since (arXiv:1909.05858); 1 changes none.
     noise: (B, max_new_tokens) uniform numbers in [0, 1), one for each token; None takes them from
@@ -92,10 +95,11 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
     compile: compile the step that reads one token.
     Raises UserError for bad options.
 
-    A full cache does not slide, whatever the positions: learned ones belong to their places, and with
-    rotary ones or ALiBi the keys that stay would still know what left the window. Once block_size is
-    full, the model reads the last half of the window again and the cache goes on from there: one pass
-    per half block. exact_window=True reads the whole last window again for every token instead.
+    A full cache does not slide, whatever the positions: learned ones belong to their places, and
+    with rotary ones or ALiBi the keys that stay would still know what left the window. Once
+    block_size is full, the model reads the last half of the window again and the cache goes on
+    from there: one pass per half block. exact_window=True reads the whole last window again for
+    every token instead.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
     check_sampling(sampling)
@@ -142,8 +146,8 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
 def check_sampling(sampling):
     """UserError for an option that is out of its range."""
     if not sampling.temperature >= 0 or (sampling.top_k or 0) < 0 or not 0 < sampling.top_p <= 1:
-        raise UserError(f'temperature={sampling.temperature} and top_k={sampling.top_k} should be 0 or '
-                        f'more, top_p={sampling.top_p} should be above 0 and at most 1')
+        raise UserError(f'temperature={sampling.temperature} and top_k={sampling.top_k} should be '
+                        f'0 or more, top_p={sampling.top_p} should be above 0 and at most 1')
 
     if not 0 <= sampling.min_p <= 1 or not 0 < sampling.repetition_penalty < math.inf:
         raise UserError(f'min_p={sampling.min_p} should be from 0 to 1, '
@@ -156,8 +160,8 @@ def empty(kv_caches):
 
 
 def compiled_decoder(model, *shape_and_options):
-    """The model's CompiledDecoder for these arguments. The model keeps the latest one, so that the next
-    call with the same arguments neither compiles nor allocates."""
+    """The model's CompiledDecoder for these arguments. The model keeps the latest one, so that
+    the next call with the same arguments neither compiles nor allocates."""
     if getattr(model, 'decoder_arguments', None) != shape_and_options:
         model.decoder_arguments = shape_and_options
         model.decoder = CompiledDecoder(model, *shape_and_options)
@@ -165,8 +169,8 @@ def compiled_decoder(model, *shape_and_options):
 
 
 class TextSampler:
-    """Continues one prompt with the same random numbers each time, at sample.py's default temperature
-    and top_k.
+    """Continues one prompt with the same random numbers each time, at sample.py's default
+    temperature and top_k.
 
     spec: the tokenizer. Raises UserError for a prompt that it cannot encode.
     """
@@ -186,7 +190,8 @@ class TextSampler:
         self.noise = torch.rand(1, max_new_tokens, generator=generator)
 
     def __call__(self, model: nn.Module) -> str:
-        """The prompt and its continuation. The model's mode and the global generators do not change."""
+        """The prompt and its continuation. The model's mode and the global generators do not
+        change."""
         device = next(model.parameters()).device
         idx = torch.tensor([self.ids], device=device)
         was_training = model.training
@@ -225,7 +230,8 @@ def next_token(model, x, read, seen, noise, sampling):
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float,
                  noise: torch.Tensor, min_p: float = 0.0) -> torch.Tensor:
-    """One token per row, (B,), from float32 logits (B, V). The same noise (B, 1) gives the same token."""
+    """One token per row, (B,), from float32 logits (B, V). The same noise (B, 1) gives the same
+    token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
 
@@ -236,7 +242,8 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, to
     if k < vocab_size or top_p < 1 or min_p:
         logits, ids = logits.topk(k)
 
-    # Subtracting the largest keeps a small temperature from overflowing; float32 has none below 1e-45.
+    # Subtracting the largest keeps a small temperature from overflowing; float32 has none below
+    # 1e-45.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)          # (B, V or k)
 

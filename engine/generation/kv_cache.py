@@ -51,7 +51,7 @@ class StaticKVCache(KVCache):
     It attends over the whole buffers, and a mask hides the positions that are not written yet.
     """
 
-    position: torch.Tensor | None = None        # that of the query, (1,), while a compiled step runs
+    position: torch.Tensor | None = None        # of the query, (1,), while a compiled step runs
 
     def n_keys(self, T):
         if self.position is None:
@@ -87,4 +87,5 @@ def decoding_attention(device: torch.device) -> AbstractContextManager:
     length of the cache, tens of milliseconds each on Hopper (pytorch#191576)."""
     if device.type != 'cuda':
         return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                        SDPBackend.MATH])

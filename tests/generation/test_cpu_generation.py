@@ -29,7 +29,7 @@ def build(**changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SHAPE, **changes})).eval()
     for p in model.parameters():
-        nn.init.normal_(p, std=0.15)                            # far from uniform, so that mistakes show
+        nn.init.normal_(p, std=0.15)            # far from uniform, so that mistakes show
     return model
 
 
@@ -56,7 +56,8 @@ CASES = [(layout, dtype) for dtype in PRECISIONS for layout in layouts_for(dtype
 @pytest.mark.parametrize('n_in', [64, 60])
 @pytest.mark.parametrize('bias', [True, False])
 def test_each_layout_is_a_product_with_the_stored_weight(layout, dtype, n_in, bias):
-    """Of one token and of a prompt, against float64. In 16 bits, inputs and outputs are rounded too."""
+    """Of one token and of a prompt, against float64. In 16 bits, inputs and outputs are rounded
+    too."""
     linear = nn.Linear(n_in, 24, bias=bias, dtype=dtype)
     found = layout(linear)
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
@@ -107,8 +108,9 @@ print(torch.get_num_threads(), tokens.tolist())
 """
     texts = []
     for threads in ('1', '1', '2'):
-        ended = subprocess.run([sys.executable, '-c', f'import torch; torch.set_num_threads({threads})' + code],
-                               cwd=ROOT, capture_output=True, text=True)
+        with_threads = f'import torch; torch.set_num_threads({threads})\n{code}'
+        ended = subprocess.run([sys.executable, '-c', with_threads], cwd=ROOT,
+                               capture_output=True, text=True, check=True)
         found, text = ended.stdout.split(' ', 1)
         assert found == threads
         texts.append(text)

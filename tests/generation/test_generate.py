@@ -37,7 +37,8 @@ def test_cached_text_is_uncached_text(model, length):
 def test_cached_logits_are_uncached_logits(model):
     idx = torch.randint(50, (2, 16))
     kv_caches = new_caches(model, 2, 16)
-    parts = [model.hidden(idx[:, :5], kv_caches)] + [model.hidden(idx[:, i:i + 1], kv_caches) for i in range(5, 16)]
+    parts = [model.hidden(idx[:, :5], kv_caches)]
+    parts += [model.hidden(idx[:, i:i + 1], kv_caches) for i in range(5, 16)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(idx))
 
 
@@ -66,14 +67,15 @@ def test_past_the_block_the_last_half_is_read_again(model):
     """At each refill, the next token is that of the last half of the block alone."""
     idx = torch.randint(50, (2, 16))
     found = model.generate(idx, 20, temperature=0)
-    refills = range(17, 36, 9)                          # 8 read again and 1 sampled, then 8 more fit
+    refills = range(17, 36, 9)              # 8 read again and 1 sampled, then 8 more fit
     for i in refills:
         assert torch.equal(found[:, i], uncached(model, found[:, i - 8:i], 1)[:, -1])
 
 
 @pytest.mark.parametrize('backend', ['eager', 'inductor'])
 def test_a_compiled_step_samples_the_same(model, backend, monkeypatch):
-    """The first backend only traces the step, as one graph; the second also compiles it, where there is a compiler."""
+    """The first backend only traces the step, as one graph; the second also compiles it, where
+    there is a compiler."""
     if backend == 'inductor':
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(1))
@@ -96,8 +98,9 @@ def test_samples_follow_the_softmax():
     torch.testing.assert_close(counts, (logits[0] / 0.7).softmax(-1), atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize('top_k, top_p, kept', [(2, 1.0, {1, 3}), (0, 0.75, {1, 3}), (0, 0.5, {3}), (3, 0.99, {1, 3, 0}),
-                                                (100, 1.0, {0, 1, 2, 3, 4}), (1, 0.1, {3})])
+@pytest.mark.parametrize('top_k, top_p, kept', [
+    (2, 1.0, {1, 3}), (0, 0.75, {1, 3}), (0, 0.5, {3}), (3, 0.99, {1, 3, 0}),
+    (100, 1.0, {0, 1, 2, 3, 4}), (1, 0.1, {3})])
 def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p, kept):
     probabilities = torch.tensor([[0.14, 0.25, 0.06, 0.5, 0.05]])
     noise = torch.linspace(0, 1 - 2 ** -24, 4000)[:, None]
@@ -105,41 +108,50 @@ def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p, kept):
     assert set(sampled.tolist()) == kept
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p, min_p', [(1.0, 0, 1.0, 0.2), (0.7, 20, 0.9, 0.05), (1.5, 0, 0.5, 0.3),
-                                                              (1.0, 3, 1.0, 0.01), (2.0, 0, 1.0, 1.0)])
+@pytest.mark.parametrize('temperature, top_k, top_p, min_p', [
+    (1.0, 0, 1.0, 0.2), (0.7, 20, 0.9, 0.05), (1.5, 0, 0.5, 0.3), (1.0, 3, 1.0, 0.01),
+    (2.0, 0, 1.0, 1.0)])
 def test_the_kept_tokens_are_those_of_transformers(temperature, top_k, top_p, min_p):
     processors = pytest.importorskip('transformers').generation.logits_process
     logits = 2 * torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
     expected = processors.TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
         expected = processors.TopKLogitsWarper(top_k)(None, expected)
-    expected = processors.MinPLogitsWarper(min_p)(None, processors.TopPLogitsWarper(top_p)(None, expected)).softmax(-1)[0]
+    expected = processors.TopPLogitsWarper(top_p)(None, expected)
+    expected = processors.MinPLogitsWarper(min_p)(None, expected).softmax(-1)[0]
     noise = torch.linspace(0, 1 - 2 ** -24, 20000)[:, None]
-    found = sample_token(logits.expand(20000, 60), temperature, top_k, top_p, noise, min_p).bincount(minlength=60) / 20000
+    tokens = sample_token(logits.expand(20000, 60), temperature, top_k, top_p, noise, min_p)
+    found = tokens.bincount(minlength=60) / 20000
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize('compile', [False, True])
 @pytest.mark.parametrize('vocab_size', [None, 45])
 def test_a_repetition_penalty_falls_on_all_text_so_far(model, compile, vocab_size, monkeypatch):
-    """As in transformers, over the prompt, its part before the window, and what was sampled. Each call begins anew."""
-    processor = pytest.importorskip('transformers').generation.logits_process.RepetitionPenaltyLogitsProcessor(1.7)
+    """As in transformers, over the prompt, its part before the window, and what was sampled. Each
+    call begins anew."""
+    processors = pytest.importorskip('transformers').generation.logits_process
+    processor = processors.RepetitionPenaltyLogitsProcessor(1.7)
     torch_compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda function, mode, **options: torch_compile(function, backend='eager', **options))
+    monkeypatch.setattr(torch, 'compile', lambda function, mode, **options: torch_compile(
+        function, backend='eager', **options))
     torch._dynamo.reset()
     prompt = torch.randint(45, (2, 20))
     expected = prompt
     for _ in range(12):
         logits = model(expected[:, -16:])[0][:, -1, :vocab_size]
-        expected = torch.cat([expected, processor(expected, logits).argmax(-1, keepdim=True)], dim=1)
-    options = dict(temperature=0, repetition_penalty=1.7, vocab_size=vocab_size, exact_window=True, compile=compile)
+        token = processor(expected, logits).argmax(-1, keepdim=True)
+        expected = torch.cat([expected, token], dim=1)
+    options = dict(temperature=0, repetition_penalty=1.7, vocab_size=vocab_size, exact_window=True,
+                   compile=compile)
     for _ in range(2):
         assert torch.equal(model.generate(prompt, 12, **options), expected)
     plain = model.generate(prompt, 12, **{**options, 'repetition_penalty': 1.0})
     assert not torch.equal(plain, expected)
-    if compile:                                         # where the window does not move, and the compiled step is used
+    if compile:         # where the window does not move, and the compiled step is used
         prompt = prompt[:, :4]
-        assert torch.equal(model.generate(prompt, 10, **options), model.generate(prompt, 10, **{**options, 'compile': False}))
+        expected = model.generate(prompt, 10, **{**options, 'compile': False})
+        assert torch.equal(model.generate(prompt, 10, **options), expected)
 
 
 def test_padding_of_the_vocabulary_is_never_sampled(model):
@@ -159,7 +171,8 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
+    (dict(temperature=-1.0), 'temperature=-1.0'),
+    (dict(temperature=float('nan')), 'temperature=nan'),
     (dict(top_k=-5), 'top_k=-5'), (dict(top_p=0.0), 'top_p=0.0'), (dict(top_p=1.5), 'top_p=1.5'),
     (dict(min_p=1.5), 'min_p=1.5'), (dict(repetition_penalty=0.0), 'repetition_penalty=0.0'),
     (dict(repetition_penalty=float('nan')), 'repetition_penalty=nan')])
@@ -171,4 +184,5 @@ def test_impossible_options_are_refused(model, options, words):
 def test_the_smallest_temperature_takes_the_likeliest_token():
     logits = torch.randn(20, 50)
     for temperature in (1e-46, 1e-30, 1e-4):
-        assert torch.equal(sample_token(logits, temperature, None, 1.0, torch.rand(20, 1)), logits.argmax(-1))
+        tokens = sample_token(logits, temperature, None, 1.0, torch.rand(20, 1))
+        assert torch.equal(tokens, logits.argmax(-1))

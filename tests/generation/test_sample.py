@@ -18,7 +18,8 @@ END = '\n---------------\n'
 
 def run(workspace, *arguments, **options):
     """The samples that sample.py prints."""
-    result = workspace.run('sample.py', '--device=cpu', '--max_new_tokens=40', '--out_dir=out-toy', *arguments, **options)
+    result = workspace.run('sample.py', '--device=cpu', '--max_new_tokens=40', '--out_dir=out-toy',
+                           *arguments, **options)
     return result.stdout.split(END)[:-1]
 
 
@@ -26,48 +27,57 @@ def test_samples_continue_the_prompt_and_repeat(trained):
     first = run(trained, '--start=abc', '--num_samples=3')
     assert len(first) == len(set(first)) == 3
     assert all(text.startswith('abc') and len(text) == 43 for text in first)
-    assert run(trained, '--start=abc', '--num_samples=3', '--max_batch=2') == first       # does not depend on the batch
+    # a sample does not depend on its batch
+    assert run(trained, '--start=abc', '--num_samples=3', '--max_batch=2') == first
     assert run(trained, '--start=abc', '--num_samples=1') == first[:1]
     assert run(trained, '--start=abc', '--num_samples=1', '--seed=2') != first[:1]
 
 
 def test_stdout_holds_only_text_and_stderr_the_rest(trained):
-    result = trained.run('sample.py', '--device=cpu', '--out_dir=out-toy', '--num_samples=1', '--max_new_tokens=5',
-                         '--start=abc')
+    result = trained.run('sample.py', '--device=cpu', '--out_dir=out-toy', '--num_samples=1',
+                         '--max_new_tokens=5', '--start=abc')
     assert result.stdout.startswith('abc') and len(result.stdout) == 3 + 5 + len(END)
-    assert result.stderr.startswith("settings: device='cpu', ") and '\ndevice cpu, dtype float32' in result.stderr
+    assert result.stderr.startswith("settings: device='cpu', ")
+    assert '\ndevice cpu, dtype float32' in result.stderr
 
 
 def test_a_prompt_comes_from_a_file_and_greedy_is_one_text(trained):
     (trained.folder / 'prompt.txt').write_text('abcd\n')
-    texts = run(trained, '--start=FILE:prompt.txt', '--temperature=0', '--num_samples=2', '--top_k=0')
+    texts = run(trained, '--start=FILE:prompt.txt', '--temperature=0', '--num_samples=2',
+                '--top_k=0')
     assert texts[0] == texts[1] and texts[0].startswith('abcd\n') and is_walk(texts[0][4:])
 
 
 def test_a_prompt_beyond_the_context_is_read_from_its_end(trained):
     prompt = 'aaab' * 20 + 'cdefg'
-    result = trained.run('sample.py', '--device=cpu', '--out_dir=out-toy', '--num_samples=1', '--max_new_tokens=5',
-                         '--temperature=0', f'--start={prompt}')
+    result = trained.run('sample.py', '--device=cpu', '--out_dir=out-toy', '--num_samples=1',
+                         '--max_new_tokens=5', '--temperature=0', f'--start={prompt}')
     assert 'note: the prompt has 85 tokens, the model reads its last 32\n' in result.stderr
-    short = run(trained, '--num_samples=1', '--max_new_tokens=5', '--temperature=0', f'--start={prompt[-32:]}')[0]
+    short, = run(trained, '--num_samples=1', '--max_new_tokens=5', '--temperature=0',
+                 f'--start={prompt[-32:]}')
     assert result.stdout.split(END)[0] == prompt + short[-5:]
 
 
 def test_a_checkpoint_of_nanogpt_takes_the_tokenizer_of_its_dataset(trained):
     saved = torch.load(trained.folder / 'out-toy' / 'ckpt.pt', weights_only=True)
     (trained.folder / 'out-nanogpt').mkdir(exist_ok=True)
-    of_nanogpt = {name: saved[name] for name in ('model', 'model_args', 'iter_num', 'best_val_loss', 'config')}
-    torch.save(of_nanogpt, trained.folder / 'out-nanogpt' / 'ckpt.pt')
-    assert run(trained, '--num_samples=2', '--out_dir=out-nanogpt') == run(trained, '--num_samples=2')
-    torch.save(dict(of_nanogpt, config=dict(dataset='elsewhere')), trained.folder / 'out-nanogpt' / 'ckpt.pt')
+    names = ('model', 'model_args', 'iter_num', 'best_val_loss', 'config')
+    of_nanogpt = {name: saved[name] for name in names}
+    path = trained.folder / 'out-nanogpt' / 'ckpt.pt'
+    torch.save(of_nanogpt, path)
+    expected = run(trained, '--num_samples=2')
+    assert run(trained, '--num_samples=2', '--out_dir=out-nanogpt') == expected
+    torch.save(dict(of_nanogpt, config=dict(dataset='elsewhere')), path)
     refused = trained.run('sample.py', '--out_dir=out-nanogpt', '--device=cpu', code=2).stderr
-    assert 'out-nanogpt has 17 tokens, and its tokenizer 50257' in refused and refused.count('\n') == 1
+    assert 'out-nanogpt has 17 tokens, and its tokenizer 50257' in refused
+    assert refused.count('\n') == 1
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_is_sampled(trained, tmp_path):
     for name in ('state.pt', 'metrics.jsonl'):
         (tmp_path / name).write_bytes((trained.folder / 'out-toy' / name).read_bytes())
-    assert run(trained, f'--out_dir={tmp_path}', '--num_samples=1') == run(trained, '--num_samples=1')
+    expected = run(trained, '--num_samples=1')
+    assert run(trained, f'--out_dir={tmp_path}', '--num_samples=1') == expected
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(workspace, tmp_path):
@@ -75,10 +85,11 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(workspace, tmp_path):
     model = GPT(GPTConfig(32, 10, 1, 2, 32))
     with torch.no_grad():
         model.lm_head.weight[3:] *= 50
-    gathered.write(tmp_path / gathered.MODEL,
-                   dict(model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={},
-                        tokenizer=dict(tokenizer='char', vocab_size=3, chars='abc')))
-    text = run(workspace, f'--out_dir={tmp_path}', '--start=a', '--num_samples=1', '--temperature=3')[0]
+    gathered.write(tmp_path / gathered.MODEL, dict(
+        model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={},
+        tokenizer=dict(tokenizer='char', vocab_size=3, chars='abc')))
+    text, = run(workspace, f'--out_dir={tmp_path}', '--start=a', '--num_samples=1',
+                '--temperature=3')
     assert set(text) <= set('abc') and len(text) == 41
 
 
@@ -118,7 +129,7 @@ def test_half_a_character_waits_for_the_other_half():
         parts.append(growing.new_part())
     assert parts == ['a', '', '', '', '🙂', '', 'é']
     cut = sample.Text(Bytes())
-    cut.add(data[1], last=True)                                 # a text that ends within a character
+    cut.add(data[1], last=True)                         # a text that ends within a character
     assert cut.new_part() == '\N{REPLACEMENT CHARACTER}'
 
 
@@ -137,10 +148,12 @@ def test_on_a_terminal_one_sample_appears_as_it_grows(trained, monkeypatch):
 
     monkeypatch.setattr(sys, 'stdout', Terminal())
     flags = ['--num_samples=1', '--max_new_tokens=30', '--start=abc']
-    with script_settings(sample, '--device=cpu', f'--out_dir={trained.folder / "out-toy"}', *flags) as overrides:
+    out_dir = trained.folder / 'out-toy'
+    with script_settings(sample, '--device=cpu', f'--out_dir={out_dir}', *flags) as overrides:
         sample.main(overrides)
     piped = run(trained, *flags)[0]
-    assert Terminal.shown[:31] == [piped[:3 + i] for i in range(31)] and Terminal.shown[-1] == piped + END
+    assert Terminal.shown[:31] == [piped[:3 + i] for i in range(31)]
+    assert Terminal.shown[-1] == piped + END
 
 
 def test_gpt2_weights_of_a_folder_write_gpt2s_tokens(workspace):
@@ -150,11 +163,13 @@ def test_gpt2_weights_of_a_folder_write_gpt2s_tokens(workspace):
         pytest.skip(str(error))
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64)).save_pretrained(
-        workspace.folder / 'weights-gpt2')
-    texts = run(workspace, '--init_from=weights-gpt2', '--num_samples=2', '--start=Hello there', '--max_new_tokens=80')
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(workspace.folder / 'weights-gpt2')
+    texts = run(workspace, '--init_from=weights-gpt2', '--num_samples=2', '--start=Hello there',
+                '--max_new_tokens=80')
     assert len(set(texts)) == 2 and all(text.startswith('Hello there') for text in texts)
-    assert len(run(workspace, '--init_from=weights-gpt2', '--start=', '--num_samples=1')) == 1      # begins a document
+    # an empty prompt begins a document
+    assert len(run(workspace, '--init_from=weights-gpt2', '--start=', '--num_samples=1')) == 1
 
 
 # Mistakes
@@ -162,17 +177,23 @@ def test_gpt2_weights_of_a_folder_write_gpt2s_tokens(workspace):
 @pytest.mark.parametrize('flags, words', [
     (['--start=aXb'], "the character 'X' is not in the vocabulary of this model"),
     (['--start='], 'start is empty'),
-    (['--start=FILE:nowhere.txt'], "the prompt 'nowhere.txt' cannot be read: there is no such file"),
+    (['--start=FILE:nowhere.txt'],
+     "the prompt 'nowhere.txt' cannot be read: there is no such file"),
     (['--start=FILE:.'], "the prompt '.' cannot be read: it is not a regular file"),
     (['--start=FILE:prompt.txt'], "the prompt 'prompt.txt' cannot be read: 'utf-8' codec"),
-    (['--temperature=-1'], 'temperature=-1.0 should be at least 0'), (['--temperature=inf'], 'temperature='),
-    (['--top_k=-5'], 'top_k=-5 should be at least 0'), (['--top_p=0'], 'top_p=0.0 should be .*above 0'),
+    (['--temperature=-1'], 'temperature=-1.0 should be at least 0'),
+    (['--temperature=inf'], 'temperature='), (['--top_k=-5'], 'top_k=-5 should be at least 0'),
+    (['--top_p=0'], 'top_p=0.0 should be .*above 0'),
     (['--top_p=1.5'], 'top_p=1.5 should be at most 1'),
-    (['--num_samples=0'], 'num_samples=0 should be at least 1'), (['--seed=-1'], 'seed=-1 should be at least 0'),
-    (['--out_dir=out-none'], 'ckpt.pt does not exist'), (['--init_from=gpt3'], "'gpt3' is neither a folder nor a hub model"),
-    (['--device=gpu'], "device='gpu' is unknown"), (['--dtype=float8'], "dtype='float8' is unknown"),
+    (['--num_samples=0'], 'num_samples=0 should be at least 1'),
+    (['--seed=-1'], 'seed=-1 should be at least 0'),
+    (['--out_dir=out-none'], 'ckpt.pt does not exist'),
+    (['--init_from=gpt3'], "'gpt3' is neither a folder nor a hub model"),
+    (['--device=gpu'], "device='gpu' is unknown"),
+    (['--dtype=float8'], "dtype='float8' is unknown"),
     (['--temprature=1'], 'did you mean temperature?')])
-def test_a_mistake_is_refused_before_anything_is_written(trained, tmp_path, monkeypatch, capsys, flags, words):
+def test_a_mistake_is_refused_before_anything_is_written(
+        trained, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'prompt.txt').write_bytes(b'\xff\xfe\0')
     flags = ['--device=cpu', f'--out_dir={trained.folder / "out-toy"}', '--start=a', *flags]
@@ -189,14 +210,17 @@ def test_a_mistake_is_refused_before_anything_is_written(trained, tmp_path, monk
     (dict(tokenizer=['a']), 'ckpt.pt: its tokenizer is a list'),
     (dict(tokenizer={'tokenizer': 'char', 'vocab_size': 18, 'chars': 'abcdefghijklmnopqr'}),
      'has 17 tokens, and its tokenizer 18'),
-    (dict(tokenizer=None, config={'dataset': '../../etc'}), "dataset='../../etc' should be the name of a folder"),
+    (dict(tokenizer=None, config={'dataset': '../../etc'}),
+     "dataset='../../etc' should be the name of a folder"),
     (dict(tokenizer=None, config={'dataset': 7}), 'dataset=7 should be')])
-def test_a_damaged_tokenizer_of_a_checkpoint_is_refused(trained, tmp_path, monkeypatch, changes, words):
+def test_a_damaged_tokenizer_of_a_checkpoint_is_refused(
+        trained, tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr(dataloader, 'DATA', tmp_path)
     saved = torch.load(trained.folder / 'out-toy' / 'ckpt.pt', weights_only=True)
     torch.save({**saved, **changes}, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match=words):
-        with script_settings(sample, '--device=cpu', f'--out_dir={tmp_path}', '--start=a') as overrides:
+        flags = ['--device=cpu', f'--out_dir={tmp_path}', '--start=a']
+        with script_settings(sample, *flags) as overrides:
             sample.main(overrides)
 
 
