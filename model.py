@@ -148,6 +148,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.keep_logits = True         # False: a training step may leave them out, to save memory
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == 'learned' else None,
@@ -212,7 +213,12 @@ class GPT(nn.Module):
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def loss_fn(self, x, targets):
-        """(logits, mean cross-entropy in nats) of hidden's x (B, T, C). A replacement may return None for the logits."""
+        """(logits, mean cross-entropy in nats) of hidden's x (B, T, C). The logits are None where they are not kept."""
+        if not self.keep_logits:
+            from engine.training import chunked_loss
+            if chunked_loss.is_worth_chunking(targets.numel(), self.config.vocab_size):
+                return None, chunked_loss.chunked_cross_entropy(
+                    x, self.lm_head.weight, targets, self.config.softcap)
         logits = self.logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 

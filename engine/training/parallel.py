@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from engine.distributed import is_shard
 from engine.errors import UserError
-from engine.training import chunked_loss
 from engine.training import cpu as cpu_training
 
 
@@ -59,7 +58,7 @@ def wrap(model, env, strategy='ddp', recompute=False, reduce_dtype='float32'):
     elif env.device.type == 'cpu':
         cpu_training.optimize_for_training(model)
     elif env.device.type == 'cuda':
-        chunked_loss.replace_loss(model)
+        model.keep_logits = False
     if env.world_size > 1:
         if env.compile:
             # DDP would split the graph at each gradient bucket, and nothing would fuse across the parts.
@@ -95,7 +94,7 @@ def shard(model, env, strategy, reduce_dtype):
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     copy_from_rank_0(model, env.device)
     if env.device.type == 'cuda':
-        chunked_loss.replace_loss(model)
+        model.keep_logits = False
     return fully_shard(model, mesh=mesh, mp_policy=rest)
 
 
