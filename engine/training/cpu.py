@@ -18,7 +18,7 @@ def optimize_for_training(model: nn.Module) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory that a step frees, for the next step. Other allocators ignore this.
+    """Make glibc keep the memory that a step frees, for the next one. Other allocators ignore this.
 
     By default, glibc returns large freed blocks to the system, and a new block costs a page fault
     for every 4 KiB; docs/benchmarks.md counts them. Once a program has freed a block of KEPT_BLOCK

@@ -219,7 +219,8 @@ def test_no_layer_is_replaced_and_no_forward():
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has this threshold')
 def test_freed_memory_is_kept_for_the_next_step():
     """If glibc does not keep it, a block of 16 MiB costs 4,096 page faults each time it is made."""
-    import resource                     # Windows has none
+    import resource  # Windows has none
+
     cpu_training.keep_freed_memory()
     faults = []
     for _ in range(4):
