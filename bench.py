@@ -34,6 +34,7 @@ from engine.metrics import bench_report
 from engine.prepare.encode import in_order, safe_pieces
 from engine.tokenizer import Tokenizer, padded_vocab_size
 from engine.training import optim, parallel
+from engine.training.cpu import keep_freed_memory
 from engine.training.run import BatchSchedule, Progress, Run
 from model import GPT, GPTConfig
 from train import train_step  # the one script that another imports: a copy would drift
@@ -471,6 +472,8 @@ def main(overrides):
     # settings and machine
     check_settings()
     env = start(device, dtype, compile, backend)
+    if env.device.type == 'cpu':
+        keep_freed_memory()
     parallel.check_strategy(strategy, 'float32', env)
     check_comparison(env)
     print0(configurator.describe_settings(overrides))

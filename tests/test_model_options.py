@@ -165,9 +165,8 @@ def test_generation_goes_on_past_the_block(changes):
 
 @each_pair
 def test_a_cpu_computes_the_same_losses_and_gradients(changes, monkeypatch):
-    """With the chunked loss and the other replacements, for every parameter, as DDP expects."""
+    """With the chunked loss, for every parameter, as DDP expects."""
     monkeypatch.setattr(chunked_loss, 'MIN_LOGITS', 0)
-    monkeypatch.setattr(cpu_training, 'MIN_ACTIVATIONS', 0)
     monkeypatch.setitem(chunked_loss.CHUNK_LOGITS, 'cpu', 350)
     idx = torch.randint(50, (3, 16))
     targets = idx.roll(-1, 1)

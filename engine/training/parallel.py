@@ -15,8 +15,6 @@ import torch.nn as nn
 
 from engine.distributed import Environment, is_shard
 from engine.errors import UserError
-from engine.training import chunked_loss
-from engine.training import cpu as cpu_training
 
 STRATEGIES = ('ddp', 'fsdp', 'hsdp')
 
@@ -97,10 +95,8 @@ def wrap(model: nn.Module, env: Environment, strategy: str = 'ddp', recompute: b
     if env.compile:
         # Static shapes: evaluation at another batch size compiles once more, and stays as fast.
         model = torch.compile(model, dynamic=False)
-    elif env.device.type == 'cpu':
-        cpu_training.optimize_for_training(model)
-    elif env.device.type == 'cuda':
-        chunked_loss.replace_loss(model)
+    elif env.device.type in ('cpu', 'cuda'):
+        model.keep_logits = False               # a compiler would fuse the loss by itself
     if env.world_size > 1:
         model = distribute(model, env, reduce_dtype)
     return model
@@ -138,7 +134,7 @@ def shard(model, env, strategy, reduce_dtype):
 
     copy_from_rank_0(model, env.device)
     if env.device.type == 'cuda':
-        chunked_loss.replace_loss(model)
+        model.keep_logits = False
     return fully_shard(model, mesh=mesh, mp_policy=rest_precision)
 
 
