@@ -2,8 +2,8 @@
 
     log.info('note: the text is short')
 
-`console` sets the handler of the logger `plaingpt`, which prints the lines as they are. A program that
-imports engine/ without console gets them wherever its own logging sends them.
+`console` sets the handler of the logger `plaingpt`, which prints the lines as they are. A program
+that imports engine/ without console gets them wherever its own logging sends them.
 """
 
 import logging
@@ -23,10 +23,13 @@ def is_main_process():
 
 
 def progress_bar(text: str, items: Iterable, total: int, at_once: bool = False) -> Iterator:
-    """The `total` items, with a bar on a terminal once they take two seconds, which disappears at the end.
+    """The `total` items, with a bar on a terminal once they take two seconds.
 
-    at_once: show the bar before the first item is done, which may take long.
+    The bar disappears at the end. at_once: it shows before the first item is done, which may take
+    long.
     """
     from tqdm import tqdm
-    hidden = None if is_main_process() else True        # None: hidden where stderr is not a terminal
+    hidden = None                       # hidden where stderr is not a terminal
+    if not is_main_process():
+        hidden = True
     return tqdm(items, text, total, delay=0 if at_once else 2, leave=False, disable=hidden)

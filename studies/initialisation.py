@@ -25,7 +25,7 @@ import configurator
 from engine.dataloader.batches import TokenDataset
 from engine.errors import UserError, check_range
 from engine.training import optim
-from engine.training.cpu import optimize_for_training
+from engine.training.cpu import keep_freed_memory
 from model import GPT, GPTConfig
 
 dataset = 'shakespeare_char'
@@ -128,7 +128,8 @@ def stream_variances(model, idx):
 
 def train(model, data, seed):
     """The validation loss after `iters` iterations, in nats per token."""
-    optimize_for_training(model)
+    keep_freed_memory()
+    model.keep_logits = False
     optimizer = optim.adamw(model, learning_rate, 0.1, (0.9, 0.99))
 
     for i in range(iters):

@@ -18,7 +18,8 @@ def docstring_lines(tree):
     """The numbers of the lines that docstrings take."""
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        has_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if has_one and ast.get_docstring(node):
             found.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 

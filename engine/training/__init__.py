@@ -1,1 +1,7 @@
-"""A training step and a run: the run and its batch, ranks, optimizer, checks of the settings, leaner operations."""
+"""A training step and a run.
+
+run: the Run, its batch and its progress; start_run. parallel: a model over its ranks. optim: AdamW
+and Muon. settings_checks: what the settings of train.py may be. chunked_loss: the loss without
+whole logits. cpu: memory on a CPU.
+It imports checkpoint, metrics and dataloader; never evaluation, generation, hf or prepare.
+"""
