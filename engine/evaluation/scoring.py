@@ -85,7 +85,7 @@ class Tree:
 
 
 class TreeAttention(CausalAttention):
-    """Attention within each tree of a row of trees, in which the trees of a batch follow one another.
+    """Attention within each tree of a row, in which the trees of a batch follow one another.
 
     The row has N tokens. For attention, the B trees are padded to the S tokens of the longest.
     """
@@ -145,8 +145,8 @@ class TreeAttention(CausalAttention):
         return x[:, self.rows].transpose(0, 1)
 
     def bias_of_pairs(self, bias):
-        """The bias of each query and key of a tree, (B, H, S, S), from that of each query and position
-        (1, H, N, n_keys)."""
+        """The bias of each query and key of a tree, (B, H, S, S), from `bias` (1, H, N, n_keys),
+        which has that of each query and position."""
         bias = self.pad(bias[0])                                            # (B, H, S, n_keys)
         keys = self.positions[:, None, None].expand(*bias.shape[:3], -1)    # (B, H, S, S)
         return bias.gather(3, keys)
