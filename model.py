@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import CausalAttention
 from engine.errors import UserError
-from engine.model_checks import check_config, check_weights
+from engine.model_checks import check_config, check_context, check_weights, only_dropout
 from engine.positions import encode_positions
 
 NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
@@ -87,7 +87,6 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.kv_heads
-
         n_heads = self.n_head + 2 * self.n_kv_head
         self.c_attn = nn.Linear(config.n_embd, n_heads * config.head_size, bias=config.bias)
         self.q_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
@@ -164,7 +163,6 @@ class Block(nn.Module):
 def build_norm(size, config):
     if config.norm == 'layernorm':
         return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
-
     has_gain = config.norm == 'rmsnorm_gain'
     return nn.RMSNorm(size, config.norm_eps, elementwise_affine=has_gain)
 
@@ -182,14 +180,11 @@ def residual_projection(n_in, config):
 
 
 class GPT(nn.Module):
-    """Token ids to the logits of the next token.
-
-    config: GPTConfig. The weights are drawn from torch's global generator.
-    """
+    """Token ids to the logits of the next token. Its weights are drawn from torch's generator."""
 
     # Training changes these two, to save memory.
     keep_logits = True      # False: loss_fn may return None for logits, and hold few at a time
-    recompute = False       # True: the backward pass computes each block again
+    recompute = False       # True: the backward pass computes each block again, a third more work
 
     def __init__(self, config):
         super().__init__()
@@ -226,7 +221,6 @@ class GPT(nn.Module):
         Returns ((B, 1, V), None) without targets, else what loss_fn returns.
         """
         x = self.hidden(idx)                                    # (B, T, C)
-
         if targets is None:
             return self.logits(x[:, -1:]), None
         return self.loss_fn(x, targets)
@@ -273,28 +267,22 @@ class GPT(nn.Module):
         """(..., V) from the output of hidden, (..., C)."""
         logits = self.lm_head(x)
         softcap = self.config.softcap
-
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         return logits
 
     def loss_fn(self, x, targets):
         """(logits or None, mean cross-entropy in nats), of hidden's x (B, T, C)."""
+        # the same loss, from the logits of a few positions at a time
         if not self.keep_logits:
             from engine.training.chunked_loss import chunked_cross_entropy, is_worth_chunking
             weight = self.lm_head.weight
-            softcap = self.config.softcap
             if is_worth_chunking(targets.numel(), len(weight)):
-                # the same loss, from the logits of a few positions at a time
-                return None, chunked_cross_entropy(x, weight, targets, softcap)
+                return None, chunked_cross_entropy(x, weight, targets, self.config.softcap)
 
         logits = self.logits(x)                                 # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
-
-    def checkpoint_activations(self):
-        """Save memory in training, for about a third more work: see `recompute`."""
-        self.recompute = True
 
     # Generation
 
@@ -314,16 +302,9 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, override_args=None):
         """The model `source` of Hugging Face's hub, or of a folder that transformers saved.
-
-        override_args: {'dropout': p} only, as the weights set the rest.
-        """
+        override_args: {'dropout': p} only, as the weights set the rest."""
         from engine.hf import weights as hf_weights  # transformers takes seconds to import
-        overrides = override_args or {}
-        refused = set(overrides) - {'dropout'}
-        if refused:
-            names = ', '.join(sorted(refused))
-            raise UserError(f'the weights of {source} set {names}; only dropout can be given')
-
+        overrides = only_dropout(override_args, source)
         arguments, weights = hf_weights.load(source)
         return cls.from_weights(GPTConfig(**{**arguments, **overrides}), weights)
 
@@ -358,11 +339,8 @@ class GPT(nn.Module):
         nanoGPT passes model_args to its own GPTConfig. So a field that it lacks is included only
         if it differs from its default.
         """
-        model_args = {}
-        for name, value in asdict(self.config).items():
-            if name in NANOGPT_ARGS or value != getattr(GPTConfig, name):
-                model_args[name] = value
-
+        model_args = {name: value for name, value in asdict(self.config).items()
+                      if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
         activation = self.config.activation
         if activation.startswith('gelu'):           # nanoGPT loads both, and computes the exact one
             model_args.pop('activation', None)
@@ -376,7 +354,6 @@ class GPT(nn.Module):
         """
         with torch.device('meta'):
             model = cls(config)
-
         check_weights(model, weights)
         model.load_state_dict(weights, assign=True)
         if config.tied:
@@ -387,14 +364,9 @@ class GPT(nn.Module):
         """Shorten the context by dropping position embeddings. Without those, the context may also
         become longer than it was in training: ALiBi is made for it, rotary positions get worse."""
         if self.config.position == 'learned':
-            longest = self.config.block_size
-            if block_size > longest:
-                raise UserError(f'block_size={block_size} is over the {longest} that the weights '
-                                f'were trained with; try --block_size={longest}')
-
+            check_context(block_size, self.config)
             rows = self.transformer.wpe.weight.detach()[:block_size].clone()
             self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
-
         self.config.block_size = block_size
 
     # Training
@@ -407,10 +379,8 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding=True):
         """Number of parameters, the tied matrix once; by default without learned positions."""
         n_params = sum(p.numel() for p in self.parameters())
-
         if non_embedding and self.config.position == 'learned':
             n_params -= self.config.block_size * self.config.n_embd
-
         return n_params
 
     def flops_per_token(self):
@@ -418,10 +388,8 @@ class GPT(nn.Module):
         Source: Chowdhery et al. 2022, appendix B (arXiv:2204.02311)."""
         c = self.config
         n_multiplied = self.get_num_params()
-
         if not c.tied:                              # then the embedding is only looked up
             n_multiplied -= c.vocab_size * c.n_embd
-
         return 6 * n_multiplied + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, n_sequences, seconds, peak_flops):
@@ -432,6 +400,5 @@ class GPT(nn.Module):
         """
         if peak_flops is None:
             return None
-
         flops = self.flops_per_token() * self.config.block_size * n_sequences
         return flops / seconds / peak_flops

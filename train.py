@@ -42,49 +42,51 @@ eval_interval = 2000     # iterations between evaluations; each one saves
 log_interval = 1         # iterations between log lines
 eval_iters = 200         # batches of batch_size per split and evaluation
 eval_only = False        # evaluate once, write nothing, and end
-checkpoint = 'gathered'  # gathered: rank 0 writes ckpt.pt and state.pt; sharded: each rank
-                         # writes to the folder state/ while training goes on
-always_save_checkpoint = True   # False replaces ckpt.pt only when the val loss improves
-init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or weights: gpt2,
-                         # gpt2-medium, -large, -xl, OWNER/NAME of the hub, or a folder
+checkpoint = 'gathered'  # gathered: rank 0 writes ckpt.pt and state.pt;
+                         # sharded: each rank writes to state/ while training goes on
+always_save_checkpoint = True   # False keeps the ckpt.pt of the best val loss
+init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
+                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME, a folder
 overwrite = False        # True replaces the run that out_dir holds
 # at evaluations; none of these changes the weights, but patience may end the run
-sample_tokens = 0        # length of a sample printed at each evaluation; 0 prints none
+sample_tokens = 0        # length of a sample at each evaluation; 0: none
 sample_prompt = '\n'     # text that the sample continues
 eval_tasks = ''          # tasks of evaluate.py to score, such as hellaswag,lambada
 eval_tasks_interval = 0  # iterations between such scores; 0: at every evaluation
-eval_tasks_limit = 0     # first examples of each task; 0: all. 1,000 have a stderr of 0.015
-eval_tasks_data = 'data/evals'  # folder of the tasks, which data/evals/prepare.py fills
-patience = 0             # evaluations without a better val loss that end the run; 0: never
-health_interval = 0      # iterations between measurements of each layer; 0 measures none
+eval_tasks_limit = 0     # first examples of each task, with a standard error of
+                         # 0.015 for 1,000; 0: all
+eval_tasks_data = 'data/evals'  # folder that data/evals/prepare.py fills
+patience = 0             # evaluations without a better val loss until the end; 0: any
+health_interval = 0      # iterations between measurements of each layer; 0: none
 # wandb
 wandb_log = False        # True sends the metrics to wandb as well
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled
-accept_dataset_change = False   # True resumes on another dataset than the run began with
-sampling = 'windows'     # windows: spread evenly, they may overlap; epoch: each window once,
-                         # and the next epoch cuts the text into other windows
-documents = 'any'        # any: a sequence starts anywhere; whole: where a document starts
+accept_dataset_change = False   # True goes on with another dataset
+sampling = 'windows'     # windows: spread evenly, they may overlap; epoch: each window
+                         # once, and the next epoch cuts the text elsewhere
+documents = 'any'        # any: sequences start anywhere; whole: where documents do
 gradient_accumulation_steps = 40    # micro-batches per iteration, of all ranks
-batch_size = 12          # sequences per micro-batch, at most; lower it where memory is short
-block_size = 1024        # tokens of context; longer ones of loaded weights are cut to it
+batch_size = 12          # sequences per micro-batch, at most; fewer take less memory
+block_size = 1024        # tokens of context; loaded weights with more are cut to it
 batch_ramp_start = 0     # tokens of the first batch, which then grows; 0 is no ramp
-batch_ramp_tokens = 0    # tokens until the batch is full; lr_decay_iters counts full batches
+batch_ramp_tokens = 0    # tokens until the batch is full; then lr_decay_iters counts
+                         # full batches
 # model; loaded weights keep their own shape
 n_layer = 12             # blocks
 n_head = 12              # heads of attention in each block
 n_embd = 768             # channels, a multiple of n_head
-dropout = 0.0            # 0 for pretraining; 0.1 or more for finetuning and small data
+dropout = 0.0            # 0 for pretraining; 0.1 or more for small data
 bias = False             # biases in Linears and LayerNorms; GPT-2 has them
 # model beyond GPT-2
 OPTIONS = configurator.add_options(globals(), GPTConfig, leave_out=('vocab_size',))
 # optimizer
-optimizer = 'adamw'      # adamw; or muon for the matrices of the blocks, AdamW for the rest
+optimizer = 'adamw'      # adamw; or muon, for the matrices of the blocks
 learning_rate = 6e-4     # the highest, after warm-up
 muon_lr = 0.02           # the highest learning rate of Muon's matrices
-muon_momentum = 0.95     # Muon's momentum; it rises from 0.85 in the first 300 iterations
+muon_momentum = 0.95     # Muon's momentum; it rises from 0.85 over 300 iterations
 max_iters = 600000       # optimizer steps in all
 weight_decay = 0.1       # it acts on matrices and embeddings only
 beta1 = 0.9              # AdamW's decay of the mean of gradients
@@ -92,22 +94,22 @@ beta2 = 0.95             # AdamW's decay of the mean of their squares
 grad_clip = 1.0          # largest norm of the gradient; 0 does not clip
 # learning rate schedule
 decay_lr = True          # False keeps learning_rate throughout
-lr_schedule = 'cosine'   # cosine; linear; or wsd: constant, then linear over cooldown_iters
+lr_schedule = 'cosine'   # cosine; linear; wsd: constant, then linear at the end
 warmup_iters = 2000      # iterations of linear rise
 lr_decay_iters = 600000  # iteration where the rate reaches min_lr; about max_iters
-cooldown_iters = 100000  # iterations of the fall with wsd; about a sixth of lr_decay_iters
+cooldown_iters = 100000  # iterations of the fall with wsd; about a sixth of all
 min_lr = 6e-5            # about a tenth of learning_rate
 # machine
-strategy = 'ddp'         # ddp: each rank has the whole model; fsdp: each has a shard of it;
+strategy = 'ddp'         # ddp: each rank has the whole model; fsdp: a shard of it;
                          # hsdp: shards within a machine, copies across machines
-reduce_dtype = 'float32' # precision of gradients between ranks; bfloat16 halves the traffic
+reduce_dtype = 'float32' # of gradients between ranks; bfloat16 halves the traffic
 backend = 'auto'         # between ranks: auto, nccl (GPUs) or gloo (CPUs)
 device = 'auto'          # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'           # auto, float32, bfloat16 or float16 (with loss scaling)
-compile: Literal['auto', True, False] = 'auto'  # whether torch.compile is used; auto: on CUDA
+compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on CUDA
 recompute = False        # True recomputes activations: less memory, a third more work
 seed = 1337              # of the initial weights, the batches and dropout
-rank_timeout = 600       # seconds that ranks wait for a lost one before they give up
+rank_timeout = 600       # seconds that ranks wait for a lost one
 
 # A resumed run takes its saved settings, except these. The command that a stopped run prints
 # repeats the first ones.
@@ -252,11 +254,7 @@ def open_run(overrides, env):
     if saved:
         changes = configurator.restore_settings(
             globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
-        notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items()
-                  if name not in SHAPE]
-        of_the_batch = {'batch_size', 'gradient_accumulation_steps', 'block_size'}
-        if batch_ramp_start and of_the_batch & set(changes):
-            notes.append('the learning rate counts full batches, and the full batch has changed')
+        notes += settings_checks.notes_on_changes(changes, SHAPE, batch_ramp_start)
     with env.raise_on_all_ranks():
         settings_checks.check_training(globals())
         settings_checks.check_ranks(globals(), env)

@@ -110,3 +110,24 @@ def check_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         if not torch.equal(weights['lm_head.weight'], weights['transformer.wte.weight']):
             raise UserError('lm_head.weight differs from transformer.wte.weight, '
                             'and here they are tied')
+
+
+def check_context(block_size: int, config) -> None:
+    """UserError where a context of block_size is longer than a GPTConfig has learned positions."""
+    longest = config.block_size
+    if block_size > longest:
+        raise UserError(f'block_size={block_size} is over the {longest} that the weights were '
+                        f'trained with; try --block_size={longest}')
+
+
+def only_dropout(overrides: dict | None, source: str) -> dict:
+    """`overrides` of GPTConfig's arguments, which may only have dropout, as weights set the rest.
+
+    source: where the weights come from, for the message.
+    """
+    overrides = overrides or {}
+    refused = set(overrides) - {'dropout'}
+    if refused:
+        names = ', '.join(sorted(refused))
+        raise UserError(f'the weights of {source} set {names}; only dropout can be given')
+    return overrides

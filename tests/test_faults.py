@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -11,7 +12,7 @@ if sys.platform != 'linux':
     pytest.skip('faults are injected with fork and /proc', allow_module_level=True)
 
 import chaos
-from harness import is_walk, read_records, script_settings
+from harness import TESTS, is_walk, read_records, script_settings
 
 from engine.checkpoint import gathered, run_folder
 from engine.errors import UserError
@@ -228,3 +229,11 @@ def test_the_number_of_ranks_may_change(lab):
         curve = read_loss_curve(out_dir)
         curves.append([loss for iteration, loss in curve.items() if iteration >= 10])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_chaos_starts_as_a_command():
+    """From anywhere, without what pytest puts on sys.path."""
+    command = [sys.executable, str(TESTS / 'chaos.py'), '--help']
+    done = subprocess.run(command, cwd='/', text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '--trials=26' in done.stdout

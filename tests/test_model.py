@@ -176,7 +176,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
         mlp = model.transformer.h[1].mlp
         mlp.register_forward_pre_hook(partial(count, checkpointed=checkpointed))
         if checkpointed:
-            model.checkpoint_activations()
+            model.recompute = True
         torch.manual_seed(5)
         model(idx, idx)[1].backward()
         found.append([p.grad for p in model.parameters()])

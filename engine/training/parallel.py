@@ -87,7 +87,7 @@ def wrap(model: nn.Module, env: Environment, strategy: str = 'ddp', recompute: b
             raise UserError('under torch.compile, recomputed dropout draws from a generator of its '
                             'own, and a resumed run would not be exact; '
                             'try --compile=False, --recompute=False or --dropout=0')
-        model.checkpoint_activations()
+        model.recompute = True
     if is_sharded(strategy, env):
         return shard(model, env, strategy, reduce_dtype)
 

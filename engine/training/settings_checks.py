@@ -115,6 +115,20 @@ def training_notes(settings: dict, saved: dict | None, env: Environment) -> list
     return notes
 
 
+def notes_on_changes(changes: dict, shape: tuple, ramp_start: int) -> list[str]:
+    """Lines on the settings of a saved run that this command overrides.
+
+    changes: {name: (saved value, new value)}. shape: the settings that the weights decide, which
+    have notes of their own. ramp_start: the tokens of the first batch, 0 without a ramp.
+    """
+    notes = [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items()
+             if name not in shape]
+    of_the_batch = {'batch_size', 'gradient_accumulation_steps', 'block_size'}
+    if ramp_start and of_the_batch & set(changes):
+        notes.append('the learning rate counts full batches, and the full batch has changed')
+    return notes
+
+
 def tell_what_weights_decide(config: object, names: tuple, overrides: dict):
     """Say which of the settings `names` have no effect, as the weights have another shape.
 

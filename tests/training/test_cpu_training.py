@@ -174,7 +174,7 @@ def test_dropout_falls_where_it_does_in_plain_operations(checkpointed):
     for optimized in (True, False):
         model = build(optimized, dropout=0.3)
         if checkpointed:
-            model.checkpoint_activations()
+            model.recompute = True
         torch.manual_seed(7)
         found.append(losses_and_gradients(model, idx, idx.roll(-1, 1), torch.float32))
     assert_close(*found, 1e-5)
