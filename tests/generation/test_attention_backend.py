@@ -4,6 +4,7 @@ it is enabled."""
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import ROOT
 
 from engine.generation import generate, kv_cache
 from model import GPT, GPTConfig
@@ -63,3 +64,11 @@ def test_the_caller_of_stream_keeps_its_backends(calls):
 def test_a_cpu_is_left_alone():
     with kv_cache.decoding_attention(torch.device('cpu')):
         assert 'cudnn' in enabled()
+
+
+def test_attention_is_called_in_one_place():
+    """A kernel that is chosen there is chosen for training, generation and evaluation."""
+    paths = [*ROOT.glob('*.py'), *ROOT.glob('engine/**/*.py')]
+    found = [path.name for path in paths
+             if 'scaled_dot_product_attention(' in path.read_text(encoding='utf-8')]
+    assert found == ['attention.py']
