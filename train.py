@@ -251,7 +251,7 @@ def open_run(overrides, env):
     saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)
     if saved:
         changes = configurator.restore_settings(
-            globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
+            globals(), saved.config or {}, overrides, NOT_RESTORED)
         notes += [f'{name} {old!r} -> {new!r}' for name, (old, new) in changes.items()
                   if name not in SHAPE]
         of_the_batch = {'batch_size', 'gradient_accumulation_steps', 'block_size'}
