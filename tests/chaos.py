@@ -323,7 +323,7 @@ def damage(path, rng):
 
 def loads(path):
     try:
-        gathered.load_state(path)
+        run_folder.read_state(path)
     except UserError:
         return False
     return True

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.atomic_files import atomic_write
-from engine.checkpoint.contents import STATE_NEEDS, Checkpoint, find_not_finite, tensors_in
+from engine.checkpoint.contents import Checkpoint, find_not_finite, tensors_in
 from engine.errors import RunError, UserError
 
 MODEL = 'ckpt.pt'
@@ -20,7 +20,7 @@ STATE = 'state.pt'
 PREVIOUS = 'state.prev.pt'
 
 
-# Files
+# Writing
 
 def write(path: str | Path, payload: dict, keep_as: str | None = None) -> None:
     """Put `payload` at `path`, whole or not at all.
@@ -58,8 +58,20 @@ def explain_failed_write(path, error):
     return f'{path} could not be written ({str(cause).splitlines()[0]}); {advice}'
 
 
+# Reading
+
+def load_model(out_dir: str | Path) -> Checkpoint:
+    """The contents of out_dir's ckpt.pt. UserError where it is missing or cannot be used."""
+    path = Path(out_dir) / MODEL
+    if not path.exists():
+        raise UserError(f'{path} does not exist; train first, or check --out_dir')
+    return Checkpoint.from_payload(read(path), path)
+
+
 def read(path: str | Path) -> dict:
     """What `write` put at `path`, with tensors mapped from the file rather than read.
+
+    Checkpoint.from_payload checks what it holds.
 
     Raises UserError with the reason for a file that is missing, damaged, not a checkpoint,
     or that asks for code to be run.
@@ -128,16 +140,3 @@ def describe_fault(error):
     if isinstance(error, (UserError, OSError)):
         return text
     return 'it is not a PyTorch checkpoint'
-
-
-def load_model(out_dir: str | Path) -> Checkpoint:
-    """The contents of out_dir's ckpt.pt. UserError where it is missing or cannot be used."""
-    path = Path(out_dir) / MODEL
-    if not path.exists():
-        raise UserError(f'{path} does not exist; train first, or check --out_dir')
-    return Checkpoint.from_payload(read(path), path)
-
-
-def load_state(path: str | Path) -> Checkpoint:
-    """The contents of the state at `path`. UserError where it is missing or cannot be used."""
-    return Checkpoint.from_payload(read(path), path, STATE_NEEDS)

@@ -16,7 +16,7 @@ import torch
 from engine.atomic_files import atomic_write
 from engine.checkpoint import gathered
 from engine.checkpoint import sharded as sharded_checkpoint
-from engine.checkpoint.contents import Checkpoint
+from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
 from engine.checkpoint.gathered import MODEL, PREVIOUS, STATE
 from engine.distributed import Environment
 from engine.errors import UserError
@@ -94,7 +94,7 @@ def read_state(path):
     if path.is_dir():
         sharded_checkpoint.verify(path)
         return sharded_checkpoint.load_rest(path)
-    return gathered.load_state(path)
+    return Checkpoint.from_payload(gathered.read(path), path, STATE_NEEDS)
 
 
 def load_model_as_state(out_dir):

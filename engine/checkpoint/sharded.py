@@ -259,7 +259,7 @@ def read_checksums(folder):
 
 
 def load_rest(folder: Path) -> Checkpoint:
-    """What a state folder holds beside its tensors.
+    """What a state folder holds beside its tensors, which `load` and `load_whole` read.
 
     Raises UserError where run.pt is damaged. The tensors' files are for `verify`.
     """

@@ -181,7 +181,7 @@ class Run:
     settings: dict | None = None        # train.py's, {name: value}
     tokenizer: dict | None = None       # the spec of the dataset's tokenizer
     fingerprint: str | None = None      # of the dataset
-    dtype: str | None = None
+    dtype: str | None = None            # precision of the step, such as 'bfloat16'
     # what it works with
     scorer: Callable | None = None      # scores eval_tasks: an evaluation.results.TaskScorer
     sampler: Callable | None = None     # makes the sample at evaluations: a TextSampler

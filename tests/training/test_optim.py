@@ -180,7 +180,7 @@ def test_a_restored_optimizer_goes_on_as_an_uninterrupted_one(tmp_path, name, ch
     restored = copy.deepcopy(model)
     fresh = new_optimizer(restored, name=name)
     gathered.write(tmp_path / gathered.STATE, saved.to_payload())
-    optim.load_state_dict(fresh, scaler(), gathered.load_state(tmp_path / gathered.STATE))
+    optim.load_state_dict(fresh, scaler(), run_folder.read_state(tmp_path / gathered.STATE))
     train(model, optimizer, 3)
     train(restored, fresh, 3)
     assert same_weights(model, restored)
