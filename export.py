@@ -5,6 +5,7 @@
     python export.py out-shakespeare out-nanogpt --to=nanogpt   # a folder that nanoGPT resumes
 """
 
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -35,8 +36,10 @@ def export_hf(source, folder):
     trained = save_pretrained.TrainedModel(
         config=model.config,
         weights=model.state_dict(),
-        saved=saved,
         spec=load_model.checkpoint_spec(saved),
+        settings=saved.config or {},
+        iter_num=saved.iter_num,
+        best_val_loss=saved.best_val_loss,
         losses=read_losses(source),
     )
     for note in save_pretrained.write(folder, trained, dtype, trim_vocab):
@@ -49,16 +52,16 @@ def export_nanogpt(source, folder):
     from engine.checkpoint import sharded as sharded_checkpoint
 
     saved, _ = run_folder.load_state(source)
-    if 'sharded' in saved:
+    if saved.sharded:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)
 
     # These two are of the initial weights, which matter no longer.
-    arguments = {name: value for name, value in saved['model_args'].items()
+    arguments = {name: value for name, value in saved.model_args.items()
                  if name not in ('init_std', 'zero_init')}
     check_nanogpt_has(saved, arguments, source)
 
-    kept = {name: saved[name] for name in NANOGPT_KEYS if name in saved}
-    kept['model_args'] = arguments
+    payload = dataclasses.replace(saved, model_args=arguments).to_payload()
+    kept = {name: payload[name] for name in NANOGPT_KEYS if payload.get(name) is not None}
     folder.mkdir()
     gathered.write(folder / gathered.MODEL, kept)
 
@@ -67,13 +70,13 @@ def check_nanogpt_has(saved, arguments, source):
     """UserError where the run `source` has what nanoGPT does not have."""
     from model import NANOGPT_ARGS
 
-    activation = saved.get('activation', 'gelu')
+    activation = saved.activation or 'gelu'
     if activation != 'gelu':
         raise UserError(f'{source} has the activation {activation}, and nanoGPT only the exact '
                         f'GELU; its results would differ')
 
     beyond = sorted(set(arguments) - set(NANOGPT_ARGS))
-    groups = saved.get('optimizer', {}).get('param_groups', ())
+    groups = (saved.optimizer or {}).get('param_groups', ())
     if not beyond and any('momentum' in group for group in groups):
         beyond = ['the optimizer Muon']
     if beyond:

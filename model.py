@@ -10,6 +10,7 @@ Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017 (tied embedding, arXiv:1
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -312,26 +313,26 @@ class GPT(nn.Module):
     def from_checkpoint(cls, saved, dropout=0.0):
         """The model of a checkpoint, in float32 and in memory of its own.
 
-        saved: a run's folder, or what engine.checkpoint.load_model returned.
+        saved: a run's folder, or an engine.checkpoint.contents.Checkpoint.
         Raises UserError where the weights do not fit the configuration.
         """
-        if not isinstance(saved, dict):
+        if isinstance(saved, (str, Path)):
             from engine.checkpoint.run_folder import load_newest_model
             saved = load_newest_model(saved)
 
-        arguments = {'activation': saved.get('activation') or 'gelu'}
+        arguments = {'activation': saved.activation or 'gelu'}
         try:
-            arguments.update(saved['model_args'], dropout=dropout)
+            arguments.update(saved.model_args, dropout=dropout)
             config = GPTConfig(**arguments)
-            if 'model' not in saved:                # engine.checkpoint.sharded reads them later
+            if saved.model is None:                 # engine.checkpoint.sharded reads them later
                 return cls(config)
 
             # copies, as the file that the tensors are mapped from may be replaced
             weights = {name: value.to(torch.float32, copy=True).contiguous()
-                       for name, value in saved['model'].items()}
+                       for name, value in saved.model.items()}
             return cls.from_weights(config, weights)
         except (UserError, TypeError) as error:     # TypeError: GPTConfig lacks an argument
-            raise UserError(f'{saved.get("path", "the checkpoint")}: {error}') from None
+            raise UserError(f'{saved.path or "the checkpoint"}: {error}') from None
 
     def to_checkpoint(self):
         """{'model_args', 'activation', 'model'} for a checkpoint.

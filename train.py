@@ -253,7 +253,7 @@ def open_run(overrides, env):
     saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)
     if saved:
         changes = configurator.restore_settings(
-            globals(), saved.get('config') or {}, overrides, NOT_RESTORED)
+            globals(), saved.config or {}, overrides, NOT_RESTORED)
         notes += settings_checks.notes_on_changes(changes, SHAPE, batch_ramp_start)
     with env.raise_on_all_ranks():
         settings_checks.check_training(globals())

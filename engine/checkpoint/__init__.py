@@ -2,7 +2,8 @@
 
 For others:
     run_folder    open_run, load_state, load_newest_model, clean_out_dir, lock, write_run_json
-    gathered      write, read, validate, load_model, and the names of its files
+    contents      Checkpoint, what a file holds and every reader gets
+    gathered      write, read, load_model, and the names of its files
     sharded       ShardedSaver, load, load_whole
     load_model    load_model, checkpoint_spec
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from engine.checkpoint import run_folder
+from engine.checkpoint.contents import Checkpoint
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
 from engine.hf.tokenizer_json import pretrained_spec
@@ -43,7 +44,7 @@ def load_run(GPT, out_dir):
 
     check_vocabulary(model, spec, out_dir,
                      'restore the dataset in data/ that the model was trained on')
-    return LoadedModel(model, spec, saved['iter_num'])
+    return LoadedModel(model, spec, saved.iter_num)
 
 
 def load_pretrained(GPT, source):
@@ -61,18 +62,18 @@ def check_vocabulary(model, spec, source, advice):
                         f'and its tokenizer {spec["vocab_size"]}; {advice}')
 
 
-def checkpoint_spec(saved: dict) -> dict:
+def checkpoint_spec(saved: Checkpoint) -> dict:
     """The tokenizer spec of a checkpoint: its own, else that of its dataset, else GPT-2's.
 
     Raises UserError where the spec is not one of a tokenizer.
     """
-    spec = saved.get('tokenizer')
+    spec = saved.tokenizer
     if not spec:
         # nanoGPT's files have no tokenizer, but they name the dataset.
-        config = saved.get('config') or {}
+        config = saved.config or {}
         spec = dataset_tokenizer(config.get('dataset'))
 
     try:
         return check_spec(spec)
     except UserError as error:
-        raise UserError(f'{saved["path"]}: {error}') from None
+        raise UserError(f'{saved.path}: {error}') from None

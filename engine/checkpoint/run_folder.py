@@ -16,6 +16,7 @@ import torch
 from engine.atomic_files import atomic_write
 from engine.checkpoint import gathered
 from engine.checkpoint import sharded as sharded_checkpoint
+from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
 from engine.checkpoint.gathered import MODEL, PREVIOUS, STATE
 from engine.distributed import Environment
 from engine.errors import UserError
@@ -39,7 +40,7 @@ def holds_run(out_dir: str | Path) -> bool:
                         f'choose another --out_dir') from None
 
 
-def load_state(out_dir: str | Path) -> tuple[dict, list[str]]:
+def load_state(out_dir: str | Path) -> tuple[Checkpoint, list[str]]:
     """The newest state in out_dir that can be read, and notes on what was wrong with others.
 
     A sharded state comes without tensors: sharded.load reads them. A ckpt.pt alone is enough:
@@ -56,7 +57,7 @@ def load_state(out_dir: str | Path) -> tuple[dict, list[str]]:
         if state:
             found.append(state)
     if found:
-        return max(found, key=lambda state: state['iter_num']), notes
+        return max(found, key=lambda state: state.iter_num), notes
 
     if notes:
         raise UserError(f'no state to resume: {"; ".join(notes)}; restore one, '
@@ -76,9 +77,8 @@ def load_newer_of_two(out_dir, newest, previous):
         try:
             if path.exists():
                 state = read_state(path)
-                state['damaged'] = None
                 if name == previous:
-                    state['damaged'] = newest
+                    state.damaged = newest
                 return state, notes
         except UserError as error:
             notes.append(str(error))
@@ -94,7 +94,7 @@ def read_state(path):
     if path.is_dir():
         sharded_checkpoint.verify(path)
         return sharded_checkpoint.load_rest(path)
-    return gathered.validate(gathered.read(path), path, ('optimizer', 'scaler'))
+    return Checkpoint.from_payload(gathered.read(path), path, STATE_NEEDS)
 
 
 def load_model_as_state(out_dir):
@@ -105,14 +105,14 @@ def load_model_as_state(out_dir):
 
     state = gathered.load_model(out_dir)
 
-    if 'optimizer' in state:
-        note = 'with the optimizer inside it'
-    else:
+    if state.optimizer is None:
         note = 'without optimizer state, which starts afresh'
+    else:
+        note = 'with the optimizer inside it'
     return state, [f'{out_dir / MODEL} alone, {note}']
 
 
-def load_newest_model(out_dir: str | Path) -> dict:
+def load_newest_model(out_dir: str | Path) -> Checkpoint:
     """The contents of ckpt.pt, or of the state if there is no ckpt.pt or a sharded state is newer.
 
     Raises UserError where out_dir holds no model that can be read.
@@ -129,14 +129,14 @@ def load_newest_model(out_dir: str | Path) -> dict:
             state, _ = load_state(out_dir)
         except UserError:                           # ckpt.pt is whole, and the states are not
             return saved
-        if 'sharded' in state and state['iter_num'] > saved['iter_num']:
+        if state.sharded and state.iter_num > saved.iter_num:
             return with_weights(state)
     return saved
 
 
 def with_weights(state):
     """A state of load_state with its weights, which a sharded one lacks so far."""
-    if 'sharded' in state:
+    if state.sharded:
         return sharded_checkpoint.load_whole(state)
     return state
 
@@ -161,7 +161,7 @@ class OpenedRun(NamedTuple):
     notes: lines on what was wrong with other states.
     lock: the lock of out_dir on rank 0, else None. Dropping it releases it.
     """
-    state: dict | None
+    state: Checkpoint | None
     notes: list[str]
     lock: filelock.BaseFileLock | None
 
@@ -190,7 +190,7 @@ def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bo
 
             if goes_on(out_dir, init_from):
                 state, notes = load_state(out_dir)
-                path = state['path']
+                path = state.path
             elif not overwrite and not read_only:
                 refuse_to_replace(out_dir)
 
@@ -243,7 +243,7 @@ def lock(out_dir: str | Path) -> filelock.BaseFileLock:
 
 # Cleaning and describing
 
-def clean_out_dir(out_dir: str | Path, state: dict | None) -> None:
+def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
     """Make out_dir ready for saves, once the run is sure to start.
 
     state: what the run goes on from. None removes the files of an earlier run, which a new one
@@ -262,8 +262,8 @@ def clean_out_dir(out_dir: str | Path, state: dict | None) -> None:
         for newest, previous in STATES:             # the newest one last, in case of a kill
             remove(out_dir / previous)
             remove(out_dir / newest)
-    elif state.get('damaged'):
-        move_aside(out_dir, state['damaged'])
+    elif state.damaged:
+        move_aside(out_dir, state.damaged)
 
 
 def remove(path):

@@ -15,6 +15,7 @@ import shutil
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,13 @@ from torch import nn
 
 from engine import distributed
 from engine.atomic_files import atomic_write, sync_folder
-from engine.checkpoint.gathered import check_finite, find_not_finite, read, validate, write
+from engine.checkpoint.contents import (
+    STATE_NEEDS,
+    Checkpoint,
+    check_finite,
+    find_not_finite,
+)
+from engine.checkpoint.gathered import read, write
 from engine.errors import RunError, UserError
 
 STATE = 'state'
@@ -73,17 +80,17 @@ class ShardedSaver:
         if env.world_size > 1:
             self.group = dist.new_group(backend='gloo')
 
-    def save(self, model: nn.Module, optimizer_state: dict, rest: dict) -> None:
+    def save(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         """Begin to write state/, and return once the tensors are copied to CPU memory.
 
         model: the model, whose parameters may be shards.
-        optimizer_state: {'optimizer', 'scaler'}, the state_dict of each.
-        rest: a dict for run.pt.
+        checkpoint: all else, with an optimizer whose moments may be shards. Its own `model` is not
+        read.
         Raises RunError where a tensor is not finite; state/ is then as it was. If the previous save
         failed, this one is waited for, and raises RunError if it fails too.
         """
         last_failed = self.settle() is not None
-        scalars, moments = split_moments(optimizer_state['optimizer']['state'])
+        scalars, moments = split_moments(checkpoint.optimizer['state'])
         tensors = {**name_weights(model), **moments}
 
         not_finite = find_not_finite_anywhere(tensors, self.env)
@@ -93,8 +100,8 @@ class ShardedSaver:
                            f'go on from the state before it with --init_from=resume '
                            f'and a lower --learning_rate')
 
-        optimizer = dict(optimizer_state['optimizer'], state=scalars)
-        rest = dict(rest, scaler=optimizer_state['scaler'], optimizer=optimizer)
+        rest = replace(checkpoint, model=None, optimizer=None).to_payload()
+        rest['optimizer'] = dict(checkpoint.optimizer, state=scalars)
 
         folder = self.begin_folder(rest)
         writing = start_writing(tensors, folder, self.group)
@@ -103,7 +110,7 @@ class ShardedSaver:
             self.wait()
 
     def begin_folder(self, rest):
-        """The temporary folder, which rank 0 makes with run.pt in it."""
+        """The temporary folder, which rank 0 makes with `rest` in it, as run.pt."""
         folder = self.out_dir / f'{STATE}.tmp'
         if self.env.is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -195,7 +202,7 @@ def start_writing(tensors: dict[str, torch.Tensor], folder: Path,
 def find_not_finite_anywhere(tensors, env):
     """The name of a tensor of which any rank's part is not finite, or None. A collective."""
     parts = {name: distributed.local_part(tensor) for name, tensor in tensors.items()}
-    own = find_not_finite({'model': parts})
+    own = find_not_finite(parts)
     for name in env.all_gather(own):
         if name:
             return name
@@ -251,20 +258,19 @@ def read_checksums(folder):
     return checksums
 
 
-def load_rest(folder: Path) -> dict:
-    """What a state folder holds beside its tensors, with `sharded`: the folder.
+def load_rest(folder: Path) -> Checkpoint:
+    """What a state folder holds beside its tensors, which `load` and `load_whole` read.
 
     Raises UserError where run.pt is damaged. The tensors' files are for `verify`.
     """
     payload = read(folder / REST)
     # The checks of a checkpoint want weights, which are elsewhere.
-    rest = validate(dict(payload, model={}), folder, ('optimizer', 'scaler'))
-    del rest['model']
+    rest = Checkpoint.from_payload(dict(payload, model={}), folder, STATE_NEEDS)
 
-    state = rest['optimizer'].get('state')
+    state = rest.optimizer.get('state')
     if not isinstance(state, dict) or not all(isinstance(v, dict) for v in state.values()):
         raise UserError(f'{folder / REST} cannot be used: its optimizer is of another form')
-    return dict(rest, sharded=str(folder))
+    return replace(rest, model=None, sharded=str(folder))
 
 
 def read_sizes(folder):
@@ -290,14 +296,14 @@ def read_tensors(tensors, reader, alone):
         load(tensors, storage_reader=reader, no_dist=alone)
 
 
-def load(saved: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
-         env: distributed.Environment) -> dict:
+def load(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer,
+         env: distributed.Environment) -> Checkpoint:
     """Read the weights into `model`. A collective.
 
     Returns `saved` with the moments for optim.load_state_dict, sharded as the parameters are.
     Raises UserError where the shapes or the optimizers differ, and for what is not finite.
     """
-    folder = saved['sharded']
+    folder = saved.sharded
     reader, sizes = read_sizes(folder)
 
     # Tensors of this model and its optimizer, to be read in place.
@@ -345,17 +351,17 @@ def check_sizes(tensors, sizes, folder):
 def with_moments(saved, moments):
     """`saved` with `moments`, {index: {name: tensor}}, added to its optimizer's state."""
     state = {index: {**scalars, **moments.get(index, {})}
-             for index, scalars in saved['optimizer']['state'].items()}
-    return dict(saved, optimizer=dict(saved['optimizer'], state=state))
+             for index, scalars in saved.optimizer['state'].items()}
+    return replace(saved, optimizer=dict(saved.optimizer, state=state))
 
 
-def load_whole(saved: dict, moments_too: bool = False) -> dict:
+def load_whole(saved: Checkpoint, moments_too: bool = False) -> Checkpoint:
     """`saved` with `model`: all weights whole, in this process's memory, as a ckpt.pt has them.
 
     moments_too: read those of the optimizer as well, as a state.pt has them.
     Raises UserError for what is not finite.
     """
-    reader, sizes = read_sizes(saved['sharded'])
+    reader, sizes = read_sizes(saved.sharded)
     tensors = {name: torch.empty(size) for name, size in sizes.items()
                if moments_too or parse_name(name).weight is not None}
     read_tensors(tensors, reader, alone=True)
@@ -372,7 +378,7 @@ def load_whole(saved: dict, moments_too: bool = False) -> dict:
     if 'lm_head.weight' not in weights and 'transformer.wte.weight' in weights:
         weights['lm_head.weight'] = weights['transformer.wte.weight']   # tied: saved once
 
-    whole = dict(with_moments(saved, moments), model=weights)
-    check_finite(whole, saved['sharded'])
-    del whole['sharded']                            # its tensors are here now
+    # its tensors are here now, so it is sharded no longer
+    whole = replace(with_moments(saved, moments), model=weights, sharded=None)
+    check_finite(whole, saved.sharded)
     return whole

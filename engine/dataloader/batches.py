@@ -269,18 +269,17 @@ class TokenDataset:
 
     # Resuming
 
-    def check_same(self, saved: dict, accept_change: bool) -> None:
+    def check_same(self, tokenizer: dict | None, fingerprint: str | None,
+                   accept_change: bool) -> None:
         """UserError where a saved run used another vocabulary, or another text.
 
-        saved: the checkpoint, with the `tokenizer` and the `fingerprint` of its dataset, where it
-        has them. accept_change: accept another text.
+        tokenizer, fingerprint: those of the run's dataset, or None where its checkpoint lacks them.
+        accept_change: accept another text.
         """
-        tokenizer = saved.get('tokenizer')
         if tokenizer and not same_tokens(tokenizer, self.tokenizer):
             raise UserError(f'{self.folder.name} has another vocabulary than the run, so its '
                             f'tokens mean other text; resume with the dataset of the run')
 
-        fingerprint = saved.get('fingerprint')
         if fingerprint and fingerprint != self.fingerprint and not accept_change:
             raise UserError(f'{self.folder.name} is not what the run was trained on (fingerprint '
                             f'{self.fingerprint}, was {fingerprint}); restore it, or go on with '

@@ -43,14 +43,21 @@ class TrainedModel:
 
     config: the GPTConfig of the model.
     weights: the state_dict of the GPT.
-    saved: the checkpoint that they come from, for the model card.
     spec: the spec of the tokenizer.
-    losses: (iteration, train loss, val loss) of each evaluation of the run, for the model card.
+
+    For the model card:
+
+    settings: those that the run was trained with, {name: value}.
+    iter_num: the iteration that the weights are of.
+    best_val_loss: the lowest validation loss until then, in nats.
+    losses: (iteration, train loss, val loss) of each evaluation of the run.
     """
     config: object
     weights: dict[str, torch.Tensor]
-    saved: dict
     spec: dict
+    settings: dict
+    iter_num: int
+    best_val_loss: float
     losses: list[tuple[int, float, float]]
 
 
@@ -84,7 +91,7 @@ def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
     tokenizer_config = read_tokenizer_config(files['tokenizer_config.json'])
     tokenizer_config['model_max_length'] = trained.config.block_size
     files['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=2)
-    files['README.md'] = model_card(model, trained.saved, trained.spec, dtype, trained.losses)
+    files['README.md'] = model_card(model, trained, dtype)
     for name, text in files.items():
         (folder / name).write_text(text, encoding='utf-8', newline='\n')
 
@@ -142,12 +149,13 @@ def complete_config(path):
     path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 
-def model_card(model, saved: dict, spec: dict, dtype: str, losses=()) -> str:
+def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str:
     """The text of README.md: what was trained, on what, how long, with which settings.
 
-    model: a model of transformers. The rest is as in TrainedModel.
+    model: the model of transformers. dtype: the type of its weights.
     """
-    settings = {name: value for name, value in (saved.get('config') or {}).items()
+    spec = trained.spec
+    settings = {name: value for name, value in trained.settings.items()
                 if type(value) in (str, int, float, bool)}
     dataset = ''
     if settings.get('dataset'):
@@ -160,18 +168,18 @@ def model_card(model, saved: dict, spec: dict, dtype: str, losses=()) -> str:
         dtype=dtype,
         tokens=spec['vocab_size'],
         tokenizer=cell(spec.get('tokenizer_name', spec['tokenizer'])),
-        iterations=saved['iter_num'],
+        iterations=trained.iter_num,
         dataset=dataset,
-        losses='\n'.join(loss_rows(saved, losses)),
+        losses='\n'.join(loss_rows(trained)),
         settings='\n'.join(f'| {name} | {cell(value)} |' for name, value in settings.items()),
     )
 
 
-def loss_rows(saved, losses):
+def loss_rows(trained):
     """Rows of a table: the last evaluation up to the checkpoint, and the best one."""
     rows = [f'| iteration {iteration:,} | {train:.4f} | {val:.4f} |'
-            for iteration, train, val in losses if iteration <= saved['iter_num']]
-    best = f'| best evaluation | | {saved["best_val_loss"]:.4f} |'
+            for iteration, train, val in trained.losses if iteration <= trained.iter_num]
+    best = f'| best evaluation | | {trained.best_val_loss:.4f} |'
     return [*rows[-1:], best]
 
 

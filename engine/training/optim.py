@@ -8,6 +8,7 @@ import math
 import torch
 
 from engine import distributed
+from engine.checkpoint.contents import Checkpoint
 from engine.errors import UserError
 from engine.training import parallel
 
@@ -185,25 +186,27 @@ def clip_grad_norm(optimizer: torch.optim.Optimizer, grad_clip: float) -> torch.
 
 # Checkpoints
 
-def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, saved: dict):
+def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                    saved: Checkpoint | None):
     """Restore the moments and the loss scale from a loaded state, as far as it has them.
 
+    saved: the state that the run goes on from, or None, which changes nothing.
     The learning rate, betas and weight decay of `optimizer` stay. Raises UserError where the
     moments do not fit its parameters.
     """
-    if 'optimizer' not in saved:
+    if saved is None or saved.optimizer is None:
         return
     is_muon = isinstance(optimizer, Muon)
     kind, other = ('muon', 'adamw') if is_muon else ('adamw', 'muon')
     groups = optimizer.state_dict()['param_groups']
     try:
-        if was_muon(saved['optimizer']) != is_muon:
+        if was_muon(saved.optimizer) != is_muon:
             raise UserError(f'the run was trained with optimizer={other}, whose state '
                             f'optimizer={kind} cannot take; go on with --optimizer={other}')
-        if scaler.is_enabled() and saved.get('scaler'):
-            scaler.load_state_dict(saved['scaler'])
-        moments = read_moments(optimizer, saved['optimizer']['state'])
-        saved_groups = [group['params'] for group in saved['optimizer']['param_groups']]
+        if scaler.is_enabled() and saved.scaler:
+            scaler.load_state_dict(saved.scaler)
+        moments = read_moments(optimizer, saved.optimizer['state'])
+        saved_groups = [group['params'] for group in saved.optimizer['param_groups']]
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:

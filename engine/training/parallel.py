@@ -231,12 +231,12 @@ def gather(value: Any) -> Any:
     return value
 
 
-def gather_model(model: nn.Module) -> dict:
-    """model.to_checkpoint() with whole weights, as `gather` has them. Tied weights share memory."""
-    contents = model.to_checkpoint()
-    if any(is_shard(parameter) for parameter in model.parameters()):
-        parameters = model.state_dict(keep_vars=True)
-        whole = {parameter: gather(parameter.detach())
-                 for parameter in dict.fromkeys(parameters.values())}
-        contents['model'] = {name: whole[parameter] for name, parameter in parameters.items()}
-    return contents
+def gather_weights(model: nn.Module) -> dict:
+    """model.state_dict() with whole weights, as `gather` has them. Tied weights share memory."""
+    if not any(is_shard(parameter) for parameter in model.parameters()):
+        return model.state_dict()
+
+    parameters = model.state_dict(keep_vars=True)
+    whole = {parameter: gather(parameter.detach())
+             for parameter in dict.fromkeys(parameters.values())}
+    return {name: whole[parameter] for name, parameter in parameters.items()}

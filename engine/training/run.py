@@ -4,13 +4,14 @@ import math
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from engine.checkpoint import gathered, run_folder, sharded
+from engine.checkpoint.contents import Checkpoint
 from engine.checkpoint.sharded import ShardedSaver
 from engine.dataloader.batches import TokenDataset
 from engine.device import grad_scaler
@@ -140,20 +141,28 @@ class Progress:
     last_eval: int | None = None        # iteration of the last evaluation
 
     @classmethod
-    def of(cls, saved: dict | None, sequences_per_iter: int, block_size: int) -> 'Progress':
+    def of(cls, saved: Checkpoint | None, sequences_per_iter: int, block_size: int) -> 'Progress':
         """The progress in a checkpoint; none without one.
 
         A checkpoint of nanoGPT does not count sequences, so its iterations are counted with this
         run's batch of sequences_per_iter.
         """
-        if not saved:
+        if saved is None:
             return cls()
-        fields = {name: saved[name] for name in cls.__dataclass_fields__
-                  if saved.get(name) is not None}
-        fields.setdefault('sequences', saved['iter_num'] * sequences_per_iter)
-        fields.setdefault('tokens', fields['sequences'] * block_size)
-        fields.setdefault('best_iter', saved['iter_num'])
-        return cls(**fields)
+
+        sequences = saved.sequences
+        if sequences is None:
+            sequences = saved.iter_num * sequences_per_iter
+
+        tokens = saved.tokens
+        if tokens is None:
+            tokens = sequences * block_size
+
+        best_iter = saved.best_iter
+        if best_iter is None:
+            best_iter = saved.iter_num
+        return cls(saved.iter_num, sequences, tokens, saved.best_val_loss, best_iter,
+                   saved.last_eval)
 
 
 @dataclass
@@ -168,7 +177,12 @@ class Run:
     seed: int
     progress: Progress
     out_dir: str = ''
-    description: dict | None = None     # {'config', 'tokenizer', 'fingerprint', 'dtype'} to save
+    # what the run is trained with, for its checkpoints
+    settings: dict | None = None        # train.py's, {name: value}
+    tokenizer: dict | None = None       # the spec of the dataset's tokenizer
+    fingerprint: str | None = None      # of the dataset
+    dtype: str | None = None            # precision of the step, such as 'bfloat16'
+    # what it works with
     scorer: Callable | None = None      # scores eval_tasks: an evaluation.results.TaskScorer
     sampler: Callable | None = None     # makes the sample at evaluations: a TextSampler
     saver: ShardedSaver | None = None   # writes this rank's shards, with --checkpoint=sharded
@@ -197,12 +211,12 @@ class Run:
                 f'{tokens / available:.3g} epochs')
         return f'{batch}\n{text}'
 
-    def open_out_dir(self, saved: dict | None, command: list, env: Environment):
+    def open_out_dir(self, saved: Checkpoint | None, command: list, env: Environment):
         """Make out_dir ready for saves, and open its files. Only a run that is sure to start does.
 
         saved: what the run goes on from, or None. command: what was typed, for run.json.
         """
-        settings = self.description['config']
+        settings = self.settings
         if settings['checkpoint'] == 'sharded':
             self.saver = ShardedSaver(self.out_dir, env)
         if not env.is_main:
@@ -217,7 +231,7 @@ class Run:
                 config=settings, dir=self.out_dir, resume='allow')
         progress = self.progress
         was_evaluated = progress.last_eval == progress.iter_num
-        wandb_id = (saved or {}).get('wandb_id')
+        wandb_id = saved.wandb_id if saved else None
         self.writer = MetricsWriter(self.out_dir, progress.iter_num, was_evaluated,
                                     wandb_run, wandb_id)
 
@@ -258,25 +272,35 @@ class Run:
 
         Raises RunError where that fails.
         """
-        optimizer_state = dict(optimizer=self.optimizer.state_dict(),
-                               scaler=self.scaler.state_dict())
-        wandb_id = self.writer.wandb_id if self.writer else None
-        rest = dict(asdict(self.progress), wandb_id=wandb_id, **self.description)
+        state = self.to_checkpoint()
         if self.saver:
-            contents = self.model.to_checkpoint()
-            del contents['model']
-            self.saver.save(self.model, optimizer_state, {**contents, **rest})
+            self.saver.save(self.model, state)
             return
 
-        model = parallel.gather_model(self.model)
-        optimizer_state = parallel.gather(optimizer_state)
+        state.model = parallel.gather_weights(self.model)
+        state.optimizer = parallel.gather(state.optimizer)
         if not env.is_main:
             return
+
         folder = Path(self.out_dir)
         if model_too:
-            gathered.write(folder / gathered.MODEL, {**model, **rest})
-        gathered.write(folder / gathered.STATE, {**model, **rest, **optimizer_state},
-                       keep_as=gathered.PREVIOUS)
+            model = replace(state, optimizer=None, scaler=None)
+            gathered.write(folder / gathered.MODEL, model.to_payload())
+        gathered.write(folder / gathered.STATE, state.to_payload(), keep_as=gathered.PREVIOUS)
+
+    def to_checkpoint(self) -> Checkpoint:
+        """The run as it is now. Weights and moments are shards where the parameters are."""
+        return Checkpoint(
+            **self.model.to_checkpoint(),
+            **asdict(self.progress),
+            wandb_id=self.writer.wandb_id if self.writer else None,
+            config=self.settings,
+            tokenizer=self.tokenizer,
+            fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+        )
 
     def wait_for_save(self):
         """Wait until the last save is on disk. RunError where it failed."""
@@ -323,8 +347,8 @@ class Run:
             raise SystemExit(128 + stop_signal)
 
 
-def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset, saved: dict | None,
-              env: Environment) -> Run:
+def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
+              saved: Checkpoint | None, env: Environment) -> Run:
     """The Run: `model` on its device and over the ranks, its optimizer, and where it goes on.
 
     settings: train.py's, {name: value}. saved: the state that the run goes on from, or None.
@@ -339,7 +363,8 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset, saved:
         scaler = grad_scaler(env.device, env.dtype)
         data.set_block_size(block_size)
         if saved:
-            data.check_same(saved, settings['accept_dataset_change'])
+            data.check_same(saved.tokenizer, saved.fingerprint,
+                            settings['accept_dataset_change'])
 
     # the shape that the weights have is saved, not the one that was asked for
     settings = dict(settings)
@@ -358,13 +383,12 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset, saved:
         optimizer = optim.build(
             settings['optimizer'], model, settings['learning_rate'], settings['weight_decay'],
             betas, settings['muon_lr'], settings['muon_momentum'])
-        if saved and 'sharded' in saved:
+        if saved and saved.sharded:
             saved = sharded.load(saved, model, optimizer, env)
-        optim.load_state_dict(optimizer, scaler, saved or {})
+        optim.load_state_dict(optimizer, scaler, saved)
 
     return Run(
         model, wrapped_model.train(), optimizer, scaler, batch_schedule,
         grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
-        out_dir=settings['out_dir'],
-        description=dict(config=settings, tokenizer=data.tokenizer,
-                         fingerprint=data.fingerprint, dtype=env.dtype))
+        out_dir=settings['out_dir'], settings=settings, tokenizer=data.tokenizer,
+        fingerprint=data.fingerprint, dtype=env.dtype)

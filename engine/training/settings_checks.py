@@ -2,6 +2,7 @@
 
 import math
 
+from engine.checkpoint.contents import Checkpoint
 from engine.dataloader import batches
 from engine.distributed import Environment
 from engine.errors import UserError, check_choice, check_range
@@ -91,7 +92,7 @@ def check_decay(settings):
                         f'try --min_lr={learning_rate / 10:g}')
 
 
-def training_notes(settings: dict, saved: dict | None, env: Environment) -> list[str]:
+def training_notes(settings: dict, saved: Checkpoint | None, env: Environment) -> list[str]:
     """Lines on settings of train.py that are possible and perhaps not meant.
 
     saved: the state that the run goes on from, or None.
@@ -108,7 +109,7 @@ def training_notes(settings: dict, saved: dict | None, env: Environment) -> list
         notes.append(f'the learning rate does not reach min_lr: '
                      f'lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
 
-    before = (saved or {}).get('dtype')
+    before = saved.dtype if saved else None
     if before in ('float32', 'bfloat16', 'float16') and before != env.dtype:
         notes.append(f'the run was trained in {before}, and goes on in {env.dtype}; '
                      f'to go on exactly, add --dtype={before}')

@@ -15,6 +15,7 @@ import torch
 
 from engine.checkpoint import gathered, run_folder
 from engine.checkpoint import sharded as sharded_checkpoint
+from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
 from engine.distributed import Environment
 from engine.errors import RunError, UserError
 from engine.training import optim
@@ -78,9 +79,9 @@ def test_a_restored_run_goes_on_as_an_uninterrupted_one(tmp_path):
     train(model, optimizer, 4)
 
     saved, notes = run_folder.load_state(tmp_path)
-    assert saved['iter_num'] == 3
-    assert saved['best_val_loss'] == 2.5
-    assert saved['fingerprint'] == 'f'
+    assert saved.iter_num == 3
+    assert saved.best_val_loss == 2.5
+    assert saved.fingerprint == 'f'
     assert notes == []
 
     restored = GPT.from_checkpoint(saved)
@@ -109,6 +110,46 @@ def test_ckpt_has_nanogpts_keys_and_nothing_else_in_model_args(tmp_path):
     assert 'transformer.h.1.mlp.c_proj.weight' in saved['model']
 
 
+# The keys of the files that are already on people's disks, in their order
+OF_CKPT = ('activation', 'model_args', 'model', 'iter_num', 'sequences', 'tokens', 'best_val_loss',
+           'best_iter', 'last_eval', 'wandb_id', 'config', 'tokenizer', 'fingerprint', 'dtype')
+
+
+@pytest.mark.parametrize('keys', [OF_CKPT, (*OF_CKPT, 'optimizer', 'scaler')])
+def test_a_checkpoint_is_written_with_the_keys_that_files_have(keys):
+    """In their order. What a file says comes back unchanged, None too."""
+    model, optimizer = trained_gpt()
+    values = dict(
+        model.to_checkpoint(),
+        iter_num=3, sequences=12, tokens=192, best_val_loss=2.5, best_iter=2,
+        last_eval=None, wandb_id=None,
+        config={'dataset': 'toy'}, tokenizer={'tokenizer': 'char'}, fingerprint='f',
+        dtype='float32',
+        optimizer=optimizer.state_dict(), scaler={},
+    )
+    payload = {key: values[key] for key in keys}
+    also_needed = [key for key in STATE_NEEDS if key in keys]
+    checkpoint = Checkpoint.from_payload(payload, 'a file', also_needed)
+    assert checkpoint.path == 'a file'
+
+    again = checkpoint.to_payload()
+    assert tuple(again) == keys
+    weights = again.pop('model')
+    for name, value in payload.pop('model').items():
+        assert torch.equal(weights[name], value)
+    assert again == payload
+
+
+def test_a_field_that_a_file_lacks_is_none():
+    model, _ = trained_gpt(0)
+    weights = model.state_dict()
+    checkpoint = Checkpoint.from_payload(
+        dict(model=weights, model_args=SHAPE, iter_num=3, best_val_loss=2.5, unknown=1), 'a file')
+    for name in ('activation', 'sequences', 'tokens', 'best_iter', 'config', 'tokenizer',
+                 'fingerprint', 'dtype', 'optimizer', 'scaler', 'sharded', 'damaged'):
+        assert getattr(checkpoint, name) is None
+
+
 def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
     """As its tools write it: compiled names, attention masks, the loss as a tensor, plain AdamW."""
     model, _ = trained_gpt(0, bias=False)
@@ -130,7 +171,7 @@ def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer(tmp_path):
     torch.save(contents, tmp_path / 'ckpt.pt')
 
     saved, notes = run_folder.load_state(tmp_path)
-    assert 'with the optimizer inside' in notes[0] and saved['best_val_loss'] == 2.5
+    assert 'with the optimizer inside' in notes[0] and saved.best_val_loss == 2.5
     restored = GPT.from_checkpoint(saved)
     assert restored.config.activation == 'gelu'
 
@@ -146,7 +187,7 @@ def test_a_model_alone_resumes_without_an_optimizer(tmp_path):
     model, _ = trained_gpt()
     save_model(tmp_path, model)
     saved, notes = run_folder.load_state(tmp_path)
-    assert saved['iter_num'] == 7 and 'without optimizer state, which starts afresh' in notes[0]
+    assert saved.iter_num == 7 and 'without optimizer state, which starts afresh' in notes[0]
 
 
 def test_the_activation_of_gpt2_survives(tmp_path):
@@ -162,7 +203,7 @@ def test_the_newest_model_of_a_run_that_was_stopped_early_is_its_state(tmp_path)
     assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
     newer, _ = trained_gpt(5)
     save_model(tmp_path, newer, iter_num=5)
-    assert run_folder.load_newest_model(tmp_path)['iter_num'] == 5
+    assert run_folder.load_newest_model(tmp_path).iter_num == 5
 
 
 def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(tmp_path):
@@ -173,11 +214,11 @@ def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(
     (tmp_path / 'state.pt').write_bytes(cut)
 
     saved, notes = run_folder.load_state(tmp_path)
-    assert saved['iter_num'] == 5 and len(notes) == 1 and str(tmp_path / 'state.pt') in notes[0]
+    assert saved.iter_num == 5 and len(notes) == 1 and str(tmp_path / 'state.pt') in notes[0]
 
     run_folder.clean_out_dir(tmp_path, saved)
     save_state(tmp_path, model, optimizer, 15)
-    assert run_folder.load_state(tmp_path)[0]['iter_num'] == 15
+    assert run_folder.load_state(tmp_path)[0].iter_num == 15
     assert gathered.read(tmp_path / 'state.prev.pt')['iter_num'] == 5
     assert (tmp_path / 'state.damaged.pt').read_bytes() == cut
 
@@ -224,7 +265,7 @@ def test_power_loss_at_any_point_of_a_save(tmp_path, monkeypatch):
             (tmp_path / name).write_bytes(data)
 
         state, _ = run_folder.load_state(tmp_path)
-        assert state['iter_num'] == (15 if done == 2 else 10)
+        assert state.iter_num == (15 if done == 2 else 10)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -364,6 +405,8 @@ DAMAGED = {
     'tensor': (changed(lambda payload: torch.zeros(3)), 'it holds a Tensor, not a checkpoint'),
     'no model_args': (without('model_args'), 'lacks model_args'),
     'no iter_num': (without('iter_num'), 'lacks iter_num'),
+    'model_args is None': (with_value('model_args', None), 'lacks model_args'),
+    'dtype is a number': (with_value('dtype', 16), 'its dtype is a int, not a str'),
     'model is a list': (with_value('model', [1]), 'its model is not a dict of named weights'),
     'model_args is text': (with_value('model_args', 'gpt2'), 'its model_args is a str, not a dict'),
     'iter_num': (with_value('iter_num', -5), 'iter_num=-5'),
@@ -426,14 +469,14 @@ def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_pa
         torch.save(content, out_dir / name)
 
     state, notes = run_folder.load_state(out_dir)
-    assert 'sharded' not in state and state['damaged'] is None and not notes
+    assert state.sharded is None and state.damaged is None and not notes
     model = run_folder.load_newest_model(out_dir)
-    assert 'sharded' not in model and 'damaged' not in model
+    assert model.sharded is None and model.damaged is None
 
     for name in ('state.pt', 'state.prev.pt'):
         (out_dir / name).unlink(missing_ok=True)
     state, _ = run_folder.load_state(out_dir)           # of ckpt.pt alone
-    assert not state.keys() & {'sharded', 'damaged'}
+    assert state.sharded is None and state.damaged is None
     run_folder.clean_out_dir(out_dir, state)
     assert (out_dir / 'ckpt.pt').exists()
 
@@ -494,7 +537,7 @@ def test_every_rank_reads_the_state_that_rank_0_chose(tmp_path):
     for name, iter_num in (('state.pt', 10), ('state.prev.pt', 5), ('ckpt.pt', 7)):
         rank = OtherRank(tmp_path / name, ['a note'])
         opened = run_folder.open_run(tmp_path, 'resume', False, False, rank)
-        assert opened.state['iter_num'] == iter_num
+        assert opened.state.iter_num == iter_num
         assert opened.notes == ['a note'] and opened.lock is None
 
     rank = OtherRank(None, [])
@@ -508,10 +551,13 @@ def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
     model, optimizer = trained_gpt()
     env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, 'one rank')
     saver = sharded_checkpoint.ShardedSaver(tmp_path, env)
-    rest = dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5)
-    del rest['model']
-    state = dict(optimizer=optimizer.state_dict(), scaler=scaler().state_dict())
-    saver.save(model, state, rest)
+    state = Checkpoint(
+        **model.to_checkpoint(),
+        optimizer=optimizer.state_dict(), scaler=scaler().state_dict(),
+        iter_num=3,
+        best_val_loss=2.5,
+    )
+    saver.save(model, state)
     saver.wait()
 
     verified = []
@@ -525,8 +571,8 @@ def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
     assert len(verified) == 1
     other = run_folder.open_run(tmp_path, 'resume', False, True, OtherRank(tmp_path / 'state', []))
     assert len(verified) == 1
-    assert other.state['sharded'] == opened.state['sharded'] == str(tmp_path / 'state')
-    assert other.state['iter_num'] == 3
+    assert other.state.sharded == opened.state.sharded == str(tmp_path / 'state')
+    assert other.state.iter_num == 3
 
 
 # The lock

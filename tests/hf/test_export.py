@@ -164,8 +164,8 @@ def test_what_was_exported_comes_back_as_it_was(language_models):
         saved = gathered.load_model(workspace.folder / run)
         arguments, weights = hf_weights.load(folder)
         model = GPT.from_weights(GPTConfig(**arguments), weights).state_dict()
-        assert all(torch.equal(value, model[name]) for name, value in saved['model'].items())
-        assert same_tokens(pretrained_spec(folder), saved['tokenizer'])
+        assert all(torch.equal(value, model[name]) for name, value in saved.model.items())
+        assert same_tokens(pretrained_spec(folder), saved.tokenizer)
 
     text = workspace.run('sample.py', '--init_from=out-bpe-hf', '--device=cpu', '--num_samples=1',
                          '--start=ab', '--max_new_tokens=5').stdout
@@ -315,12 +315,15 @@ def test_the_model_card_says_what_was_trained(language_models):
     assert count < shown < count + 1000         # transformers' GPT-2 has biases, which are zeros
 
 
-def test_a_model_card_holds_no_markup_of_a_setting(trained, tmp_path):
-    from engine.checkpoint import gathered
-    saved = gathered.load_model(trained.folder / 'out-toy')
-    saved['config'] = dict(out_dir='a | b\n# c <script>', dataset='[x](http://y)')
+def test_a_model_card_holds_no_markup_of_a_setting():
+    run = save_pretrained.TrainedModel(
+        config=None, weights={},
+        spec=dict(tokenizer='char', vocab_size=3),
+        settings=dict(out_dir='a | b\n# c <script>', dataset='[x](http://y)'),
+        iter_num=1, best_val_loss=1.0, losses=[],
+    )
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1))
-    card = save_pretrained.model_card(model, saved, saved['tokenizer'], 'float32')
+    card = save_pretrained.model_card(model, run, 'float32')
     assert '\n# a \\| b \\# c \\<script\\>\n' in card
     assert 'dataset \\[x\\](http://y).' in card
 

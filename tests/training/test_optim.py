@@ -5,6 +5,8 @@ import pytest
 import torch
 from harness import take_step
 
+from engine.checkpoint import gathered, run_folder
+from engine.checkpoint.contents import Checkpoint
 from engine.errors import UserError
 from engine.training import optim
 from model import GPT, GPTConfig
@@ -162,8 +164,10 @@ def saved_state(steps=3, name='adamw', **changes):
     model = tiny_gpt(**changes)
     optimizer = new_optimizer(model, name=name)
     train(model, optimizer, steps)
-    saved = dict(optimizer=optimizer.state_dict(), scaler=scaler().state_dict())
-    return model, optimizer, copy.deepcopy(saved)
+    contents = model.to_checkpoint()
+    contents.update(iter_num=steps, best_val_loss=2.5, scaler=scaler().state_dict(),
+                    optimizer=optimizer.state_dict())
+    return model, optimizer, Checkpoint(**copy.deepcopy(contents))
 
 
 @pytest.mark.parametrize('name, changes', [
@@ -175,8 +179,8 @@ def test_a_restored_optimizer_goes_on_as_an_uninterrupted_one(tmp_path, name, ch
     model, optimizer, saved = saved_state(name=name, **changes)
     restored = copy.deepcopy(model)
     fresh = new_optimizer(restored, name=name)
-    torch.save(saved, tmp_path / 'state')
-    optim.load_state_dict(fresh, scaler(), torch.load(tmp_path / 'state', weights_only=True))
+    gathered.write(tmp_path / gathered.STATE, saved.to_payload())
+    optim.load_state_dict(fresh, scaler(), run_folder.read_state(tmp_path / gathered.STATE))
     train(model, optimizer, 3)
     train(restored, fresh, 3)
     assert same_weights(model, restored)
@@ -202,7 +206,7 @@ def test_new_hyperparameters_win_over_saved_ones():
 
 def test_the_loss_scale_is_restored():
     model, optimizer, saved = saved_state()
-    saved['scaler'] = dict(scaler(True).state_dict(), scale=1024.0)
+    saved.scaler = dict(scaler(True).state_dict(), scale=1024.0)
     fresh = scaler(True)
     optim.load_state_dict(optimizer, fresh, saved)
     assert fresh.get_scale() == 1024.0
@@ -226,11 +230,11 @@ def test_optimizers_are_not_mixed(saved_name, name, steps):
 
 
 def with_moment(name, value):
-    return lambda saved: saved['optimizer']['state'][0].update({name: value})
+    return lambda saved: saved.optimizer['state'][0].update({name: value})
 
 
 def with_optimizer(value):
-    return lambda saved: saved.update(optimizer=value)
+    return lambda saved: setattr(saved, 'optimizer', value)
 
 
 @pytest.mark.parametrize('change, words', [
@@ -241,7 +245,7 @@ def with_optimizer(value):
     (with_optimizer({}), 'not one of adamw'),
     (with_optimizer({'state': {0: {}}, 'param_groups': []}), 'not one of adamw'),
     (with_optimizer({'state': [], 'param_groups': 7}), 'not one of adamw'),
-    (lambda saved: saved['optimizer']['state'].popitem(), 'another shape'),
+    (lambda saved: saved.optimizer['state'].popitem(), 'another shape'),
 ])
 def test_a_damaged_state_is_refused(change, words):
     model, _, saved = saved_state()
@@ -255,12 +259,9 @@ def test_a_damaged_state_is_refused(change, words):
 
 def test_moments_larger_than_their_file_are_refused(tmp_path):
     """A tensor that repeats one number a trillion times."""
-    from engine.checkpoint import run_folder
-
-    model, _, saved = saved_state()
+    saved = saved_state()[2]
     with_moment('exp_avg_sq', torch.zeros(1).expand(10 ** 6, 10 ** 6))(saved)
-    checkpoint = dict(model.to_checkpoint(), **saved, iter_num=3, best_val_loss=2.5)
-    torch.save(checkpoint, tmp_path / 'state.pt')
+    torch.save(saved.to_payload(), tmp_path / 'state.pt')
     with pytest.raises(UserError, match='its tensors are larger than the file'):
         run_folder.load_state(tmp_path)
 

@@ -3,6 +3,7 @@
 import pytest
 from harness import CAN_FORK
 
+from engine.checkpoint.contents import Checkpoint
 from engine.training.run import Progress
 
 # A learning rate that makes the val loss rise and fall.
@@ -81,4 +82,5 @@ def test_two_ranks_end_together(stopped):
 
 def test_a_checkpoint_that_does_not_know_its_best_iteration_gets_all_the_patience():
     """nanoGPT's has best_val_loss only."""
-    assert Progress.of(dict(iter_num=500, best_val_loss=1.5), 4, 32).best_iter == 500
+    saved = Checkpoint(model_args={}, iter_num=500, best_val_loss=1.5)
+    assert Progress.of(saved, 4, 32).best_iter == 500

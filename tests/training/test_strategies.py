@@ -217,7 +217,7 @@ def test_a_damaged_sharded_state_falls_back_to_the_one_before(
     shutil.copytree(sharded, out_dir)
     harm(out_dir / 'state')
     state, notes = run_folder.load_state(out_dir)
-    assert state['iter_num'] == 5
+    assert state.iter_num == 5
     assert len(notes) == 1
     assert words in notes[0]
     assert notes[0].count('cannot be read') == 1
@@ -309,7 +309,7 @@ def test_a_stopped_run_prints_the_command_that_goes_on_as_it_was(place):
     assert command == ('torchrun --nproc_per_node=2 --standalone train.py --init_from=resume '
                        '--out_dir=stopped --device=cpu --compile=False')
     state, _ = run_folder.load_state(place.folder / 'stopped')
-    assert state['config']['strategy'] == 'fsdp'
+    assert state.config['strategy'] == 'fsdp'
 
 
 def test_weights_of_others_are_shared_out_by_rank_0(place):
@@ -369,7 +369,7 @@ def test_a_run_that_becomes_not_finite_finishes_the_save_in_flight(place):
                                 '--checkpoint=sharded', ranks=2, fault=fault)
     assert result.codes == [1, 1]
     assert 'iteration 0: loss nan' in result.stderr
-    assert run_folder.load_state(place.folder / 'flight')[0]['iter_num'] == 0
+    assert run_folder.load_state(place.folder / 'flight')[0].iter_num == 0
 
 
 def test_nanogpt_gets_a_sharded_run_with_its_moments(place, sharded):

@@ -1,0 +1,216 @@
+"""What a checkpoint holds, and the checks of what a file claims to hold."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+
+# What every checkpoint has, and what a state has beside it.
+NEEDED = ('model', 'model_args', 'iter_num', 'best_val_loss')
+STATE_NEEDS = ('optimizer', 'scaler')
+
+TYPES = dict(
+    model_args=dict,
+    config=dict,
+    tokenizer=dict,
+    optimizer=dict,
+    scaler=dict,
+    fingerprint=str,
+    dtype=str,
+    wandb_id=str,
+    last_eval=int,
+    activation=str,
+)
+COUNTS = ('sequences', 'tokens', 'best_iter')       # whole numbers, where a checkpoint has them
+LARGEST_COUNT = 2 ** 63 - 1
+NOT_IN_FILES = ('path', 'sharded', 'damaged')
+
+
+@dataclass(kw_only=True, eq=False)                  # tensors cannot be compared with ==
+class Checkpoint:
+    """A run as a checkpoint holds it. A field is None where the file lacks it, as nanoGPT's files
+    lack several.
+
+    ckpt.pt, state.pt and the run.pt of a sharded state are each a dict of the fields down to
+    `scaler`, in this order. ckpt.pt has no optimizer and no scaler, and run.pt has no model.
+    """
+    # the model
+    activation: str | None = None       # its GPTConfig.activation; nanoGPT has the exact GELU only
+    model_args: dict                    # the rest of its GPTConfig, which nanoGPT passes to its own
+    model: dict[str, torch.Tensor] | None = None    # {name: weight}; None where sharded
+
+    # how far the run is, as Progress in engine/training/run.py has it
+    iter_num: int                       # optimizer steps
+    sequences: int | None = None        # drawn from the training split
+    tokens: int | None = None           # in those sequences
+    best_val_loss: float                # nats; infinity before the first evaluation
+    best_iter: int | None = None        # iteration of that evaluation
+    last_eval: int | None = None        # iteration of the last evaluation, if there was one
+    wandb_id: str | None = None         # of the run at wandb, if it is there
+
+    # what it was trained with
+    config: dict | None = None          # the settings of train.py, {name: value}
+    tokenizer: dict | None = None       # the spec of the tokenizer, as in meta.json
+    fingerprint: str | None = None      # of the dataset; another text has another one
+    dtype: str | None = None            # precision of the training, such as 'bfloat16'
+
+    # what the next step depends on
+    optimizer: dict | None = None       # the state_dict of the optimizer; of a sharded state that
+                                        # is not read yet, it has no moments
+    scaler: dict | None = None          # the state_dict of the loss scaler
+
+    # not in the file
+    path: str | None = None             # the file or folder that this was read from
+    sharded: str | None = None          # folder of the shards whose tensors are not read yet
+    damaged: str | None = None          # name of the newer state that could not be read
+
+    @classmethod
+    def from_payload(cls, payload: dict, path: str | Path,
+                     also_needed: tuple[str, ...] = ()) -> 'Checkpoint':
+        """The checkpoint that was read from `path`, with the types that every reader relies on.
+
+        payload: the dict in the file, perhaps of nanoGPT or of anybody. Unknown keys are dropped.
+        also_needed: keys that it must have beside those of every checkpoint.
+        Raises UserError that names `path` and what is wrong with it.
+        """
+        check_keys(payload, path, also_needed)
+        check_types(payload, path)
+        iter_num, best_val_loss = read_progress(payload, path)
+        check_counts(payload, path)
+
+        # `sharded` and `damaged` name files that are read or moved away, so no file may set them.
+        values = {name: payload.get(name) for name in names_in_files()}
+        values.update(iter_num=iter_num, best_val_loss=best_val_loss)
+        checkpoint = cls(**values, path=str(path))
+
+        check_finite(checkpoint, path)
+        checkpoint.model = with_plain_names(checkpoint.model)
+        return checkpoint
+
+    def to_payload(self) -> dict:
+        """The dict for a file, {name of a field: value}.
+
+        It has no model, optimizer or scaler where these are None.
+        """
+        payload = {name: getattr(self, name) for name in names_in_files()}
+        for name in ('model', 'optimizer', 'scaler'):
+            if payload[name] is None:
+                del payload[name]
+        return payload
+
+
+def names_in_files():
+    """The names of the fields that files have, in their order."""
+    return [field.name for field in fields(Checkpoint) if field.name not in NOT_IN_FILES]
+
+
+# Checks
+
+def check_keys(payload, path, also_needed):
+    missing = [key for key in (*NEEDED, *also_needed) if payload.get(key) is None]
+    if missing:
+        raise UserError(f'{path} lacks {", ".join(missing)}; '
+                        f'it is not a checkpoint of a training run')
+
+
+def check_types(payload, path):
+    weights = payload['model']
+    is_named = isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for name, value in weights.items())
+    if not is_named:
+        raise UserError(f'{path}: its model is not a dict of named weights')
+
+    for name, kind in TYPES.items():
+        value = payload.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f'{path}: its {name} is a {type(value).__name__}, '
+                            f'not a {kind.__name__}')
+
+
+def check_counts(payload, path):
+    for name in COUNTS:
+        value = payload.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
+            raise UserError(f'{path}: its {name} is impossible')
+
+
+def read_progress(payload, path):
+    """(iter_num, best_val_loss) as an int and a float. nanoGPT saves a tensor for the loss."""
+    try:
+        iter_num = int(payload['iter_num'])
+        best_val_loss = float(payload['best_val_loss'])
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f'{path}: {error}') from None
+
+    if not 0 <= iter_num <= LARGEST_COUNT or math.isnan(best_val_loss):
+        raise UserError(f'{path}: iter_num={iter_num} and best_val_loss={best_val_loss} '
+                        f'are impossible')
+    return iter_num, best_val_loss
+
+
+def check_finite(checkpoint: Checkpoint, path: str | Path) -> None:
+    """UserError where a weight or a moment is not finite. path: what the message names."""
+    not_finite = find_not_finite(checkpoint.model, checkpoint.optimizer)
+    if not_finite:
+        raise UserError(f'{path} cannot be used: {not_finite} is not finite')
+
+
+def with_plain_names(weights):
+    """The weights by GPT's names, without what the files of other programs add."""
+    found = {}
+    for name, value in weights.items():
+        if name.endswith('.attn.bias'):             # the attention masks of old models of nanoGPT
+            continue
+        # torch.compile and DDP put prefixes before the names.
+        found[re.sub(r'^(_orig_mod\.|module\.)+', '', name)] = value
+    return found
+
+
+# Tensors
+
+def tensors_in(payload) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """Every tensor in nested dicts, lists and tuples, with its path: ('model', 'lm_head.bias')."""
+    waiting = [((), payload)]
+    seen = set()
+    while waiting:
+        keys, item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            yield keys, item
+            continue
+
+        if id(item) in seen:                        # containers can hold one another
+            continue
+        if isinstance(item, dict):
+            children = item.items()
+        elif isinstance(item, (list, tuple)):
+            children = enumerate(item)
+        else:
+            continue
+        seen.add(id(item))
+        waiting.extend(((*keys, key), value) for key, value in children)
+
+
+def find_not_finite(model: dict | None, optimizer: dict | None = None) -> str | None:
+    """The name of a weight or an optimizer moment that holds infinity or NaN, or None.
+
+    model: {name: weight}. optimizer: the state_dict of an optimizer.
+    """
+    parts = {'model': model, 'optimizer': optimizer}
+    tensors = [(keys, tensor) for keys, tensor in tensors_in(parts) if tensor.is_floating_point()]
+    if not tensors:
+        return None
+
+    # A GPU is waited for once, here, and not once for each tensor.
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in tensors]).tolist()
+    for (keys, _), is_finite in zip(tensors, finite):
+        if not is_finite:
+            return ' '.join(str(key) for key in keys)
+    return None
