@@ -10,7 +10,7 @@ import torch
 from engine.errors import UserError
 from engine.hf.tokenizer_json import tokenizer_files
 from engine.hf.weights import to_transformers
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, TokenizerSpec
 
 MAX_SHARD_SIZE = '5GB'
 CARD = '''---
@@ -50,7 +50,7 @@ class TrainedModel:
     config: object
     weights: dict[str, torch.Tensor]
     saved: dict
-    spec: dict
+    spec: TokenizerSpec
     losses: list[tuple[int, float, float]]
 
 
@@ -142,7 +142,7 @@ def complete_config(path):
     path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 
-def model_card(model, saved: dict, spec: dict, dtype: str, losses=()) -> str:
+def model_card(model, saved: dict, spec: TokenizerSpec, dtype: str, losses=()) -> str:
     """The text of README.md: what was trained, on what, how long, with which settings.
 
     model: a model of transformers. The rest is as in TrainedModel.
@@ -153,13 +153,17 @@ def model_card(model, saved: dict, spec: dict, dtype: str, losses=()) -> str:
     if settings.get('dataset'):
         dataset = f' on the dataset {cell(settings["dataset"])}'
 
+    tokenizer = spec.tokenizer_name
+    if tokenizer is None:
+        tokenizer = spec.kind
+
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')),
         parameters=model.num_parameters(),
         architecture=type(model).__name__,
         dtype=dtype,
-        tokens=spec['vocab_size'],
-        tokenizer=cell(spec.get('tokenizer_name', spec['tokenizer'])),
+        tokens=spec.vocab_size,
+        tokenizer=cell(tokenizer),
         iterations=saved['iter_num'],
         dataset=dataset,
         losses='\n'.join(loss_rows(saved, losses)),

@@ -366,5 +366,5 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset, saved:
         model, wrapped_model.train(), optimizer, scaler, batch_schedule,
         grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
         out_dir=settings['out_dir'],
-        description=dict(config=settings, tokenizer=data.tokenizer,
+        description=dict(config=settings, tokenizer=data.tokenizer.to_dict(),
                          fingerprint=data.fingerprint, dtype=env.dtype))
