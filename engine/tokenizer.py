@@ -1,22 +1,17 @@
-"""Tokenizers, and the meta files that name a dataset's tokenizer.
+"""Tokenizers, and what meta.json says of a dataset.
 
-A spec is a dict, one of these three. meta.json, checkpoints and Tokenizer all use it.
-
-    tokenizer='gpt2', vocab_size=50257
-    tokenizer='char', vocab_size=int, chars=str
-    tokenizer='hf', vocab_size=int, end_of_text=id or None, tokenizer_name=str,
-        tokenizer_revision=str or None, tokenizer_sha256=str, tokenizer_json=str,
-        tokenizer_config=str
-
-'hf' is any tokenizer of Hugging Face's tokenizers library. The last two hold its files, so a
-dataset or a checkpoint needs no other file. engine.hf.tokenizer_json makes such specs.
+    TokenizerSpec   describes a tokenizer; meta.json and checkpoints keep its fields
+    Tokenizer       turns text into ids and back, as a spec says
+    DatasetMeta     is the content of a meta.json: the spec, and what the token files hold
+    TokenizerJson   reads Hugging Face's tokenizer.json
 """
 
 import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,14 +20,128 @@ import numpy as np
 
 from engine.errors import RunError, UserError
 
-GPT2 = dict(tokenizer='gpt2', vocab_size=50257)
 END_OF_TEXT = 50256             # GPT-2's token between documents
-KEYS = ('tokenizer', 'vocab_size', 'chars', 'end_of_text', 'tokenizer_name', 'tokenizer_revision',
-        'tokenizer_sha256', 'tokenizer_json', 'tokenizer_config')
+
+# Keys in files, in their order: those of a kind of tokenizer after its name and size, and those
+# that meta.json has after the tokenizer's.
+KEYS = dict(
+    gpt2=(),
+    char=('chars',),
+    hf=('end_of_text', 'tokenizer_name', 'tokenizer_revision', 'tokenizer_sha256',
+        'tokenizer_json', 'tokenizer_config'),
+)
+META_KEYS = ('record', 'dtype', 'tokens', 'sha256', 'source')
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_CHARS = 1 << 16             # of a vocabulary of characters
 MAX_FILE_CHARACTERS = 1 << 26   # the tokenizer.json of the largest vocabularies have about half
+
+
+# Specs
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Everything that decides which ids a text gets, as meta.json and checkpoints keep it.
+
+    There are three kinds. 'gpt2' is GPT-2's byte-level BPE, and its only spec is GPT2. 'char' is a
+    vocabulary of single characters. 'hf' is any tokenizer of Hugging Face's tokenizers library; its
+    spec holds the files, so a dataset or a checkpoint needs no other file. engine.hf.tokenizer_json
+    makes such specs. What a kind lacks is None.
+    """
+
+    kind: str                               # 'gpt2', 'char' or 'hf'; "tokenizer" in files
+    vocab_size: int                         # every id is below it
+    chars: str | None = None                # 'char': the characters, in the order of their ids
+    end_of_text: int | None = None          # the id after each document, where there is one
+
+    # Only of 'hf'
+    tokenizer_name: str | None = None       # a hub name, a folder's name, or 'bpe' for our own
+    tokenizer_revision: str | None = None   # the commit on the hub; None for a folder
+    tokenizer_sha256: str | None = None     # the fingerprint of tokenizer_json
+    tokenizer_json: str | None = None       # the text of tokenizer.json
+    tokenizer_config: str | None = None     # the text of tokenizer_config.json
+
+    @classmethod
+    def from_dict(cls, found: Any) -> 'TokenizerSpec':
+        """The spec that `found` describes: the content of a meta.json, or a checkpoint's tokenizer.
+
+        Keys that the kind lacks are ignored. Raises UserError where `found` describes no tokenizer.
+        Only Tokenizer reads tokenizer_json.
+        """
+        if not isinstance(found, dict):
+            raise UserError(f'the tokenizer is a {type(found).__name__}, not a dict')
+
+        size = found.get('vocab_size')
+        if type(size) is not int or not 0 < size <= MAX_VOCAB_SIZE:
+            raise UserError(f'vocab_size is {size!r}')
+
+        kind = found.get('tokenizer')
+        if kind == 'gpt2' and size == GPT2.vocab_size:
+            return GPT2
+
+        if kind == 'char':
+            check_char_keys(found)
+        elif kind == 'hf':
+            check_hf_keys(found)
+        else:
+            raise UserError(f'unknown tokenizer {kind!r} of {size} tokens')
+
+        return cls(kind, size, **{key: found.get(key) for key in KEYS[kind]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict of a checkpoint, from which `from_dict` makes the spec again."""
+        fields = dict(tokenizer=self.kind, vocab_size=self.vocab_size)
+        for key in KEYS[self.kind]:
+            fields[key] = getattr(self, key)
+        return fields
+
+
+def check_char_keys(found):
+    size = found['vocab_size']
+    chars = found.get('chars')
+    if type(chars) is not str or len(chars) != size or len(set(chars)) != size:
+        raise UserError(f'chars should be {size} different characters')
+
+
+def check_hf_keys(found):
+    end = found.get('end_of_text')
+    if end is not None and (type(end) is not int or not 0 <= end < found['vocab_size']):
+        raise UserError(f'end_of_text is {end!r}')
+
+    if not isinstance(found.get('tokenizer_revision'), (str, type(None))):
+        raise UserError(f'tokenizer_revision is {found["tokenizer_revision"]!r}')
+
+    for key in ('tokenizer_name', 'tokenizer_sha256', 'tokenizer_json', 'tokenizer_config'):
+        if type(found.get(key)) is not str or len(found[key]) > MAX_FILE_CHARACTERS:
+            raise UserError(f'{key} should be a text of at most {MAX_FILE_CHARACTERS:,} characters')
+
+
+GPT2 = TokenizerSpec('gpt2', 50257, end_of_text=END_OF_TEXT)
+
+
+def char_spec(chars: Collection[str]) -> TokenizerSpec:
+    """The spec of a tokenizer whose tokens are the characters in `chars`, in code point order."""
+    if len(chars) > MAX_CHARS:
+        raise UserError(f'the text has {len(chars):,} different characters, and a vocabulary of '
+                        f'characters at most {MAX_CHARS:,}; try --tokenizer=gpt2')
+
+    return TokenizerSpec('char', len(chars), chars=''.join(sorted(chars)))
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The vocabulary of a new model for that many tokens.
+
+    GPT-2's 50257 are padded to 50304, which multiplies faster. 65 characters stay 65.
+    """
+    if vocab_size == GPT2.vocab_size:
+        return 50304
+    return vocab_size
+
+
+def same_tokens(spec: TokenizerSpec, other: TokenizerSpec) -> bool:
+    """True where both specs give every text the same ids, wherever they came from."""
+    decisive = ('kind', 'vocab_size', 'chars', 'tokenizer_sha256')
+    return all(getattr(spec, name) == getattr(other, name) for name in decisive)
 
 
 # Tokenizers
@@ -44,25 +153,24 @@ class Tokenizer:
     chars has the characters of a vocabulary of characters, and is None in other kinds.
     splits_like_gpt2 is True where engine.prepare.encode.safe_pieces may cut a text.
 
-    Raises UserError for a spec that is damaged. Raises RunError where tiktoken cannot download
-    GPT-2's encoding, which it does once.
+    Raises UserError for a tokenizer_json that is damaged. Raises RunError where tiktoken cannot
+    download GPT-2's encoding, which it does once.
     """
 
     chars: str | None = None
     splits_like_gpt2 = False
 
-    def __new__(cls, spec: dict = GPT2):
+    def __new__(cls, spec: TokenizerSpec = GPT2):
         """Tokenizer(spec) is an instance of a subclass, as with pathlib.Path."""
         if cls is Tokenizer:
-            check_spec(spec)
             kinds = {'gpt2': GPT2Tokenizer, 'char': CharTokenizer, 'hf': HFTokenizer}
-            cls = kinds[spec['tokenizer']]
+            cls = kinds[spec.kind]
         return super().__new__(cls)
 
-    def __init__(self, spec: dict = GPT2):
+    def __init__(self, spec: TokenizerSpec = GPT2):
         self.spec = spec
-        self.vocab_size = spec['vocab_size']
-        self.end_of_text = end_of_text(spec)
+        self.vocab_size = spec.vocab_size
+        self.end_of_text = spec.end_of_text
         self.dtype = '<u2'                          # of arrays of ids
         if self.vocab_size > 1 << 16:
             self.dtype = '<u4'
@@ -128,7 +236,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.chars = spec['chars']
+        self.chars = spec.chars
         self.ids = {char: i for i, char in enumerate(self.chars)}
         self.table = np.zeros(0x110000, self.dtype)     # id of each code point
         self.table[code_points(self.chars)] = np.arange(self.vocab_size)
@@ -156,12 +264,12 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.file = TokenizerJson(spec['tokenizer_json'])
+        self.file = TokenizerJson(spec.tokenizer_json)
         self.splits_like_gpt2 = self.file.splits_like_gpt2
 
-        is_same_file = self.file.fingerprint == spec['tokenizer_sha256']
+        is_same_file = self.file.fingerprint == spec.tokenizer_sha256
         if not is_same_file or self.file.vocab_size != self.vocab_size:
-            raise UserError(f'the tokenizer.json of {spec["tokenizer_name"][:100]} is damaged; '
+            raise UserError(f'the tokenizer.json of {spec.tokenizer_name[:100]} is damaged; '
                             f'prepare the dataset again')
 
     def encode(self, text):
@@ -190,112 +298,66 @@ def load_gpt2_encoding():
                        f'it') from None
 
 
-# Specs
-
-def char_spec(chars: Iterable[str]) -> dict:
-    """The spec of a tokenizer whose tokens are the characters in `chars`, in code point order."""
-    if len(chars) > MAX_CHARS:
-        raise UserError(f'the text has {len(chars):,} different characters, and a vocabulary of '
-                        f'characters at most {MAX_CHARS:,}; try --tokenizer=gpt2')
-
-    return dict(vocab_size=len(chars), tokenizer='char', chars=''.join(sorted(chars)))
-
-
-def check_spec(spec: Any) -> dict:
-    """`spec`, if it describes a tokenizer. Raises UserError otherwise.
-
-    Only Tokenizer reads tokenizer_json.
-    """
-    if not isinstance(spec, dict):
-        raise UserError(f'the tokenizer is a {type(spec).__name__}, not a dict')
-
-    size = spec.get('vocab_size')
-    if type(size) is not int or not 0 < size <= MAX_VOCAB_SIZE:
-        raise UserError(f'vocab_size is {size!r}')
-
-    kind = spec.get('tokenizer')
-    if kind == 'char':
-        check_char_spec(spec)
-    elif kind == 'hf':
-        check_hf_spec(spec)
-    elif kind != 'gpt2' or size != GPT2['vocab_size']:
-        raise UserError(f'unknown tokenizer {kind!r} of {size} tokens')
-    return spec
-
-
-def check_char_spec(spec):
-    size = spec['vocab_size']
-    chars = spec.get('chars')
-    if type(chars) is not str or len(chars) != size or len(set(chars)) != size:
-        raise UserError(f'chars should be {size} different characters')
-
-
-def check_hf_spec(spec):
-    end = spec.get('end_of_text')
-    if end is not None and (type(end) is not int or not 0 <= end < spec['vocab_size']):
-        raise UserError(f'end_of_text is {end!r}')
-
-    if not isinstance(spec.get('tokenizer_revision'), (str, type(None))):
-        raise UserError(f'tokenizer_revision is {spec["tokenizer_revision"]!r}')
-
-    for key in ('tokenizer_name', 'tokenizer_sha256', 'tokenizer_json', 'tokenizer_config'):
-        if type(spec.get(key)) is not str or len(spec[key]) > MAX_FILE_CHARACTERS:
-            raise UserError(f'{key} should be a text of at most {MAX_FILE_CHARACTERS:,} characters')
-
-
-def end_of_text(spec: dict) -> int | None:
-    """The id that follows each document of a dataset with this spec, or None."""
-    if spec['tokenizer'] == 'gpt2':
-        return END_OF_TEXT
-    return spec.get('end_of_text')
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """The vocabulary of a new model for that many tokens.
-
-    GPT-2's 50257 are padded to 50304, which multiplies faster. 65 characters stay 65.
-    """
-    if vocab_size == GPT2['vocab_size']:
-        return 50304
-    return vocab_size
-
-
-def same_tokens(spec: dict, other: dict) -> bool:
-    """True where both specs give every text the same ids, wherever they came from."""
-    decisive = ('tokenizer', 'vocab_size', 'chars', 'tokenizer_sha256')
-    return all(spec.get(key) == other.get(key) for key in decisive)
-
-
 # Meta files
 
-def read_meta(folder: Path) -> dict:
-    """The tokenizer spec of the dataset in `folder`. Raises UserError as read_spec_and_fields."""
-    spec, _ = read_spec_and_fields(folder)
-    return spec
+@dataclass
+class DatasetMeta:
+    """What meta.json says of the dataset in its folder.
 
-
-def read_spec_and_fields(folder: Path) -> tuple[dict, dict]:
-    """The tokenizer spec of the dataset in `folder`, and all fields of its meta.json.
-
-    The spec comes from meta.json, else from nanoGPT's meta.pkl, else it is GPT-2's. Without
-    meta.json there are no fields. Raises UserError where the file is damaged or hostile.
+    What a meta.json leaves out is None: those of others may have nothing but the tokenizer. Only
+    the spec is checked when a file is read; whoever uses another field checks it.
     """
-    path = folder / 'meta.json'
-    try:
-        if path.is_file():
-            fields = json.loads(path.read_text(encoding='utf-8-sig'))
-            spec = {key: fields[key] for key in KEYS if key in fields}
-            return check_spec(spec), fields
 
-        path = folder / 'meta.pkl'
-        if path.is_file():
-            return read_meta_pkl(path), {}
-    except Exception as error:          # a damaged file can raise anything
-        reason = str(error)
-        if not isinstance(error, UserError):
-            reason = f'{type(error).__name__}: {error}'
-        raise UserError(f'{path} cannot be read: {reason}; prepare the dataset again') from None
-    return GPT2, {}
+    spec: TokenizerSpec                     # its keys stand beside the others in the file
+    record: dict[str, int] | None = None    # {'length', 'prompt'} of a dataset of records
+    dtype: str | None = None                # the type of ids, 'uint16' or 'uint32'
+    tokens: dict[str, int] | None = None    # how many tokens each split has
+    sha256: dict[str, str] | None = None    # the digest of each token file, by its name
+    source: str | None = None               # the key of the ShardWriter that made shards
+
+    @classmethod
+    def from_dict(cls, found: Any) -> 'DatasetMeta':
+        """What the content of a meta.json says. Raises UserError as TokenizerSpec.from_dict."""
+        spec = TokenizerSpec.from_dict(found)
+        return cls(spec, **{key: found.get(key) for key in META_KEYS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of meta.json."""
+        fields = self.spec.to_dict()
+        if self.spec.kind == 'char':        # such files have always begun with the size
+            fields = dict(vocab_size=self.spec.vocab_size) | fields
+
+        for key in META_KEYS:
+            if getattr(self, key) is not None:
+                fields[key] = getattr(self, key)
+        return fields
+
+    @classmethod
+    def read(cls, folder: Path) -> 'DatasetMeta':
+        """What meta.json says of the dataset in `folder`.
+
+        Without the file, the spec comes from nanoGPT's meta.pkl, and without that it is GPT-2's.
+        Raises UserError where the file is damaged or hostile.
+        """
+        path = folder / 'meta.json'
+        try:
+            if path.is_file():
+                return cls.from_dict(json.loads(path.read_text(encoding='utf-8-sig')))
+
+            path = folder / 'meta.pkl'
+            if path.is_file():
+                return cls(read_meta_pkl(path))
+        except Exception as error:          # a damaged file can raise anything
+            reason = str(error)
+            if not isinstance(error, UserError):
+                reason = f'{type(error).__name__}: {error}'
+            raise UserError(f'{path} cannot be read: {reason}; prepare the dataset again') from None
+        return cls(GPT2)
+
+
+def read_meta(folder: Path) -> TokenizerSpec:
+    """The tokenizer spec of the dataset in `folder`. Raises UserError as DatasetMeta.read."""
+    return DatasetMeta.read(folder).spec
 
 
 def read_meta_pkl(path):
@@ -308,7 +370,8 @@ def read_meta_pkl(path):
     if not all(type(char) is str and len(char) == 1 for char in chars):
         raise UserError('itos should map ids to single characters')
 
-    return check_spec(dict(tokenizer='char', vocab_size=len(itos), chars=''.join(chars)))
+    return TokenizerSpec.from_dict(
+        dict(tokenizer='char', vocab_size=len(itos), chars=''.join(chars)))
 
 
 class RestrictedUnpickler(pickle.Unpickler):

@@ -8,7 +8,14 @@ import pytest
 
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import RunError, UserError
-from engine.tokenizer import GPT2, Tokenizer, char_spec, check_spec, read_meta
+from engine.tokenizer import (
+    GPT2,
+    DatasetMeta,
+    Tokenizer,
+    TokenizerSpec,
+    char_spec,
+    read_meta,
+)
 
 THOUSAND = [chr(1000 + i) for i in range(1000)]
 
@@ -21,7 +28,7 @@ class Evil:
 
 
 def test_characters_come_back_and_unknown_ones_are_named():
-    tokenizer = Tokenizer(dict(tokenizer='char', vocab_size=4, chars='\nabé'))
+    tokenizer = Tokenizer(char_spec('\nabé'))
     assert tokenizer.encode('aé\nb') == [1, 3, 0, 2]
     assert tokenizer.decode([1, 3, 0, 2]) == 'aé\nb'
     assert tokenizer.encode_to_numpy('aé\nb').tolist() == [1, 3, 0, 2]
@@ -31,7 +38,7 @@ def test_characters_come_back_and_unknown_ones_are_named():
 
 
 def test_a_character_spec_is_in_code_point_order():
-    assert char_spec(set('bé\na')) == dict(tokenizer='char', vocab_size=4, chars='\nabé')
+    assert char_spec(set('bé\na')) == TokenizerSpec('char', 4, chars='\nabé')
     with pytest.raises(UserError, match='65,537 different characters'):
         char_spec(set(map(chr, range(2 ** 16 + 1))))
 
@@ -61,10 +68,52 @@ def test_a_dataset_without_a_meta_file_is_gpt2s(tmp_path):
 
 
 def test_meta_json_is_read(tmp_path):
-    spec = dict(tokenizer='char', vocab_size=3, chars='aéb')
-    meta = dict(spec, tokens={'train': 5}, dtype='uint16')
-    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    content = dict(tokenizer='char', vocab_size=3, chars='aéb', tokens={'train': 5},
+                   dtype='uint16', of_somebody_else=7)
+    (tmp_path / 'meta.json').write_text(json.dumps(content), encoding='utf-8')
+    spec = TokenizerSpec('char', 3, chars='aéb')
     assert read_meta(tmp_path) == spec
+    assert DatasetMeta.read(tmp_path) == DatasetMeta(spec, dtype='uint16', tokens={'train': 5})
+
+
+def test_a_meta_json_of_three_keys_is_read(tmp_path):
+    content = dict(tokenizer='char', vocab_size=3, chars='aéb')
+    (tmp_path / 'meta.json').write_text(json.dumps(content), encoding='utf-8')
+    assert DatasetMeta.read(tmp_path) == DatasetMeta(TokenizerSpec('char', 3, chars='aéb'))
+
+
+HF = TokenizerSpec('hf', 9, None, 8, 'name', None, 'fingerprint', '{}', '{"a": 1}')
+
+
+@pytest.mark.parametrize('meta, text', [
+    (DatasetMeta(GPT2), '{"tokenizer": "gpt2", "vocab_size": 50257}'),
+    (DatasetMeta(char_spec('ba'), record=dict(length=9, prompt=4)),
+     '{"vocab_size": 2, "tokenizer": "char", "chars": "ab", "record": {"length": 9, "prompt": 4}}'),
+    (DatasetMeta(HF, sha256={'train.bin': 'a'}, source='b'),
+     '{"tokenizer": "hf", "vocab_size": 9, "end_of_text": 8, "tokenizer_name": "name", '
+     '"tokenizer_revision": null, "tokenizer_sha256": "fingerprint", "tokenizer_json": "{}", '
+     '"tokenizer_config": "{\\"a\\": 1}", "sha256": {"train.bin": "a"}, "source": "b"}'),
+    (DatasetMeta(GPT2, dtype='uint16', tokens=dict(train=5, val=2)),
+     '{"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", '
+     '"tokens": {"train": 5, "val": 2}}'),
+])
+def test_what_meta_json_holds_goes_through_the_file(meta, text):
+    """The order of the keys is the one in which files have always had them."""
+    assert json.dumps(meta.to_dict()) == text
+    assert DatasetMeta.from_dict(json.loads(text)) == meta
+
+
+@pytest.mark.parametrize('spec', [GPT2, char_spec('abc'), HF])
+def test_a_spec_goes_through_a_checkpoint(spec):
+    assert TokenizerSpec.from_dict(spec.to_dict()) == spec
+    assert list(spec.to_dict())[:2] == ['tokenizer', 'vocab_size']
+    assert GPT2.to_dict() == dict(tokenizer='gpt2', vocab_size=50257)
+
+
+def test_keys_that_a_kind_lacks_are_ignored():
+    found = dict(tokenizer='char', vocab_size=1, chars='a', tokenizer_json=7, end_of_text=50)
+    assert TokenizerSpec.from_dict(found) == char_spec('a')
+    assert TokenizerSpec.from_dict(dict(GPT2.to_dict(), chars=7, end_of_text=1)) == GPT2
 
 
 def test_nanogpts_meta_pkl_is_read(tmp_path):
@@ -72,8 +121,7 @@ def test_nanogpts_meta_pkl_is_read(tmp_path):
     stoi = {char: i for i, char in enumerate(THOUSAND)}
     content = pickle.dumps(dict(vocab_size=1000, itos=itos, stoi=stoi))
     (tmp_path / 'meta.pkl').write_bytes(content)
-    expected = dict(tokenizer='char', vocab_size=1000, chars=''.join(THOUSAND))
-    assert read_meta(tmp_path) == expected
+    assert read_meta(tmp_path) == char_spec(THOUSAND)
 
 
 @pytest.mark.parametrize('meta, words', [
@@ -136,6 +184,4 @@ def test_a_damaged_or_hostile_meta_pkl_is_refused(tmp_path, monkeypatch, content
 ])
 def test_a_damaged_spec_of_a_checkpoint_is_refused(spec):
     with pytest.raises(UserError):
-        check_spec(spec)
-    with pytest.raises(UserError):
-        Tokenizer(spec)
+        TokenizerSpec.from_dict(spec)

@@ -62,9 +62,9 @@ def main():
 
     train_text = join_lines(train)
     val_text = join_lines(val)
-    spec = dict(char_spec(set(train_text + val_text)), record=record)
+    spec = char_spec(set(train_text + val_text))
     pieces = [('train', train_text, False), ('val', val_text, False)]
-    with dataset_writer(FOLDER, spec) as writer:
+    with dataset_writer(FOLDER, spec, record=record) as writer:
         writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=len(train_text + val_text))
 
     write_task('exact', sums)

@@ -118,7 +118,9 @@ def main():
 
     # A run that was stopped has written the first documents. It continues only where these three
     # are the same.
-    digest = encoder.spec.get('tokenizer_sha256', 'gpt2')
+    digest = encoder.spec.tokenizer_sha256
+    if digest is None:
+        digest = 'gpt2'
     key = f'{before}, {total} documents, {digest}'
     with dataset_writer(FOLDER, encoder.spec, key) as writer:
         start = writer.documents

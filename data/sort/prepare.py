@@ -57,9 +57,9 @@ def main():
 
     # training begins each sequence at a record, and the prompts are no targets
     record = dict(length=len(lines[0]), prompt=digits + 1)
-    spec = dict(char_spec(set(train + val)), record=record)
+    spec = char_spec(set(train + val))
     pieces = [('train', train, False), ('val', val, False)]
-    with dataset_writer(FOLDER, spec) as writer:
+    with dataset_writer(FOLDER, spec, record=record) as writer:
         writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=len(train + val))
 
     # a task for evaluate.py

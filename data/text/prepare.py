@@ -47,7 +47,7 @@ def chosen_spec():
     if tokenizer in ('char', 'bpe'):
         return None
     spec = named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
-    if spec['tokenizer'] == 'char':
+    if spec.kind == 'char':
         raise UserError(f'{tokenizer} has a vocabulary of characters, which may lack those of this '
                         f'text; try --tokenizer=char')
     return spec
@@ -155,8 +155,8 @@ def train_tokenizer(documents, total):
 
     with bar:
         spec = train_bpe(train_texts(), vocab_size)
-    if spec['vocab_size'] < vocab_size:
-        print0(f'note: the text has pairs for {spec["vocab_size"]:,} tokens, not for '
+    if spec.vocab_size < vocab_size:
+        print0(f'note: the text has pairs for {spec.vocab_size:,} tokens, not for '
                f'{vocab_size:,}')
     return spec
 

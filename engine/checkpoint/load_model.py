@@ -10,7 +10,7 @@ from engine.checkpoint.contents import Checkpoint
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
 from engine.hf.tokenizer_json import pretrained_spec
-from engine.tokenizer import GPT2, check_spec
+from engine.tokenizer import GPT2, TokenizerSpec
 
 
 class LoadedModel(NamedTuple):
@@ -21,7 +21,7 @@ class LoadedModel(NamedTuple):
     iter_num: the iteration of the run, or None for Hugging Face weights.
     """
     model: nn.Module
-    spec: dict
+    spec: TokenizerSpec
     iter_num: int | None
 
 
@@ -57,23 +57,22 @@ def load_pretrained(GPT, source):
 
 def check_vocabulary(model, spec, source, advice):
     """UserError where the tokenizer has ids that the model lacks."""
-    if spec['vocab_size'] > model.config.vocab_size:
+    if spec.vocab_size > model.config.vocab_size:
         raise UserError(f'{source} has {model.config.vocab_size} tokens, '
-                        f'and its tokenizer {spec["vocab_size"]}; {advice}')
+                        f'and its tokenizer {spec.vocab_size}; {advice}')
 
 
-def checkpoint_spec(saved: Checkpoint) -> dict:
+def checkpoint_spec(saved: Checkpoint) -> TokenizerSpec:
     """The tokenizer spec of a checkpoint: its own, else that of its dataset, else GPT-2's.
 
     Raises UserError where the spec is not one of a tokenizer.
     """
-    spec = saved.tokenizer
-    if not spec:
+    if not saved.tokenizer:
         # nanoGPT's files have no tokenizer, but they name the dataset.
         config = saved.config or {}
-        spec = dataset_tokenizer(config.get('dataset'))
+        return dataset_tokenizer(config.get('dataset'))
 
     try:
-        return check_spec(spec)
+        return TokenizerSpec.from_dict(saved.tokenizer)
     except UserError as error:
         raise UserError(f'{saved.path}: {error}') from None

@@ -27,7 +27,7 @@ from engine.dataloader.token_files import (
 from engine.dataloader.window_order import epoch_starts, weyl_starts
 from engine.distributed import Environment
 from engine.errors import RunError, UserError, check_choice
-from engine.tokenizer import GPT2, end_of_text, read_meta, read_spec_and_fields, same_tokens
+from engine.tokenizer import GPT2, DatasetMeta, TokenizerSpec, read_meta, same_tokens
 
 CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
 DATA = Path(__file__).resolve().parents[2] / 'data'
@@ -66,8 +66,8 @@ class TokenDataset:
     once before any comes again. documents: 'any' starts a window anywhere, and 'whole' starts
     training windows at documents.
 
-    Attributes: tokens is {'train': TokenStream, 'val': ...}. tokenizer is a spec of
-    engine.tokenizer. record is a Record, or None. fingerprint is a short hash of both splits.
+    Attributes: tokens is {'train': TokenStream, 'val': ...}. tokenizer is a
+    TokenizerSpec. record is a Record, or None. fingerprint is a short hash of both splits.
     Call `set_block_size` before `batch`.
 
     Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or
@@ -82,10 +82,11 @@ class TokenDataset:
         files = self.find_files()
 
         # What meta.json says
-        self.tokenizer, meta = read_spec_and_fields(self.folder)
-        self.vocab_size = self.tokenizer['vocab_size']
+        meta = DatasetMeta.read(self.folder)
+        self.tokenizer = meta.spec
+        self.vocab_size = meta.spec.vocab_size
         dtype = self.read_dtype(meta)
-        expected = meta.get('sha256')
+        expected = meta.sha256
         if not isinstance(expected, dict):
             expected = {}
 
@@ -118,7 +119,9 @@ class TokenDataset:
 
     def read_dtype(self, meta):
         """The type of ids, from meta.json or else from the vocabulary."""
-        dtype = meta.get('dtype', token_dtype(self.vocab_size))
+        dtype = meta.dtype
+        if dtype is None:
+            return token_dtype(self.vocab_size)
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or '
                             f'uint32; prepare the dataset again')
@@ -238,7 +241,7 @@ class TokenDataset:
         The search ends SEARCHED_TOKENS after `start`, and before the last block. The token
         separates documents: it stands before or after each.
         """
-        token = end_of_text(self.tokenizer)
+        token = self.tokenizer.end_of_text
         if token is None:
             return None
 
@@ -276,7 +279,7 @@ class TokenDataset:
         tokenizer, fingerprint: those of the run's dataset, or None where its checkpoint lacks them.
         accept_change: accept another text.
         """
-        if tokenizer and not same_tokens(tokenizer, self.tokenizer):
+        if tokenizer and not self.has_tokens_of(tokenizer):
             raise UserError(f'{self.folder.name} has another vocabulary than the run, so its '
                             f'tokens mean other text; resume with the dataset of the run')
 
@@ -284,6 +287,14 @@ class TokenDataset:
             raise UserError(f'{self.folder.name} is not what the run was trained on (fingerprint '
                             f'{self.fingerprint}, was {fingerprint}); restore it, or go on with '
                             f'--accept_dataset_change=True')
+
+    def has_tokens_of(self, tokenizer):
+        """True where the dict `tokenizer`, of a checkpoint, gives a text the same ids."""
+        try:
+            spec = TokenizerSpec.from_dict(tokenizer)
+        except UserError:               # a damaged file
+            return False
+        return same_tokens(spec, self.tokenizer)
 
 
 # Opening datasets
@@ -333,7 +344,7 @@ def is_folder_name(name):
     return len(name.encode('utf-8', 'replace')) <= 200
 
 
-def dataset_tokenizer(name: str | None) -> dict:
+def dataset_tokenizer(name: str | None) -> TokenizerSpec:
     """The tokenizer spec of data/NAME; GPT-2's where `name` is None or there is no such folder."""
     if not name:
         return GPT2
@@ -355,8 +366,8 @@ def advice(name):
 
 
 def read_record(folder, meta, tokens):
-    """The Record of meta.json's fields, or None. UserError where the token files do not fit it."""
-    found = meta.get('record')
+    """The Record of a DatasetMeta, or None. UserError where the token files do not fit it."""
+    found = meta.record
     if found is None:
         return None
 

@@ -11,7 +11,7 @@ import torch
 from engine.distributed import Environment
 from engine.evaluation.scoring import Score, score
 from engine.evaluation.tasks import Task, load_tasks
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, TokenizerSpec
 
 LM_EVAL = 'as lm-evaluation-harness'
 PROTOCOLS = {       # (kind, metric): how the value is computed
@@ -203,7 +203,7 @@ class TaskScorer:
     tokenizer: the spec of the model's tokenizer.
     """
 
-    def __init__(self, names: str, folder: str, limit: int, tokenizer: dict,
+    def __init__(self, names: str, folder: str, limit: int, tokenizer: TokenizerSpec,
                  model: torch.nn.Module):
         self.tasks, self.missing = load_tasks(names, Path(folder), Tokenizer(tokenizer),
                                               model.config.block_size, limit)

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.errors import UserError
 from engine.generation.kv_cache import StaticKVCache, decoding_attention, new_caches
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, TokenizerSpec
 
 COMPILED_POSITIONS = 256        # a compiled cache has a multiple of it: few shapes to compile for
 
@@ -175,7 +175,7 @@ class TextSampler:
     spec: the tokenizer. Raises UserError for a prompt that it cannot encode.
     """
 
-    def __init__(self, spec: dict, prompt: str, max_new_tokens: int, seed: int):
+    def __init__(self, spec: TokenizerSpec, prompt: str, max_new_tokens: int, seed: int):
         self.tokenizer = Tokenizer(spec)
         self.prompt = prompt
         try:

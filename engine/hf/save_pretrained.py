@@ -10,7 +10,7 @@ import torch
 from engine.errors import UserError
 from engine.hf.tokenizer_json import tokenizer_files
 from engine.hf.weights import to_transformers
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, TokenizerSpec
 
 MAX_SHARD_SIZE = '5GB'
 CARD = '''---
@@ -54,7 +54,7 @@ class TrainedModel:
     """
     config: object
     weights: dict[str, torch.Tensor]
-    spec: dict
+    spec: TokenizerSpec
     settings: dict
     iter_num: int
     best_val_loss: float
@@ -161,13 +161,17 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
     if settings.get('dataset'):
         dataset = f' on the dataset {cell(settings["dataset"])}'
 
+    tokenizer = spec.tokenizer_name
+    if tokenizer is None:
+        tokenizer = spec.kind
+
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')),
         parameters=model.num_parameters(),
         architecture=type(model).__name__,
         dtype=dtype,
-        tokens=spec['vocab_size'],
-        tokenizer=cell(spec.get('tokenizer_name', spec['tokenizer'])),
+        tokens=spec.vocab_size,
+        tokenizer=cell(tokenizer),
         iterations=trained.iter_num,
         dataset=dataset,
         losses='\n'.join(loss_rows(trained)),

@@ -16,8 +16,8 @@ from engine.tokenizer import (
     MAX_VOCAB_SIZE,
     Tokenizer,
     TokenizerJson,
+    TokenizerSpec,
     byte_letters,
-    check_spec,
     load_gpt2_encoding,
     read_meta,
     same_tokens,
@@ -35,7 +35,7 @@ GPT2_FINGERPRINT = '9e11a8b32668ffdedd05cdbba72ae5942ad90fee5e64568f85465be111b1
 
 # The tokenizer of pretrained weights
 
-def pretrained_spec(source: str) -> dict | None:
+def pretrained_spec(source: str) -> TokenizerSpec | None:
     """The tokenizer spec of the weights `source`, a hub name or a folder.
 
     None where no tokenizer lies beside the weights.
@@ -50,7 +50,9 @@ def pretrained_spec(source: str) -> dict | None:
     return spec_of_files(folder, source, revision)
 
 
-def check_same_tokens(source: str, vocab_size: int, dataset: str, spec: dict) -> None:
+def check_same_tokens(
+    source: str, vocab_size: int, dataset: str, spec: TokenizerSpec,
+) -> None:
     """UserError where pretrained weights were trained on other tokens than a dataset has.
 
     source: a hub name or folder of weights, which have vocab_size tokens. dataset, spec: the name
@@ -61,7 +63,7 @@ def check_same_tokens(source: str, vocab_size: int, dataset: str, spec: dict) ->
     if known:
         fits = same_tokens(known, spec)
     else:
-        fits = spec['tokenizer'] != 'char' or spec['vocab_size'] == vocab_size
+        fits = spec.kind != 'char' or spec.vocab_size == vocab_size
     if fits:
         return
 
@@ -86,7 +88,7 @@ def document_tokenizer(source: str) -> Tokenizer:
     return tokenizer
 
 
-def named_spec(source: str, others: str = '') -> dict:
+def named_spec(source: str, others: str = '') -> TokenizerSpec:
     """The spec of --tokenizer=SOURCE.
 
     source: gpt2, a folder of transformers' tokenizer files, a dataset of this project, or a hub
@@ -198,13 +200,13 @@ def read_with_transformers(folder):
 def hf_spec(
     tokenizer_json: str, tokenizer_config: str, end_of_text: int | None, name: str,
     revision: str | None = None,
-) -> dict:
+) -> TokenizerSpec:
     """The spec of the two files' texts. UserError where they cannot be used."""
     tokenizer = TokenizerJson(tokenizer_json)
     if not 0 < tokenizer.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f'it has {tokenizer.vocab_size:,} tokens')
 
-    return check_spec(dict(
+    return TokenizerSpec.from_dict(dict(
         tokenizer='hf',
         vocab_size=tokenizer.vocab_size,
         end_of_text=end_of_text,
@@ -215,7 +217,7 @@ def hf_spec(
         tokenizer_config=tokenizer_config))
 
 
-def known_spec(tokenizer_json: str) -> dict | None:
+def known_spec(tokenizer_json: str) -> TokenizerSpec | None:
     """The spec of GPT-2 or of a character vocabulary, if `tokenizer_json` does the same."""
     tokenizer = TokenizerJson(tokenizer_json)
     if tokenizer.fingerprint == GPT2_FINGERPRINT:
@@ -231,10 +233,11 @@ def known_spec(tokenizer_json: str) -> dict | None:
     exported = TokenizerJson(char_tokenizer(chars).to_str())
     if exported.fingerprint != tokenizer.fingerprint:
         return None
-    return check_spec(dict(tokenizer='char', vocab_size=len(vocabulary), chars=chars))
+    return TokenizerSpec.from_dict(
+        dict(tokenizer='char', vocab_size=len(vocabulary), chars=chars))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerSpec:
     """The spec of a byte-level BPE tokenizer with GPT-2's splitting pattern, trained on `texts`.
 
     It has vocab_size tokens, fewer where the texts are short: the end-of-text token, 256 bytes, and
@@ -258,15 +261,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
 
 # Files of an export
 
-def tokenizer_files(spec: dict) -> dict[str, str]:
+def tokenizer_files(spec: TokenizerSpec) -> dict[str, str]:
     """{name: text} of the files that transformers and others load as the tokenizer of `spec`."""
-    if spec['tokenizer'] == 'gpt2':
+    if spec.kind == 'gpt2':
         return gpt2_files()
-    if spec['tokenizer'] == 'char':
-        return char_files(spec['chars'])
+    if spec.kind == 'char':
+        return char_files(spec.chars)
 
-    return {'tokenizer.json': spec['tokenizer_json'],
-            'tokenizer_config.json': spec['tokenizer_config']}
+    return {'tokenizer.json': spec.tokenizer_json,
+            'tokenizer_config.json': spec.tokenizer_config}
 
 
 def gpt2_files() -> dict[str, str]:

@@ -33,7 +33,7 @@ from engine.prepare.publish import (
     write_json,
     write_lock,
 )
-from engine.tokenizer import check_spec, end_of_text
+from engine.tokenizer import DatasetMeta, TokenizerSpec
 
 SAVE_SECONDS = 30           # a killed run that can be continued loses at most this much work
 
@@ -58,17 +58,22 @@ class Journal:
     documents: int                  # how many documents are written
     bytes: dict[str, int]           # the size of each split
     sha256: dict[str, str]          # the digest of those bytes
-    tokenizer: dict | None = None   # the spec; its presence says that both files are whole
 
-    def describe_dataset(self) -> dict:
-        """The content of meta.json, once both files are whole."""
-        dtype = token_dtype(self.tokenizer['vocab_size'])
-        itemsize = DTYPES[dtype].itemsize
-        return dict(
-            self.tokenizer,
-            dtype=dtype,
-            tokens={split: self.bytes[split] // itemsize for split in SPLITS},
-            sha256={f'{split}.bin': self.sha256[split] for split in SPLITS})
+    # What meta.json says of the tokenizer and the records. Its presence says that both files are
+    # whole.
+    tokenizer: dict | None = None
+
+    def describe_dataset(self) -> DatasetMeta:
+        """The content of meta.json, once both files are whole.
+
+        Raises UserError where `tokenizer` describes none.
+        """
+        meta = DatasetMeta.from_dict(self.tokenizer)
+        meta.dtype = token_dtype(meta.spec.vocab_size)
+        itemsize = DTYPES[meta.dtype].itemsize
+        meta.tokens = {split: self.bytes[split] // itemsize for split in SPLITS}
+        meta.sha256 = {f'{split}.bin': self.sha256[split] for split in SPLITS}
+        return meta
 
 
 def check_journal(content):
@@ -117,12 +122,12 @@ class DatasetWriter:
     documents: how many documents are written, including those of an earlier run with the same key.
     """
 
-    def __init__(self, folder: Path, spec: dict, key: str):
+    def __init__(self, folder: Path, meta: DatasetMeta, key: str):
         self.folder = folder
-        self.spec = spec
+        self.meta = meta                        # what is known before the text is encoded
         self.key = key
-        self.dtype = DTYPES[token_dtype(spec['vocab_size'])]
-        self.end_of_text = end_of_text(spec)
+        self.dtype = DTYPES[token_dtype(meta.spec.vocab_size)]
+        self.end_of_text = meta.spec.end_of_text
         self.documents = 0
         self.saved_at = time.monotonic()
         self.files = {}                         # {split: UnfinishedFile}
@@ -223,19 +228,22 @@ class DatasetWriter:
                   for split, split_arrays in arrays.items()}
         return EncodedBatch(pieces, joined)
 
-    def progress(self, spec=None):
-        """The journal of what is written. spec: the tokenizer, once that is all."""
+    def progress(self, is_whole=False):
+        """The journal of what is written. is_whole: nothing is left to write."""
         sizes = {split: file.size() for split, file in self.files.items()}
         digests = {split: file.digest.hexdigest() for split, file in self.files.items()}
-        return Journal(self.key, self.documents, sizes, digests, spec)
+        journal = Journal(self.key, self.documents, sizes, digests)
+        if is_whole:
+            journal.tokenizer = self.meta.to_dict()
+        return journal
 
-    def save_progress(self, spec=None):
+    def save_progress(self, is_whole=False):
         """Put the .part files on disk, and then the journal, for a later run to continue."""
         for file in self.files.values():
             file.sync()
 
-        content = asdict(self.progress(spec))
-        if spec is None:
+        content = asdict(self.progress(is_whole))
+        if not is_whole:
             del content['tokenizer']
         write_json(self.folder / JOURNAL, content)
         self.saved_at = time.monotonic()
@@ -244,13 +252,13 @@ class DatasetWriter:
         """Replace the earlier dataset."""
         journal = self.finished or self.publish()
         meta = journal.describe_dataset()
-        log.info(f'{self.folder}: train.bin has {meta["tokens"]["train"]:,} tokens, '
-                 f'val.bin {meta["tokens"]["val"]:,}; '
-                 f'vocabulary {meta["vocab_size"]:,} ({meta["tokenizer"]})')
+        log.info(f'{self.folder}: train.bin has {meta.tokens["train"]:,} tokens, '
+                 f'val.bin {meta.tokens["val"]:,}; '
+                 f'vocabulary {meta.spec.vocab_size:,} ({meta.spec.kind})')
 
     def publish(self):
         """Replace the earlier dataset with what is written, and return its journal."""
-        journal = self.progress(self.spec)
+        journal = self.progress(is_whole=True)
         for split in SPLITS:
             if not journal.bytes[split]:
                 raise UserError(f'{split}.bin would be empty; --input= takes a longer text')
@@ -260,7 +268,7 @@ class DatasetWriter:
 
         # With the tokenizer in the journal, the new dataset is whole: if this run is killed from
         # here on, the next one completes the replacement.
-        self.save_progress(self.spec)
+        self.save_progress(is_whole=True)
         for file in self.files.values():
             file.close()
 
@@ -281,23 +289,26 @@ class DatasetWriter:
 
 
 @contextmanager
-def dataset_writer(folder: Path, spec: dict, key: str = '') -> Iterator[DatasetWriter]:
+def dataset_writer(folder: Path, spec: TokenizerSpec, key: str = '',
+                   record: dict[str, int] | None = None) -> Iterator[DatasetWriter]:
     """Yield a DatasetWriter. When the block ends without an exception, its files replace the
     dataset in `folder`.
 
     Until then, and after a failure or a signal, an earlier dataset stays whole. If a run was killed
     while it replaced the dataset, the replacement is completed here first.
 
-    spec: the spec of the tokenizer, as in engine.tokenizer.
+    spec: the spec of the tokenizer.
     key: names the input. With a key, progress is saved every SAVE_SECONDS, and a later writer with
         the same key continues: its `documents` is the number of documents to skip. With '', all
         work is removed after a failure.
+    record: the length and the prompt, in tokens, of the records that the text consists of, as in
+        dict(length=10, prompt=6). None if the text is of another kind.
     """
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
     try:
         with write_lock(folder / 'prepare.lock'):
-            writer = DatasetWriter(folder, spec, key)
+            writer = DatasetWriter(folder, DatasetMeta(spec, record), key)
             try:
                 yield writer
                 writer.finish()
@@ -319,11 +330,10 @@ def complete_replacement(folder):
     if not journal or journal.tokenizer is None:
         return None
     try:
-        check_spec(journal.tokenizer)
+        replacement = Replacement(folder, journal.describe_dataset())
     except UserError:
         return None
 
-    replacement = Replacement(folder, journal.describe_dataset())
     if not replacement.complete():
         return None
     return journal

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from engine.atomic_files import atomic_write, sync_folder
 from engine.dataloader.token_files import DTYPES, REPLACING, SHARD, SPLITS, find_token_files
 from engine.errors import RunError, UserError
-from engine.tokenizer import check_spec
+from engine.tokenizer import DatasetMeta
 
 JOURNAL = 'unfinished.json'         # of a dataset with one file a split
 
@@ -44,11 +44,11 @@ class Replacement:
     write_meta() comes first, then the writer's journal, then rename_files().
     """
     folder: Path
-    meta: dict              # the content of the new meta.json
+    meta: DatasetMeta       # the content of the new meta.json
 
     @property
     def has_shards(self) -> bool:
-        return 'train.bin' not in self.meta['sha256']
+        return 'train.bin' not in self.meta.sha256
 
     @property
     def journal(self) -> Path:
@@ -58,15 +58,15 @@ class Replacement:
     def staged(self, name: str) -> Path:
         """Where a new file lies until it is renamed to `name`."""
         if self.has_shards:
-            return ready_folder(self.folder, self.meta['source']) / name
+            return ready_folder(self.folder, self.meta.source) / name
         return self.folder / f'{name}.part'
 
     def new_names(self) -> list[str]:
         """The names of the new files, in the order of their renaming: train.bin is the last."""
         names = ['meta.json']
-        if self.meta['tokenizer'] == 'char':
+        if self.meta.spec.kind == 'char':
             names.append('meta.pkl')
-        return names + sorted(self.meta['sha256'], reverse=True)
+        return names + sorted(self.meta.sha256, reverse=True)
 
     def obsolete_names(self) -> list[str]:
         """The names of files of an earlier dataset that no new file has."""
@@ -81,12 +81,12 @@ class Replacement:
         """Write meta.json, and meta.pkl for a character vocabulary, where they wait."""
         path = self.staged('meta.json')
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.meta)
+        write_json(path, self.meta.to_dict())
 
         path = self.staged('meta.pkl')
-        if self.meta['tokenizer'] == 'char':
+        if self.meta.spec.kind == 'char':
             with atomic_write(path, 'wb') as file:
-                pickle.dump(nanogpt_meta(self.meta['chars']), file, protocol=2)
+                pickle.dump(nanogpt_meta(self.meta.spec.chars), file, protocol=2)
         else:
             path.unlink(missing_ok=True)
 
@@ -109,7 +109,7 @@ class Replacement:
 
     def complete(self) -> bool:
         """Go on after a kill. False if a file of the new dataset is missing or damaged."""
-        for name, sha256 in self.meta['sha256'].items():
+        for name, sha256 in self.meta.sha256.items():
             path = self.staged(name)
             if not path.exists():
                 path = self.folder / name           # the killed run has renamed it
@@ -146,14 +146,14 @@ def own_shards(folder):
     return [path.name for path in folder.iterdir() if is_own_shard(path.name)]
 
 
-def replace_with_shards(folder: Path, meta: dict):
+def replace_with_shards(folder: Path, meta: DatasetMeta):
     """Replace the dataset in `folder` with the shards that wait in its ready_folder().
 
     meta: the content of meta.json, which names the shards.
     """
     replacement = Replacement(folder, meta)
     replacement.write_meta()
-    write_json(replacement.journal, meta)
+    write_json(replacement.journal, meta.to_dict())
     replacement.rename_files()
 
 
@@ -169,33 +169,33 @@ def complete_shards(folder: Path, key: str) -> bool:
         Replacement(folder, begun).complete()
 
     meta = read_json(folder / 'meta.json', check_shards_meta)
-    if not meta or meta['source'] != key or (folder / REPLACING).exists():
+    if not meta or meta.source != key or (folder / REPLACING).exists():
         return False
 
     # no shard is missing or cut
     files = [file for split in find_token_files(folder).values() for file in split]
-    tokens = sum(meta['tokens'][split] for split in SPLITS)
-    size = tokens * DTYPES[meta['dtype']].itemsize
-    return ({file.name for file in files} == set(meta['sha256'])
+    tokens = sum(meta.tokens[split] for split in SPLITS)
+    size = tokens * DTYPES[meta.dtype].itemsize
+    return ({file.name for file in files} == set(meta.sha256)
             and sum(file.bytes for file in files) == size)
 
 
-def check_shards_meta(meta):
-    """`meta`, if it can be the content of meta.json of our own shards.
+def check_shards_meta(content):
+    """The DatasetMeta that `content` is, if it can be that of our own shards.
 
     Raises ValueError, KeyError or TypeError otherwise.
     """
-    check_spec(meta)
+    meta = DatasetMeta.from_dict(content)
 
-    if not re.fullmatch('[0-9a-f]{64}', meta['source']) or meta['dtype'] not in DTYPES:
+    if not re.fullmatch('[0-9a-f]{64}', meta.source) or meta.dtype not in DTYPES:
         raise ValueError('no shards of ours')
 
-    if not all(type(meta['tokens'][split]) is int for split in SPLITS):
+    if not all(type(meta.tokens[split]) is int for split in SPLITS):
         raise ValueError('a number of tokens is none')
 
-    if type(meta['sha256']) is not dict:
+    if type(meta.sha256) is not dict:
         raise ValueError('there are no digests')
-    for name, digest in meta['sha256'].items():
+    for name, digest in meta.sha256.items():
         if not is_own_shard(name) or type(digest) is not str:
             raise ValueError('a shard is impossible')
 

@@ -44,7 +44,7 @@ from engine.prepare.publish import (
     write_lock,
 )
 from engine.prepare.text_files import Position
-from engine.tokenizer import end_of_text
+from engine.tokenizer import DatasetMeta, TokenizerSpec
 
 COPIED_TOKENS = 1 << 20         # tokens copied at once
 
@@ -155,7 +155,7 @@ class ShardWriter:
     """One part of the work on a sharded dataset.
 
     folder: the folder of the dataset.
-    spec: the spec of the tokenizer, as in engine.tokenizer.
+    spec: the spec of the tokenizer.
     key: names the input. A part continues only work of the same key.
     shard_tokens: how many tokens a shard has; the last one may be shorter.
     part, parts: the number of this part, from 0 on, and how many there are; 0 of 1 does all.
@@ -163,18 +163,19 @@ class ShardWriter:
     Raises UserError for a vocabulary without an end-of-text token.
     """
 
-    def __init__(self, folder: Path, spec: dict, key: str, shard_tokens: int, part: int,
-                 parts: int):
+    def __init__(self, folder: Path, spec: TokenizerSpec, key: str, shard_tokens: int,
+                 part: int, parts: int):
         self.folder = folder
         self.spec = spec
         self.shard_tokens = shard_tokens
         self.part = part
         self.parts = parts
 
-        facts = [key, spec, shard_tokens]               # where one changes, the work begins anew
+        # where one changes, the work begins anew
+        facts = [key, spec.to_dict(), shard_tokens]
         self.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        self.dtype = DTYPES[token_dtype(spec['vocab_size'])]
-        self.end_of_text = end_of_text(spec)
+        self.dtype = DTYPES[token_dtype(spec.vocab_size)]
+        self.end_of_text = spec.end_of_text
         self.unfinished = folder / 'unfinished'
         self.text_bytes = 0                             # of the text that this process encoded
         if self.end_of_text is None:
@@ -381,13 +382,14 @@ class ShardWriter:
         # publish
         held_out = self.shard_tokens
         trained = sum(shard.tokens for shard in shards.values()) - held_out
-        meta = dict(self.spec, dtype=self.dtype.name, tokens=dict(train=trained, val=held_out),
-                    sha256=digests, source=self.key)
+        meta = DatasetMeta(self.spec, dtype=self.dtype.name,
+                           tokens=dict(train=trained, val=held_out),
+                           sha256=digests, source=self.key)
         replace_with_shards(self.folder, meta)
 
         log.info(f'{self.folder}: {len(shards) - 1:,} shards have {trained:,} tokens, '
                  f'val_000000.bin {held_out:,}; '
-                 f'vocabulary {meta["vocab_size"]:,} ({meta["tokenizer"]})')
+                 f'vocabulary {self.spec.vocab_size:,} ({self.spec.kind})')
         return True
 
     def plan_shards(self, chunks):

@@ -390,5 +390,5 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
     return Run(
         model, wrapped_model.train(), optimizer, scaler, batch_schedule,
         grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
-        out_dir=settings['out_dir'], settings=settings, tokenizer=data.tokenizer,
+        out_dir=settings['out_dir'], settings=settings, tokenizer=data.tokenizer.to_dict(),
         fingerprint=data.fingerprint, dtype=env.dtype)

@@ -209,7 +209,7 @@ def test_a_name_that_leaves_the_folder_is_refused(folder, name):
 @pytest.mark.parametrize('change', ['none', 'vocabulary', 'text'])
 def test_a_run_resumes_on_its_own_dataset_only(folder, change):
     data = TokenDataset('toy')
-    saved = (data.tokenizer, data.fingerprint)
+    saved = (data.tokenizer.to_dict(), data.fingerprint)
 
     if change == 'vocabulary':
         meta = dict(tokenizer='char', vocab_size=1000, chars=''.join(map(chr, range(1000))))

@@ -22,7 +22,7 @@ from engine.dataloader import batches as dataloader
 from engine.dataloader.batches import TokenDataset
 from engine.distributed import Environment
 from engine.errors import RunError, UserError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, read_meta
 from engine.training import parallel
 from model import GPT, GPTConfig
 
@@ -163,7 +163,7 @@ def demos(tmp_path, monkeypatch):
 
 
 def read_tokenizer(folder):
-    return Tokenizer(json.loads((folder / 'meta.json').read_text()))
+    return Tokenizer(read_meta(folder))
 
 
 def read_lines(folder, split):

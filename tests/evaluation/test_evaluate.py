@@ -22,7 +22,8 @@ def scored(workspace):
     out_dir = workspace.folder / 'out-scored'
     out_dir.mkdir()
     gathered.write(out_dir / gathered.MODEL, dict(
-        make_model().to_checkpoint(), iter_num=7, best_val_loss=1.0, config={}, tokenizer=SPEC))
+        make_model().to_checkpoint(), iter_num=7, best_val_loss=1.0, config={},
+        tokenizer=SPEC.to_dict()))
     write_tasks(workspace.folder / 'tasks')
     return workspace
 

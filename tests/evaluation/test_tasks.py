@@ -15,11 +15,11 @@ from engine.errors import RunError, UserError
 from engine.evaluation import scoring, task_files
 from engine.evaluation.results import evaluate_tasks, summarize, summarize_core
 from engine.evaluation.tasks import Example, Task, load_tasks, text_pairs, windows
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, char_spec
 from model import GPT, GPTConfig
 
 CHARACTERS = ''.join(sorted(set('abcdefghijklmnopqrstuvwxyz .,:=\nABCQ')))
-SPEC = dict(tokenizer='char', vocab_size=len(CHARACTERS), chars=CHARACTERS)
+SPEC = char_spec(CHARACTERS)
 OPTIONS = [{}]
 if 'position' in {field.name for field in dataclasses.fields(GPTConfig)}:   # GPTs beyond GPT-2
     OPTIONS += [dict(position='rotary', n_kv_head=1), dict(position='alibi', softcap=5.0)]
@@ -319,7 +319,7 @@ def test_wikitext_perplexity_divides_by_the_words_of_the_raw_pages(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     (tmp_path / 'wikitext2.txt').write_text(WIKI, encoding='utf-8')
-    tokenizer = Tokenizer(dict(tokenizer='char', vocab_size=size, chars=characters))
+    tokenizer = Tokenizer(char_spec(characters))
     tasks = load('wikitext2,wikitext2_blocks', tmp_path, tokenizer, 32)
     found = {r['metric']: r['value'] for r in run_tasks(model, tasks)}
 

@@ -10,7 +10,7 @@ import export
 from engine.errors import RunError, UserError
 from engine.hf import save_pretrained
 from engine.hf.tokenizer_json import pretrained_spec, train_bpe
-from engine.tokenizer import GPT2, Tokenizer, same_tokens
+from engine.tokenizer import GPT2, Tokenizer, TokenizerSpec, same_tokens
 
 transformers = pytest.importorskip('transformers')
 
@@ -165,7 +165,8 @@ def test_what_was_exported_comes_back_as_it_was(language_models):
         arguments, weights = hf_weights.load(folder)
         model = GPT.from_weights(GPTConfig(**arguments), weights).state_dict()
         assert all(torch.equal(value, model[name]) for name, value in saved.model.items())
-        assert same_tokens(pretrained_spec(folder), saved.tokenizer)
+        spec = TokenizerSpec.from_dict(saved.tokenizer)
+        assert same_tokens(pretrained_spec(folder), spec)
 
     text = workspace.run('sample.py', '--init_from=out-bpe-hf', '--device=cpu', '--num_samples=1',
                          '--start=ab', '--max_new_tokens=5').stdout
@@ -202,12 +203,13 @@ def test_other_shapes_continue_as_sample_does(workspace, kind, options):
     run = workspace.folder / f'out-{kind}'
     run.mkdir()
     gathered.write(run / gathered.MODEL, dict(
-        model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={}, tokenizer=spec))
+        model.to_checkpoint(), iter_num=1, best_val_loss=1.0, config={},
+        tokenizer=spec.to_dict()))
 
     workspace.run('export.py', f'out-{kind}', f'{kind}-hf', '--trim_vocab=True')
     generate = transformers.pipeline('text-generation', model=str(workspace.folder / f'{kind}-hf'))
     assert type(generate.model).__name__ == f'{kind}ForCausalLM'
-    assert generate.model.config.vocab_size == spec['vocab_size']
+    assert generate.model.config.vocab_size == spec.vocab_size
 
     sampled = workspace.run('sample.py', f'--out_dir=out-{kind}', *GREEDY, '--start=some words',
                             '--max_new_tokens=20').stdout.removesuffix('\n---------------\n')
@@ -318,7 +320,7 @@ def test_the_model_card_says_what_was_trained(language_models):
 def test_a_model_card_holds_no_markup_of_a_setting():
     run = save_pretrained.TrainedModel(
         config=None, weights={},
-        spec=dict(tokenizer='char', vocab_size=3),
+        spec=TokenizerSpec('char', 3, chars='abc'),
         settings=dict(out_dir='a | b\n# c <script>', dataset='[x](http://y)'),
         iter_num=1, best_val_loss=1.0, losses=[],
     )

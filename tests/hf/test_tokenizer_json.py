@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +33,6 @@ from engine.tokenizer import (
     TokenizerJson,
     byte_letters,
     char_spec,
-    end_of_text,
     read_meta,
     same_tokens,
 )
@@ -137,7 +137,7 @@ def test_a_folders_tokenizer_does_what_transformers_does(tmp_path, make, end):
     spec = named_spec(source)
     tokenizer = Tokenizer(spec)
     assert tokenizer.vocab_size == len(reference)
-    assert tokenizer.end_of_text == end_of_text(spec) == reference.eos_token_id
+    assert tokenizer.end_of_text == spec.end_of_text == reference.eos_token_id
 
     for text in ['', 'it is', random_text(1), f'a{end}b']:
         ids = tokenizer.encode(text)
@@ -266,11 +266,11 @@ def slow_bpe(text, vocab_size):
 
 def test_training_merges_the_most_frequent_pairs():
     spec = train_bpe([TEXT[:3000], TEXT[3000:6000]], 300)
-    model = json.loads(spec['tokenizer_json'])['model']
+    model = json.loads(spec.tokenizer_json)['model']
     ids, merges = slow_bpe(TEXT[:6000], 300)
     assert model['vocab'] == ids
     assert model['merges'] == merges
-    assert spec['vocab_size'] == 300
+    assert spec.vocab_size == 300
 
     tokenizer = Tokenizer(spec)
     for text in (random_text(99), 'unseen: ÿ 漢字'):
@@ -288,13 +288,13 @@ def test_training_gives_the_same_tokenizer_with_one_thread_and_with_several():
         done = subprocess.run([sys.executable, '-c', code, TEXT], cwd=ROOT, text=True,
                               capture_output=True, check=True, env=variables)
         found.add(done.stdout.strip())
-    assert found == {train_bpe([TEXT] * 9, 380)['tokenizer_sha256']}
+    assert found == {train_bpe([TEXT] * 9, 380).tokenizer_sha256}
 
 
 def test_a_short_text_gives_fewer_tokens():
     spec = train_bpe(['abab'], 4096)
     tokenizer = Tokenizer(spec)
-    assert 257 < spec['vocab_size'] < 262
+    assert 257 < spec.vocab_size < 262
     assert tokenizer.decode(tokenizer.encode('abab')) == 'abab'
 
 
@@ -372,7 +372,7 @@ def test_other_tokenizers_are_written_as_they_were(tmp_path):
 
     again = named_spec(str(tmp_path / 'b'))
     assert same_tokens(spec, again)
-    assert spec['tokenizer_name'] != again['tokenizer_name']
+    assert spec.tokenizer_name != again.tokenizer_name
 
 
 # What cannot be used
@@ -385,7 +385,7 @@ def test_no_code_of_a_folder_is_run(tmp_path):
 
     spec = named_spec(source)
     assert not (tmp_path / 'ran').exists()
-    assert 'evil' not in spec['tokenizer_config']
+    assert 'evil' not in spec.tokenizer_config
 
 
 LARGE_ID = ('{"version": "1.0", "added_tokens": [], "model": '
@@ -443,9 +443,9 @@ def test_a_hub_name_is_stored_with_its_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, 'snapshot_download',
                         lambda name, allow_patterns: str(tmp_path / '0123abcd'))
     spec = named_spec('some/name')
-    assert spec['tokenizer_name'] == 'some/name'
-    assert spec['tokenizer_revision'] == '0123abcd'
-    assert re.fullmatch('[0-9a-f]{64}', spec['tokenizer_sha256'])
+    assert spec.tokenizer_name == 'some/name'
+    assert spec.tokenizer_revision == '0123abcd'
+    assert re.fullmatch('[0-9a-f]{64}', spec.tokenizer_sha256)
 
 
 def test_a_damaged_spec_is_refused_when_it_is_used():
@@ -453,18 +453,18 @@ def test_a_damaged_spec_is_refused_when_it_is_used():
     other = train_bpe(['another text'], 270)
     changes = [
         (dict(tokenizer_json='{'), 'cannot be used'),
-        (dict(tokenizer_json=other['tokenizer_json']), 'is damaged'),
+        (dict(tokenizer_json=other.tokenizer_json), 'is damaged'),
         (dict(vocab_size=299), 'is damaged'),
         (dict(vocab_size=301), 'is damaged'),
     ]
     for change, words in changes:
         with pytest.raises(UserError, match=words):
-            Tokenizer(dict(spec, **change))
+            Tokenizer(replace(spec, **change))
 
 
 def test_a_spec_goes_through_meta_json(tmp_path):
     spec = train_bpe([TEXT], 300)
-    meta = dict(spec, tokens={'train': 1}, sha256={}, dtype='uint16')
+    meta = dict(spec.to_dict(), tokens={'train': 1}, sha256={}, dtype='uint16')
     (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     again = read_meta(tmp_path)
     assert again == spec == named_spec(str(tmp_path))

@@ -61,21 +61,21 @@ def test_bpe_is_trained_on_the_train_split_and_ends_each_document(workspace, fol
     result = prepare(workspace, '--tokenizer=bpe', '--vocab_size=320', f'--num_proc={cores}')
     spec = read_meta(folder / 'data' / 'mine')
     assert 'vocabulary 320' in result.stdout
-    assert spec['vocab_size'] == 320 and spec['tokenizer_name'] == 'bpe'
+    assert spec.vocab_size == 320 and spec.tokenizer_name == 'bpe'
 
     # the tokenizer is that of the train split
     parts = split_documents()
     train_texts = [text for split, text in parts if split == 'train']
-    assert spec['tokenizer_sha256'] == train_bpe(train_texts, 320)['tokenizer_sha256']
+    assert spec.tokenizer_sha256 == train_bpe(train_texts, 320).tokenizer_sha256
 
     # the ids are the reference's
-    reference = tokenizers.Tokenizer.from_str(spec['tokenizer_json'])
+    reference = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
     reference.encode_special_tokens = True
     for split in ('train', 'val'):
         expected = []
         for part, text in parts:
             if part == split:
-                expected += [*reference.encode(text).ids, spec['end_of_text']]
+                expected += [*reference.encode(text).ids, spec.end_of_text]
         assert tokens(folder, split) == expected
 
     def without_ends(text):
@@ -118,7 +118,7 @@ def test_the_tokenizer_of_a_folder_encodes_whole_documents(workspace, folder):
             if part == split:
                 expected += [*reference(text).input_ids, 2]
         assert tokens(folder, split) == expected
-    assert read_meta(folder / 'data' / 'mine')['tokenizer_name'] == 'foreign'
+    assert read_meta(folder / 'data' / 'mine').tokenizer_name == 'foreign'
 
 
 @pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb_edu'])
@@ -145,7 +145,7 @@ def test_datasets_of_documents_take_a_tokenizer(data, tmp_path, monkeypatch, dat
         assert len(val) == 1
         del documents[val[0]]
         assert found['train.bin'] == sum(([*document, 2] for document in documents), [])
-    assert read_meta(data / dataset)['tokenizer_name'] == 'foreign'
+    assert read_meta(data / dataset).tokenizer_name == 'foreign'
 
 
 @pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb_edu'])
@@ -207,7 +207,7 @@ def test_a_vocabulary_over_65536_takes_four_bytes_per_token(workspace, folder, m
 
     ids = np.fromfile(folder / 'data' / 'mine' / 'val.bin', '<u4')
     spec = read_meta(folder / 'data' / 'mine')
-    assert spec['vocab_size'] == 70_000 and ids.max() > 65_535
+    assert spec.vocab_size == 70_000 and ids.max() > 65_535
     expected = Tokenizer(spec).encode_to_numpy(text, as_document=True)
     assert ids[-5:].tolist() == expected[-5:].tolist()
 

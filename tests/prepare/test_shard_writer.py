@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from engine.dataloader import batches as dataloader
 from engine.dataloader.batches import TokenDataset
 from engine.errors import RunError, UserError
 from engine.prepare import dataset_writer, encode, publish, shard_writer, text_files
-from engine.tokenizer import GPT2, Tokenizer
+from engine.tokenizer import GPT2, Tokenizer, TokenizerSpec, char_spec
 
 END = 50256
 
@@ -385,12 +386,9 @@ def test_a_sample_is_its_files_only(data, tmp_path, monkeypatch, gpt2):
 
 # large vocabularies
 
-LARGE = dict(tokenizer='hf', vocab_size=70_000, end_of_text=69_999)
-
-
-def read_large(folder):
-    """As read_spec_and_fields does, for a spec without a tokenizer.json."""
-    return LARGE, json.loads((folder / 'meta.json').read_text())
+LARGE = TokenizerSpec(
+    'hf', 70_000, end_of_text=69_999, tokenizer_name='large', tokenizer_sha256='',
+    tokenizer_json='', tokenizer_config='')
 
 
 def encode_large(text):
@@ -400,7 +398,6 @@ def encode_large(text):
 def test_ids_beyond_65535_are_written_and_read_with_32_bits(tmp_path, monkeypatch):
     """By both writers, and read by the loader, which knows the vocabulary's end-of-text token."""
     monkeypatch.setattr(dataloader, 'DATA', tmp_path)
-    monkeypatch.setattr(dataloader, 'read_spec_and_fields', read_large)
     texts = ['some text', 'and more', 'a third'] * 20
     ids = [[*encode_large(text).tolist(), 69_999] for text in texts]
     all_ids = sum(ids, [])
@@ -446,8 +443,8 @@ def test_shards_replace_a_dataset_of_one_file_a_split(tmp_path):
     assert set(contents(tmp_path)) == {'val_000000.bin', 'train_000001.bin', 'meta.json'}
 
 
-CHARACTERS = dict(tokenizer='char', vocab_size=3, chars='abc')
-NO_END = dict(tokenizer='hf', vocab_size=300, end_of_text=None)
+CHARACTERS = char_spec('abc')
+NO_END = replace(LARGE, vocab_size=300, end_of_text=None)
 
 
 @pytest.mark.parametrize('spec', [CHARACTERS, NO_END])
