@@ -124,6 +124,7 @@ class MLP(nn.Module):
         width = config.mlp_width
         if config.gated:                                        # a gate beside each value
             width = 2 * width
+
         activations = dict(gelu=nn.GELU(), gelu_tanh=nn.GELU('tanh'), relu2=relu2, swiglu=swiglu)
 
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
@@ -169,10 +170,8 @@ def build_norm(size, config):
 
 
 def residual_projection(n_in, config):
-    """A Linear whose output is added to the residual stream.
-
-    Its initial weights are scaled by 1/sqrt(2 n_layer), so that the variance of the stream does not
-    grow with depth (GPT-2, 2.3)."""
+    """A Linear whose output is added to the residual stream. Its initial weights are scaled by
+    1/sqrt(2 n_layer), so that the variance of the stream does not grow with depth (GPT-2, 2.3)."""
     layer = nn.Linear(n_in, config.n_embd, bias=config.bias)
     layer.init_std = config.init_std / math.sqrt(2 * config.n_layer)
     if config.zero_init:
@@ -268,19 +267,21 @@ class GPT(nn.Module):
         """(..., V) from the output of hidden, (..., C)."""
         logits = self.lm_head(x)
         softcap = self.config.softcap
+
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         return logits
 
     def loss_fn(self, x, targets):
         """(logits or None, mean cross-entropy in nats), of hidden's x (B, T, C)."""
-        # the same loss, from the logits of a few positions at a time
+        # to save memory, the same loss from the logits of a few positions at a time
         if not self.keep_logits:
             from engine.training.chunked_loss import chunked_cross_entropy, is_worth_chunking
             weight = self.lm_head.weight
             if is_worth_chunking(targets.numel(), len(weight)):
                 return None, chunked_cross_entropy(x, weight, targets, self.config.softcap)
 
+        # logits of all positions at once
         logits = self.logits(x)                                 # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -320,41 +321,32 @@ class GPT(nn.Module):
             from engine.checkpoint.run_folder import load_newest_model
             saved = load_newest_model(saved)
 
-        arguments = {'activation': saved.activation or 'gelu'}
         try:
-            arguments.update(saved.model_args, dropout=dropout)
-            config = GPTConfig(**arguments)
+            config = GPTConfig(**saved.gpt_arguments(dropout))
             if saved.model is None:                 # engine.checkpoint.sharded reads them later
                 return cls(config)
-
-            # copies, as the file that the tensors are mapped from may be replaced
-            weights = {name: value.to(torch.float32, copy=True).contiguous()
-                       for name, value in saved.model.items()}
-            return cls.from_weights(config, weights)
+            return cls.from_weights(config, saved.float32_weights())
         except (UserError, TypeError) as error:     # TypeError: GPTConfig lacks an argument
             raise UserError(f'{saved.path or "the checkpoint"}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'} for a checkpoint.
-
-        nanoGPT passes model_args to its own GPTConfig. So a field that it lacks is included only
-        if it differs from its default.
-        """
+        """{'model_args', 'activation', 'model'} for a checkpoint. nanoGPT passes model_args to its own
+        GPTConfig, so a field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
         activation = self.config.activation
         if activation.startswith('gelu'):           # nanoGPT loads both, and computes the exact one
             model_args.pop('activation', None)
+
         return dict(activation=activation, model_args=model_args, model=self.state_dict())
 
     @classmethod
     def from_weights(cls, config, weights):
         """A GPT that takes over `weights`, {name: tensor}, without initializing others first.
-
-        Raises UserError where a name or shape is missing, unknown or different.
-        """
+        Raises UserError where a name or shape is missing, unknown or different."""
         with torch.device('meta'):
             model = cls(config)
+        # assigned, not copied
         check_weights(model, weights)
         model.load_state_dict(weights, assign=True)
         if config.tied:

@@ -92,6 +92,19 @@ class Checkpoint:
         checkpoint.model = with_plain_names(checkpoint.model)
         return checkpoint
 
+    def gpt_arguments(self, dropout: float) -> dict:
+        """The arguments of GPTConfig that build the model, with another dropout."""
+        activation = self.activation or 'gelu'
+        return {'activation': activation, **self.model_args, 'dropout': dropout}
+
+    def float32_weights(self) -> dict[str, torch.Tensor]:
+        """The weights in float32 and in memory of their own.
+
+        They are copies, as the file that the tensors are mapped from may be replaced.
+        """
+        return {name: value.to(torch.float32, copy=True).contiguous()
+                for name, value in self.model.items()}
+
     def to_payload(self) -> dict:
         """The dict for a file, {name of a field: value}.
 
