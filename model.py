@@ -330,8 +330,8 @@ class GPT(nn.Module):
             raise UserError(f'{saved.path or "the checkpoint"}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'} for a checkpoint. nanoGPT passes model_args to its own
-        GPTConfig, so a field that it lacks is included only if it differs from its default."""
+        """{'model_args', 'activation', 'model'}. nanoGPT passes model_args to its own GPTConfig, so a
+        field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
         activation = self.config.activation

@@ -378,8 +378,7 @@ def train(run, data, overrides, env):
         run.count_iteration()
 
         # log the step before; a stop signal may have reached a rank
-        asked_to_stop = log.push(progress.iter_num - 1, numbers, progress.tokens, lr=lr)
-        if asked_to_stop:
+        if log.push(progress.iter_num - 1, numbers, progress.tokens, lr=lr):
             break
 
     # save where a signal ended the loop
