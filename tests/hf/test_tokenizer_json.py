@@ -281,7 +281,7 @@ def test_training_merges_the_most_frequent_pairs():
 
 def test_training_gives_the_same_tokenizer_with_one_thread_and_with_several():
     code = ('from engine.hf.tokenizer_json import train_bpe; import sys; '
-            'print(train_bpe([sys.argv[1]] * 9, 380)["tokenizer_sha256"])')
+            'print(train_bpe([sys.argv[1]] * 9, 380).tokenizer_sha256)')
     found = set()
     for threads in ('1', '3'):
         variables = dict(os.environ, RAYON_NUM_THREADS=threads, PYTHONHASHSEED=threads)
