@@ -26,7 +26,7 @@ import configurator
 from engine import device as devices
 from engine import distributed
 from engine.dataloader.batches import TokenDataset, prefetch
-from engine.distributed import hard_exit, report_first_failure, start
+from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import UserError
 from engine.generation import cpu as cpu_generation
 from engine.hf import weights as hf_weights
@@ -471,7 +471,7 @@ def write_report(env):
 def main(overrides):
     # settings and machine
     check_settings()
-    env = start(device, dtype, compile, backend)
+    env = start_environment(device, dtype, compile, backend)
     if env.device.type == 'cpu':
         keep_freed_memory()
     parallel.check_strategy(strategy, 'float32', env)

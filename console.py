@@ -127,8 +127,8 @@ def print_error(line, error):
     where = ''
     if not IS_MAIN:
         if isinstance(error, UserError):
-            # A bad setting ends every rank, and rank 0 prints it: torchrun then ends this one while
-            # it waits. If it is still here, the mistake is this rank's alone.
+            # A bad setting ends every rank, and rank 0 prints it. torchrun then ends this rank
+            # while it sleeps. If this rank wakes up, the mistake is its own.
             time.sleep(3)
             if getattr(error, 'on_all_ranks', False):
                 return

@@ -21,7 +21,7 @@ import torch
 import configurator
 from engine.atomic_files import atomic_write
 from engine.checkpoint.load_model import load_model
-from engine.distributed import hard_exit, report_first_failure, start
+from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import RunError
 from engine.evaluation.results import evaluate_tasks
 from engine.evaluation.tasks import load_tasks
@@ -99,7 +99,7 @@ def main(overrides):
 
     # the machine
     began = time.perf_counter()
-    env = start(device, dtype, timeout=rank_timeout)
+    env = start_environment(device, dtype, timeout=rank_timeout)
     if env.dtype == 'float32':
         torch.set_float32_matmul_precision('highest')   # training takes TF32: 11 bits
     print0(configurator.describe_settings(overrides), file=sys.stderr)

@@ -31,7 +31,7 @@ def export_hf(source, folder):
     from engine.metrics.metrics_file import read_losses
     from model import GPT
 
-    saved = run_folder.load_newest_model(source)
+    saved = run_folder.newest_checkpoint(source)
     model = GPT.from_checkpoint(saved)
     trained = save_pretrained.TrainedModel(
         config=model.config,
@@ -52,7 +52,7 @@ def export_nanogpt(source, folder):
     from engine.checkpoint import sharded as sharded_checkpoint
 
     saved, _ = run_folder.load_state(source)
-    if saved.sharded:
+    if saved.shards_folder:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)
 
     # These two are of the initial weights, which matter no longer.

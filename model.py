@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import CausalAttention
 from engine.errors import UserError
-from engine.model_checks import check_config, check_context, check_weights, only_dropout
+from engine.model_checks import check_config, check_context, check_overrides, check_weights
 from engine.positions import encode_positions
 
 NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
@@ -39,7 +39,7 @@ class GPTConfig:
     activation: Literal['gelu', 'gelu_tanh', 'relu2', 'swiglu'] = 'gelu'
                                 # gelu is exact, gelu_tanh is OpenAI's approximation of it;
                                 # relu2: arXiv:2109.08668; swiglu: arXiv:2002.05202
-    # GPT-2 has none of the following
+    # beyond GPT-2; the defaults are GPT-2's
     position: Literal['learned', 'rotary', 'alibi'] = 'learned'
                                 # learned embeddings, rotary (arXiv:2104.09864), alibi (2108.12409)
     rope_theta: float = 1e4     # the slowest rotary channels turn once in 2 pi rope_theta positions
@@ -52,7 +52,7 @@ class GPTConfig:
     n_kv_head: int = 0          # heads of keys and values (arXiv:2305.13245); 0: as many as n_head
     n_inner: int = 0            # width of the MLP; 0: 4 n_embd, or 8/3 n_embd with swiglu
     tied: bool = True           # the embedding is also the head
-    softcap: float = 0.0        # a tanh keeps logits below it (arXiv:2408.00118); 0 does not
+    softcap: float = 0.0        # a tanh keeps logits below this (arXiv:2408.00118); 0: no limit
     zero_init: bool = False     # blocks start as the identity, an untied head with equal logits
     init_std: float = 0.02      # deviation of the initial weights; narrow models learn faster with
                                 # 0.02 sqrt(768 / n_embd)
@@ -88,15 +88,15 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.kv_heads
-        n_heads = self.n_head + 2 * self.n_kv_head
-        self.c_attn = nn.Linear(config.n_embd, n_heads * config.head_size, bias=config.bias)
+        n_projected = self.n_head + 2 * self.n_kv_head          # queries, keys and values
+        self.c_attn = nn.Linear(config.n_embd, n_projected * config.head_size, bias=config.bias)
         self.q_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config.head_size, config) if config.qk_norm else nn.Identity()
         self.c_proj = residual_projection(config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, encoding, context):
-        """x: (B, T, C). encoding: PositionEncoding. context: CausalAttention, such as a KVCache."""
+    def forward(self, x, encoding, attender):
+        """x: (B, T, C). encoding: PositionEncoding. attender: CausalAttention, or a KVCache."""
         B, T, C = x.shape
 
         # queries, keys and values, from one product
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         q = q.transpose(1, 2)                                               # (B, H, T, D)
         k = k.transpose(1, 2)                                               # (B, G, T, D)
         v = v.transpose(1, 2)                                               # (B, G, T, D)
-        y = context.attend(q, k, v, encoding.bias)                          # (B, H, T, D)
+        y = attender.attend(q, k, v, encoding.bias)                          # (B, H, T, D)
 
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -156,8 +156,8 @@ class Block(nn.Module):
         self.ln_2 = build_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, encoding, context):                    # (B, T, C)
-        x = x + self.attn(self.ln_1(x), encoding, context)
+    def forward(self, x, encoding, attender):                    # (B, T, C)
+        x = x + self.attn(self.ln_1(x), encoding, attender)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -225,10 +225,10 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         return self.loss_fn(x, targets)
 
-    def hidden(self, idx, contexts=None, positions=None):
+    def hidden(self, idx, attenders=None, positions=None):
         """The normalized output of the last layer, (B, T, C), for idx (B, T).
 
-        contexts: for each layer a CausalAttention, such as a KVCache, whose text idx continues.
+        attenders: for each layer a CausalAttention, such as a KVCache, whose text idx continues.
         By default, idx attends over itself.
         positions: (T,), by default the next ones. A compiled decoder passes them, as a Python
         number would recompile it for every token.
@@ -237,15 +237,15 @@ class GPT(nn.Module):
         T = idx.size(1)
 
         # what each layer attends over, and where in the text idx lies
-        if contexts is None:
+        if attenders is None:
             dropout = config.dropout if self.training else 0.0
-            contexts = [CausalAttention(dropout)] * config.n_layer
+            attenders = [CausalAttention(dropout)] * config.n_layer
         if positions is None:
-            start = contexts[0].length
+            start = attenders[0].length
             if start + T > config.block_size:
                 raise UserError(f'{start + T} tokens do not fit block_size={config.block_size}')
             positions = torch.arange(start, start + T, device=idx.device)
-        encoding = encode_positions(config, positions, contexts[0].n_keys(T))
+        encoding = encode_positions(config, positions, attenders[0].n_keys(T))
 
         # embeddings
         x = self.transformer.wte(idx)                           # (B, T, C)
@@ -256,11 +256,11 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
 
         # blocks
-        for block, context in zip(self.transformer.h, contexts):
+        for block, attender in zip(self.transformer.h, attenders):
             if self.recompute:
-                x = checkpoint(block, x, encoding, context, use_reentrant=False)
+                x = checkpoint(block, x, encoding, attender, use_reentrant=False)
             else:
-                x = block(x, encoding, context)
+                x = block(x, encoding, attender)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -306,7 +306,7 @@ class GPT(nn.Module):
         """The model `source` of Hugging Face's hub, or of a folder that transformers saved.
         override_args: {'dropout': p} only, as the weights set the rest."""
         from engine.hf import weights as hf_weights  # transformers takes seconds to import
-        overrides = only_dropout(override_args, source)
+        overrides = check_overrides(override_args, source)
         arguments, weights = hf_weights.load(source)
         return cls.from_weights(GPTConfig(**{**arguments, **overrides}), weights)
 
@@ -314,12 +314,13 @@ class GPT(nn.Module):
     def from_checkpoint(cls, saved, dropout=0.0):
         """The model of a checkpoint, in float32 and in memory of its own.
 
-        saved: a run's folder, or an engine.checkpoint.contents.Checkpoint.
+        saved: a run's folder, or an engine.checkpoint.contents.Checkpoint. If the weights of a
+        sharded state are not read yet, the model has random ones until sharded.load reads them.
         Raises UserError where the weights do not fit the configuration.
         """
         if isinstance(saved, (str, Path)):
-            from engine.checkpoint.run_folder import load_newest_model
-            saved = load_newest_model(saved)
+            from engine.checkpoint.run_folder import newest_checkpoint
+            saved = newest_checkpoint(saved)
 
         try:
             config = GPTConfig(**saved.gpt_arguments(dropout))
@@ -330,12 +331,12 @@ class GPT(nn.Module):
             raise UserError(f'{saved.path or "the checkpoint"}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'}. nanoGPT passes model_args to its own GPTConfig, so a
-        field that it lacks is included only if it differs from its default."""
+        """{'model_args', 'activation', 'model'}. nanoGPT passes model_args to its own GPTConfig, so
+        a field that it lacks is included only if it differs from its default."""
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
         activation = self.config.activation
-        if activation.startswith('gelu'):           # nanoGPT loads both, and computes the exact one
+        if activation.startswith('gelu'):           # nanoGPT has the exact one alone, and no field
             model_args.pop('activation', None)
 
         return dict(activation=activation, model_args=model_args, model=self.state_dict())

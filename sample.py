@@ -19,7 +19,7 @@ from tqdm import tqdm
 import configurator
 from engine.checkpoint.load_model import load_model
 from engine.device import DTYPES, derive_seed
-from engine.distributed import start as start_environment
+from engine.distributed import start_environment
 from engine.errors import UserError
 from engine.generation.cpu import optimize_for_generation
 from engine.tokenizer import Tokenizer
@@ -179,8 +179,8 @@ def main(overrides):
     # samples, max_batch at a time
     sys.stdout.reconfigure(errors='replace')            # a pipe on Windows lacks some characters
     is_live = sys.stdout.isatty() and num_samples == 1
-    hidden = True if is_live else None          # None: hidden where stderr is not a terminal
-    bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=hidden)
+    disable = True if is_live else None         # tqdm: None shows the bar on a terminal only
+    bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=disable)
     for first in range(0, num_samples, max_batch):
         count = min(max_batch, num_samples - first)
         if is_live:

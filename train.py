@@ -22,7 +22,7 @@ import configurator
 from engine.checkpoint import run_folder
 from engine.dataloader.batches import eval_batches, open_dataset, train_batches
 from engine.device import derive_seed
-from engine.distributed import hard_exit, report_first_failure, start
+from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import UserError
 from engine.evaluation.results import TaskScorer
 from engine.generation.generate import TextSampler
@@ -53,10 +53,10 @@ sample_tokens = 0        # length of a sample at each evaluation; 0: none
 sample_prompt = '\n'     # text that the sample continues
 eval_tasks = ''          # tasks of evaluate.py to score, such as hellaswag,lambada
 eval_tasks_interval = 0  # iterations between such scores; 0: at every evaluation
-eval_tasks_limit = 0     # first examples of each task, with a standard error of
-                         # 0.015 for 1,000; 0: all
+eval_tasks_limit = 0     # score only the first examples; 1,000 give a standard error
+                         # of 0.015; 0: all
 eval_tasks_data = 'data/evals'  # folder that data/evals/prepare.py fills
-patience = 0             # evaluations without a better val loss until the end; 0: any
+patience = 0             # evaluations without a better val loss that end the run; 0: never
 health_interval = 0      # iterations between measurements of each layer; 0: none
 # wandb
 wandb_log = False        # True sends the metrics to wandb as well
@@ -68,19 +68,19 @@ accept_dataset_change = False   # True goes on with another dataset
 sampling = 'windows'     # windows: spread evenly, they may overlap; epoch: each window
                          # once, and the next epoch cuts the text elsewhere
 documents = 'any'        # any: sequences start anywhere; whole: where documents do
-gradient_accumulation_steps = 40    # micro-batches per iteration, of all ranks
+gradient_accumulation_steps = 40    # an iteration reads so many times batch_size sequences
 batch_size = 12          # sequences per micro-batch, at most; fewer take less memory
 block_size = 1024        # tokens of context; loaded weights with more are cut to it
 batch_ramp_start = 0     # tokens of the first batch, which then grows; 0 is no ramp
-batch_ramp_tokens = 0    # tokens until the batch is full; then lr_decay_iters counts
-                         # full batches
+batch_ramp_tokens = 0    # tokens until the batch is full; with a ramp, warmup_iters and
+                         # lr_decay_iters count full batches
 # model; loaded weights keep their own shape
 n_layer = 12             # blocks
 n_head = 12              # heads of attention in each block
 n_embd = 768             # channels, a multiple of n_head
 dropout = 0.0            # 0 for pretraining; 0.1 or more for small data
 bias = False             # biases in Linears and LayerNorms; GPT-2 has them
-# model beyond GPT-2
+# model beyond GPT-2; model.py has the names and comments, and configurator.py reads them there
 OPTIONS = configurator.add_options(globals(), GPTConfig, leave_out=('vocab_size',))
 # optimizer
 optimizer = 'adamw'      # adamw; or muon, for the matrices of the blocks
@@ -102,22 +102,22 @@ min_lr = 6e-5            # about a tenth of learning_rate
 # machine
 strategy = 'ddp'         # ddp: each rank has the whole model; fsdp: a shard of it;
                          # hsdp: shards within a machine, copies across machines
-reduce_dtype = 'float32' # of gradients between ranks; bfloat16 halves the traffic
+reduce_dtype = 'float32' # precision in which ranks exchange gradients
 backend = 'auto'         # between ranks: auto, nccl (GPUs) or gloo (CPUs)
 device = 'auto'          # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'           # auto, float32, bfloat16 or float16 (with loss scaling)
 compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on CUDA
 recompute = False        # True recomputes activations: less memory, a third more work
-seed = 1337              # of the initial weights, the batches and dropout
+seed = 1337              # fixes the initial weights, the batches and dropout
 rank_timeout = 600       # seconds that ranks wait for a lost one
 
-# A resumed run takes its saved settings, except these. The command that a stopped run prints
-# repeats the first ones.
+# A resumed run takes its saved settings, except those of NOT_RESTORED. The command that a stopped
+# run prints names those of REPEATED again.
 REPEATED = ('device', 'dtype', 'compile', 'backend', 'wandb_log')
 NOT_RESTORED = (*REPEATED, 'out_dir', 'init_from', 'overwrite', 'eval_only', 'rank_timeout',
                 'accept_dataset_change')
-# The settings that loaded weights decide.
-SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', *OPTIONS)
+# Loaded weights decide these settings.
+MODEL_SETTINGS = ('n_layer', 'n_head', 'n_embd', 'bias', *OPTIONS)
 
 
 # One iteration
@@ -125,8 +125,9 @@ SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', *OPTIONS)
 def get_lr(iteration):
     """The learning rate: a linear rise, then a fall to min_lr at lr_decay_iters.
 
-    The fall is a cosine (arXiv:1608.03983), a line from the rise on, or a line over the last
-    cooldown_iters (arXiv:2404.06395). iteration: with a batch ramp, in full batches.
+    The fall is a cosine (arXiv:1608.03983), a straight line from the end of warm-up on, or a
+    straight line over the last cooldown_iters (arXiv:2404.06395).
+    iteration: how many iterations are done; with a batch ramp, how many full batches.
     """
     if not decay_lr:
         return learning_rate
@@ -136,20 +137,21 @@ def get_lr(iteration):
     first = warmup_iters                                # iteration at which the fall begins
     if lr_schedule == 'wsd':
         first = max(warmup_iters, lr_decay_iters - cooldown_iters)
-    progress = (iteration - first) / (lr_decay_iters - first)
-    progress = min(1.0, max(0.0, progress))
+    fraction = (iteration - first) / (lr_decay_iters - first)
+    fraction = min(1.0, max(0.0, fraction))
     if lr_schedule == 'cosine':
-        share = 0.5 * (1 + math.cos(math.pi * progress))
+        share = 0.5 * (1 + math.cos(math.pi * fraction))
     else:
-        share = 1 - progress
+        share = 1 - fraction
     return min_lr + (learning_rate - min_lr) * share
 
 
 def train_step(run, batches, env):
     """One optimizer step over this rank's micro-batches.
 
-    Returns {'loss': mean over them in nats, 'grad_norm': of the global batch}, scalar tensors not
-    read yet, so that the host runs ahead of a GPU. Where either is not finite, the weights stay.
+    Returns {'loss', 'grad_norm'}, scalar tensors that are not read yet, so that the host runs ahead
+    of a GPU. The loss is this rank's mean in nats, the norm is that of all ranks together. If
+    either is not finite, the weights stay as they are.
     """
     # forward and backward; the gradients of the micro-batches add up
     loss_sum = torch.zeros((), device=env.device)
@@ -170,8 +172,9 @@ def train_step(run, batches, env):
     run.scaler.unscale_(run.optimizer)
     grad_norm = optim.clip_grad_norm(run.optimizer, run.grad_clip)
 
-    # update; the device decides whether it may, so the host does not wait. The loss scaler decides
-    # by itself. AdamW on a Mac ignores found_inf, and the log then ends the run before a save.
+    # update; a fused optimizer skips it where `found_inf` is 1, so the host need not read the loss.
+    # A GradScaler sets it by itself. On a Mac, AdamW does not look at it, and StepLog ends the run
+    # before anything is saved.
     if not run.scaler.is_enabled():
         run.optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()
     run.scaler.step(run.optimizer)
@@ -189,17 +192,17 @@ def estimate_loss(run, data, env):
     None if a signal reached any rank. The model is left in evaluation mode.
     """
     run.wrapped_model.eval()
-    most = math.ceil(eval_iters / env.world_size)               # batches of a rank
-    mine = len(range(env.rank, eval_iters, env.world_size))     # a last one may be a repeat
+    n_batches = math.ceil(eval_iters / env.world_size)          # of each rank
+    n_counted = len(range(env.rank, eval_iters, env.world_size))    # the last one may be a repeat
     losses = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=env.device)
         batches = eval_batches(data, split, eval_iters, batch_size, env)
-        bar = progress_bar(f'evaluating on {split}', batches, most, at_once=env.compile)
+        bar = progress_bar(f'evaluating on {split}', batches, n_batches, at_once=env.compile)
         for i, (x, y) in enumerate(bar):
             with env.autocast():
                 loss = run.wrapped_model(x, y)[1]
-            if i < mine:
+            if i < n_counted:
                 total += loss
             if env.stop_signal():
                 return None
@@ -208,9 +211,10 @@ def estimate_loss(run, data, env):
 
 
 def evaluate(run, data, env):
-    """Print, record and return an evaluation: whether the val loss improved.
+    """Evaluate, print and record. Returns whether the val loss is the best so far.
 
-    None if a signal reached any rank, and nothing is recorded. The model is left in training mode.
+    Returns None, and records nothing, if a signal reached any rank. The model is left in training
+    mode.
     """
     iter_num = run.progress.iter_num
     losses = estimate_loss(run, data, env)
@@ -248,13 +252,13 @@ def is_out_of_patience(progress):
 
 # Start-up
 
-def open_run(overrides, env):
+def resume_or_begin(overrides, env):
     """(the saved state to go on from or None, the lock of out_dir). Takes over a run's settings."""
     saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)
     if saved:
         changes = configurator.restore_settings(
             globals(), saved.config or {}, overrides, NOT_RESTORED)
-        notes += settings_checks.notes_on_changes(changes, SHAPE, batch_ramp_start)
+        notes += settings_checks.notes_on_changes(changes, MODEL_SETTINGS, batch_ramp_start)
     with env.raise_on_all_ranks():
         settings_checks.check_training(globals())
         settings_checks.check_ranks(globals(), env)
@@ -269,7 +273,7 @@ def build_model(saved, data, overrides):
         model = GPT.from_checkpoint(saved, dropout)
     elif init_from in ('scratch', 'auto'):
         torch.manual_seed(seed)
-        shape = {name: globals()[name] for name in SHAPE}
+        shape = {name: globals()[name] for name in MODEL_SETTINGS}
         vocab_size = padded_vocab_size(data.vocab_size)
         return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     else:
@@ -279,11 +283,11 @@ def build_model(saved, data, overrides):
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
                         f'and the model only {model.config.vocab_size}')
-    settings_checks.tell_what_weights_decide(model.config, SHAPE, overrides)
+    settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
     context = model.config.block_size
-    is_wanted = 'block_size' in overrides or not saved and block_size < context
+    is_wanted = 'block_size' in overrides or (not saved and block_size < context)
     if block_size != context and is_wanted:
         print0(f'note: the weights have read contexts of {context} tokens, '
                f'and now read {block_size}')
@@ -294,7 +298,7 @@ def build_model(saved, data, overrides):
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     settings_checks.check_training(globals(), combinations=init_from not in ('resume', 'auto'))
-    env = start(device, dtype, compile, backend, rank_timeout)
+    env = start_environment(device, dtype, compile, backend, rank_timeout)
     if env.device.type == 'cpu':
         keep_freed_memory()                     # fewer page faults, the same numbers
     run_lock = None
@@ -303,12 +307,12 @@ def main(overrides):
         print0(configurator.describe_settings(overrides))
         print0(env.summary)
 
-        saved, run_lock = open_run(overrides, env)
+        saved, run_lock = resume_or_begin(overrides, env)
         data = open_dataset(dataset, env, sampling, documents)
 
         # the model, its optimizer, and where the run goes on
         build = partial(build_model, saved, data, overrides)
-        model = parallel.build_model(build, GPT, strategy, env)
+        model = parallel.build_on_ranks(build, GPT, strategy, env)
         run = start_run(configurator.snapshot(globals()), model, data, saved, env)
         with env.raise_on_all_ranks():
             if sample_tokens:
@@ -344,7 +348,7 @@ def train(run, data, overrides, env):
     health = None
     if health_interval and run.writer:
         health = HealthMonitor(run, data, env, health_interval)
-    log = StepLog(
+    step_log = StepLog(
         env, run.writer, tokens=progress.tokens, flops_per_token=run.model.flops_per_token(),
         log_interval=log_interval, max_iters=max_iters, before_error=run.wait_for_save,
         advice=f'{out_dir} keeps what was saved before. A lower --learning_rate may help.',
@@ -354,23 +358,23 @@ def train(run, data, overrides, env):
     while True:
         # evaluate, sample, save
         if is_evaluation_due(progress):
-            log.flush()
+            step_log.flush()
             improved = evaluate(run, data, env)
             if improved is None:
-                log.stop_signal = env.stop_signal()
+                step_log.stop_signal = env.stop_signal()
                 break
             is_model_due = progress.iter_num > 0 and (improved or always_save_checkpoint)
             with status('saving'):
                 run.save(env, model_too=is_model_due)
-            log.restart_clock()
+            step_log.restart_clock()
         if progress.iter_num >= max_iters or is_out_of_patience(progress):
             break
 
         # one optimizer step
-        iteration = progress.iter_num
+        schedule_position = progress.iter_num
         if batch_ramp_start:
-            iteration = progress.tokens / run.batch_schedule.full_tokens
-        lr = get_lr(iteration)
+            schedule_position = progress.tokens / run.batch_schedule.full_tokens
+        lr = get_lr(schedule_position)
         optim.set_lr(run.optimizer, lr, progress.iter_num)
         is_compiling = env.compile and progress.iter_num == first_iteration
         with status('compiling the training step' if is_compiling else ''):
@@ -378,21 +382,21 @@ def train(run, data, overrides, env):
         run.count_iteration()
 
         # log the step before; a stop signal may have reached a rank
-        if log.push(progress.iter_num - 1, numbers, progress.tokens, lr=lr):
+        if step_log.push(progress.iter_num - 1, numbers, progress.tokens, lr=lr):
             break
 
     # save where a signal ended the loop
     batches.close()
-    log.flush()
+    step_log.flush()
     with status('saving'):
-        if log.stop_signal:
+        if step_log.stop_signal:
             run.save(env)
         run.wait_for_save()
-    if log.stop_signal:
-        run.tell_how_to_resume(log.stop_signal, overrides, REPEATED, env)
+    if step_log.stop_signal:
+        run.tell_how_to_resume(step_log.stop_signal, overrides, REPEATED, env)
     else:
         run.tell_of_the_end(max_iters)
-    run.finish(log.stop_signal, env)
+    run.finish(step_log.stop_signal, env)
 
 
 if __name__ == '__main__':

@@ -42,7 +42,7 @@ class CausalAttention:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of queries q (B, H, T, D) over k and v (B, G, T, D), and what this object adds.
+        """Attention of queries q (B, H, T, D) over k and v (B, G, T, D), and over any earlier keys.
 
         bias: (1, H, T, n_keys), added to the scores, with -inf for each key after its query. None
         means that those keys are hidden, and nothing is added.

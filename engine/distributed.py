@@ -34,7 +34,7 @@ DUMP_SECONDS = 10
 
 # Start-up
 
-def start(
+def start_environment(
     device: str = 'auto', dtype: str = 'auto', compile: bool | str = False, backend: str = 'auto',
     timeout: float = 600,
 ) -> 'Environment':

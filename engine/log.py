@@ -29,7 +29,7 @@ def progress_bar(text: str, items: Iterable, total: int, at_once: bool = False) 
     long.
     """
     from tqdm import tqdm
-    hidden = None                       # hidden where stderr is not a terminal
+    disable = None                      # tqdm: None shows the bar on a terminal only
     if not is_main_process():
-        hidden = True
-    return tqdm(items, text, total, delay=0 if at_once else 2, leave=False, disable=hidden)
+        disable = True
+    return tqdm(items, text, total, delay=0 if at_once else 2, leave=False, disable=disable)

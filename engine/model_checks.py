@@ -120,7 +120,7 @@ def check_context(block_size: int, config) -> None:
                         f'trained with; try --block_size={longest}')
 
 
-def only_dropout(overrides: dict | None, source: str) -> dict:
+def check_overrides(overrides: dict | None, source: str) -> dict:
     """`overrides` of GPTConfig's arguments, which may only have dropout, as weights set the rest.
 
     source: where the weights come from, for the message.

@@ -11,8 +11,8 @@ import torch
 
 
 class PositionEncoding:
-    """What attention does about positions. Here that is nothing: learned embeddings are in its
-    input.
+    """What attention does about positions. Here that is nothing: learned embeddings are in
+    attention's input.
 
     bias: (1, H, T, S), which attention adds to the scores, or None.
     """

@@ -299,7 +299,7 @@ def full(lab, launcher, rng):
     if save == 0:
         expect(read_files(out_dir) == before, 'files changed')
 
-    gathered.load_model(out_dir)
+    gathered.read_ckpt(out_dir)
     _, notes = run_folder.load_state(out_dir)
     expect(notes == [], 'the state before should load')
     lab.finish(launcher, out_dir)

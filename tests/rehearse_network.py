@@ -267,7 +267,7 @@ def cut(lab):
 
     # and goes on
     state, _ = run_folder.load_state(out_dir)
-    iterations = [state.iter_num, gathered.load_model(out_dir).iter_num]
+    iterations = [state.iter_num, gathered.read_ckpt(out_dir).iter_num]
     lab.network.plug_in()
     lab.start(out_dir)
     lab.expect_end()

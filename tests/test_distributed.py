@@ -24,13 +24,13 @@ from engine.errors import UserError
 ])
 def test_an_unknown_choice_is_refused(arguments, words):
     with pytest.raises(UserError, match=words):
-        distributed.start(**{'device': 'cpu', **arguments})
+        distributed.start_environment(**{'device': 'cpu', **arguments})
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(),
                     reason='this machine has a GPU')
 def test_the_summary_says_what_was_chosen_and_why():
-    env = distributed.start(compile='auto')
+    env = distributed.start_environment(compile='auto')
     assert (env.device.type, env.dtype, env.compile) == ('cpu', 'float32', False)
     beginning = 'device cpu (no GPU found), dtype float32 (default on cpu'
     assert env.summary.startswith(beginning)
@@ -38,7 +38,7 @@ def test_the_summary_says_what_was_chosen_and_why():
 
 
 def test_one_process_is_one_rank():
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     assert (env.rank, env.local_rank, env.world_size, env.is_main) == (0, 0, 1, True)
     assert env.all_reduce(torch.ones(2)).tolist() == [1, 1]
     assert env.all_gather('a') == ['a']
@@ -66,7 +66,7 @@ def test_impossible_variables_are_refused(monkeypatch, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        distributed.start(device='cpu')
+        distributed.start_environment(device='cpu')
 
 
 @pytest.mark.parametrize('options, words', [
@@ -81,7 +81,7 @@ def test_what_several_ranks_cannot_use_is_refused(monkeypatch, options, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        distributed.start(**{'device': 'cpu', **options})
+        distributed.start_environment(**{'device': 'cpu', **options})
 
 
 # How the ranks meet
@@ -164,7 +164,7 @@ def restored_handlers():
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='this system has no SIGUSR1')
 def test_the_first_signal_is_noted_and_kills_nothing(restored_handlers):
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     env.catch_signals()
     assert env.stop_signal() == 0
     assert distributed.signal_number(env.stop_flags().tolist()) == 0
@@ -177,7 +177,7 @@ def test_the_first_signal_is_noted_and_kills_nothing(restored_handlers):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no SIGHUP')
 def test_a_closed_terminal_stops_a_run_but_for_nohup(restored_handlers):
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup starts a program
     env.catch_signals()
     os.kill(os.getpid(), signal.SIGHUP)
@@ -191,7 +191,7 @@ def test_a_closed_terminal_stops_a_run_but_for_nohup(restored_handlers):
 
 def test_only_the_named_signals_are_caught(restored_handlers):
     before = signal.getsignal(signal.SIGINT)
-    distributed.start(device='cpu').catch_signals(signal.SIGTERM)
+    distributed.start_environment(device='cpu').catch_signals(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
 
@@ -202,7 +202,7 @@ def test_the_handlers_of_before_the_run_come_back(restored_handlers):
     before = get_handlers()
 
     # as in training; SIGTERM keeps the handler of before the first call
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     env.catch_signals(signal.SIGTERM)
     env.catch_signals()
     env.restore_signals()

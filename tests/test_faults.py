@@ -51,7 +51,7 @@ def test_a_kill_at_each_step_of_a_save_loses_nothing(lab, step):
     state, _ = run_folder.load_state(out_dir)
     is_renamed = step in ('sync folder', 'done')
     assert state.iter_num == (10 if is_renamed else 5)
-    assert gathered.load_model(out_dir).iter_num == 10
+    assert gathered.read_ckpt(out_dir).iter_num == 10
     lab.finish(lab.launcher, out_dir)
 
 

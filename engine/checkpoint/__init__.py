@@ -1,7 +1,7 @@
 """What out_dir holds: writing it, finding the newest state in it, and reading it without trust.
 
 For others:
-    run_folder    open_run, load_state, load_newest_model, clean_out_dir, lock, write_run_json
+    run_folder    open_run, load_state, newest_checkpoint, clean_out_dir, lock, write_run_json
     contents      Checkpoint, what a file holds and every reader gets
     gathered      write, read, load_model, and the names of its files
     sharded       ShardedSaver, load, load_whole

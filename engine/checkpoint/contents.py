@@ -28,7 +28,7 @@ TYPES = dict(
 )
 COUNTS = ('sequences', 'tokens', 'best_iter')       # whole numbers, where a checkpoint has them
 LARGEST_COUNT = 2 ** 63 - 1
-NOT_IN_FILES = ('path', 'sharded', 'damaged')
+NOT_IN_FILES = ('path', 'shards_folder', 'stands_in_for')
 
 
 @dataclass(kw_only=True, eq=False)                  # tensors cannot be compared with ==
@@ -41,7 +41,8 @@ class Checkpoint:
     """
     # the model
     activation: str | None = None       # its GPTConfig.activation; nanoGPT has the exact GELU only
-    model_args: dict                    # the rest of its GPTConfig, which nanoGPT passes to its own
+    model_args: dict                    # what nanoGPT passes to its own GPTConfig; an activation
+                                        # that is no GELU is in it too
     model: dict[str, torch.Tensor] | None = None    # {name: weight}; None where sharded
 
     # how far the run is, as Progress in engine/training/run.py has it
@@ -66,8 +67,8 @@ class Checkpoint:
 
     # not in the file
     path: str | None = None             # the file or folder that this was read from
-    sharded: str | None = None          # folder of the shards whose tensors are not read yet
-    damaged: str | None = None          # name of the newer state that could not be read
+    shards_folder: str | None = None    # folder of the shards whose tensors are not read yet
+    stands_in_for: str | None = None    # the newer state, damaged or missing, that this replaces
 
     @classmethod
     def from_payload(cls, payload: dict, path: str | Path,
@@ -83,7 +84,7 @@ class Checkpoint:
         iter_num, best_val_loss = read_progress(payload, path)
         check_counts(payload, path)
 
-        # `sharded` and `damaged` name files that are read or moved away, so no file may set them.
+        # The last fields name files that are read or moved away, so no file may set them.
         values = {name: payload.get(name) for name in names_in_files()}
         values.update(iter_num=iter_num, best_val_loss=best_val_loss)
         checkpoint = cls(**values, path=str(path))

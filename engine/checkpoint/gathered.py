@@ -60,7 +60,7 @@ def explain_failed_write(path, error):
 
 # Reading
 
-def load_model(out_dir: str | Path) -> Checkpoint:
+def read_ckpt(out_dir: str | Path) -> Checkpoint:
     """The contents of out_dir's ckpt.pt. UserError where it is missing or cannot be used."""
     path = Path(out_dir) / MODEL
     if not path.exists():

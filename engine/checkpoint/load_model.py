@@ -38,7 +38,7 @@ def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
 
 
 def load_run(GPT, out_dir):
-    saved = run_folder.load_newest_model(out_dir)
+    saved = run_folder.newest_checkpoint(out_dir)
     model = GPT.from_checkpoint(saved)
     spec = checkpoint_spec(saved)
 

@@ -63,13 +63,13 @@ def load_state(out_dir: str | Path) -> tuple[Checkpoint, list[str]]:
         raise UserError(f'no state to resume: {"; ".join(notes)}; restore one, '
                         f'move them away to go on from a {MODEL}, '
                         f'or start over with --init_from=scratch --overwrite=True')
-    return load_model_as_state(out_dir)
+    return ckpt_as_state(out_dir)
 
 
 def load_newer_of_two(out_dir, newest, previous):
     """(the state `newest`, else the state `previous`, else None; notes on what was wrong).
 
-    `damaged` in the state is the name that could not be read before it, or None.
+    If the state stands in for a newer one, which is damaged or missing, stands_in_for names that.
     """
     notes = []
     for name in (newest, previous):
@@ -78,7 +78,7 @@ def load_newer_of_two(out_dir, newest, previous):
             if path.exists():
                 state = read_state(path)
                 if name == previous:
-                    state.damaged = newest
+                    state.stands_in_for = newest
                 return state, notes
         except UserError as error:
             notes.append(str(error))
@@ -97,13 +97,13 @@ def read_state(path):
     return Checkpoint.from_payload(gathered.read(path), path, STATE_NEEDS)
 
 
-def load_model_as_state(out_dir):
+def ckpt_as_state(out_dir):
     """(ckpt.pt as a state, notes that say what is missing)."""
     if not (out_dir / MODEL).exists():
         raise UserError(f'{out_dir} holds no run to resume (no {STATE}, no {MODEL}); '
                         f'check --out_dir, or start one with --init_from=scratch')
 
-    state = gathered.load_model(out_dir)
+    state = gathered.read_ckpt(out_dir)
 
     if state.optimizer is None:
         note = 'without optimizer state, which starts afresh'
@@ -112,7 +112,7 @@ def load_model_as_state(out_dir):
     return state, [f'{out_dir / MODEL} alone, {note}']
 
 
-def load_newest_model(out_dir: str | Path) -> Checkpoint:
+def newest_checkpoint(out_dir: str | Path) -> Checkpoint:
     """The contents of ckpt.pt, or of the state if there is no ckpt.pt or a sharded state is newer.
 
     Raises UserError where out_dir holds no model that can be read.
@@ -122,29 +122,29 @@ def load_newest_model(out_dir: str | Path) -> Checkpoint:
         state, _ = load_state(out_dir)
         return with_weights(state)
 
-    saved = load_model_or_advise(out_dir)
+    saved = read_ckpt_or_advise(out_dir)
 
     if (out_dir / sharded_checkpoint.STATE).exists():
         try:
             state, _ = load_state(out_dir)
         except UserError:                           # ckpt.pt is whole, and the states are not
             return saved
-        if state.sharded and state.iter_num > saved.iter_num:
+        if state.shards_folder and state.iter_num > saved.iter_num:
             return with_weights(state)
     return saved
 
 
 def with_weights(state):
     """A state of load_state with its weights, which a sharded one lacks so far."""
-    if state.sharded:
+    if state.shards_folder:
         return sharded_checkpoint.load_whole(state)
     return state
 
 
-def load_model_or_advise(out_dir):
+def read_ckpt_or_advise(out_dir):
     """The contents of ckpt.pt, or a UserError that names the state that can be read instead."""
     try:
-        return gathered.load_model(out_dir)
+        return gathered.read_ckpt(out_dir)
     except UserError as error:
         for name in STATE_NAMES:
             if (out_dir / name).exists():
@@ -205,7 +205,7 @@ def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bo
 def read_chosen_state(path):
     """The state that rank 0 chose, on another rank. Rank 0 has verified the files of the shards."""
     if path.name == MODEL:
-        return gathered.load_model(path.parent)
+        return gathered.read_ckpt(path.parent)
     if path.is_dir():
         return sharded_checkpoint.load_rest(path)
     return read_state(path)
@@ -262,8 +262,8 @@ def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
         for newest, previous in STATES:             # the newest one last, in case of a kill
             remove(out_dir / previous)
             remove(out_dir / newest)
-    elif state.damaged:
-        move_aside(out_dir, state.damaged)
+    elif state.stands_in_for:
+        move_aside(out_dir, state.stands_in_for)
 
 
 def remove(path):

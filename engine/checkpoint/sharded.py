@@ -270,7 +270,7 @@ def load_rest(folder: Path) -> Checkpoint:
     state = rest.optimizer.get('state')
     if not isinstance(state, dict) or not all(isinstance(v, dict) for v in state.values()):
         raise UserError(f'{folder / REST} cannot be used: its optimizer is of another form')
-    return replace(rest, model=None, sharded=str(folder))
+    return replace(rest, model=None, shards_folder=str(folder))
 
 
 def read_sizes(folder):
@@ -303,7 +303,7 @@ def load(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer,
     Returns `saved` with the moments for optim.load_state_dict, sharded as the parameters are.
     Raises UserError where the shapes or the optimizers differ, and for what is not finite.
     """
-    folder = saved.sharded
+    folder = saved.shards_folder
     reader, sizes = read_sizes(folder)
 
     # Tensors of this model and its optimizer, to be read in place.
@@ -361,7 +361,7 @@ def load_whole(saved: Checkpoint, moments_too: bool = False) -> Checkpoint:
     moments_too: read those of the optimizer as well, as a state.pt has them.
     Raises UserError for what is not finite.
     """
-    reader, sizes = read_sizes(saved.sharded)
+    reader, sizes = read_sizes(saved.shards_folder)
     tensors = {name: torch.empty(size) for name, size in sizes.items()
                if moments_too or parse_name(name).weight is not None}
     read_tensors(tensors, reader, alone=True)
@@ -379,6 +379,6 @@ def load_whole(saved: Checkpoint, moments_too: bool = False) -> Checkpoint:
         weights['lm_head.weight'] = weights['transformer.wte.weight']   # tied: saved once
 
     # its tensors are here now, so it is sharded no longer
-    whole = replace(with_moments(saved, moments), model=weights, sharded=None)
-    check_finite(whole, saved.sharded)
+    whole = replace(with_moments(saved, moments), model=weights, shards_folder=None)
+    check_finite(whole, saved.shards_folder)
     return whole

@@ -179,10 +179,9 @@ class TokenDataset:
         In a dataset of records, windows start at records, and y is -1 where the target lies in a
         prompt.
 
-        With documents='whole' a window moves forward to the next end-of-text token, and from the
-        end of the text, or where the document is longer than SEARCHED_TOKENS, to the first one. So
-        text further than block_size into its document is not read, and what follows a long document
-        is read more often.
+        With documents='whole', a window starts at the next end-of-text token. If there is none
+        within SEARCHED_TOKENS, it starts at the first one of the text. So a document's tokens
+        beyond block_size are never read.
 
         Raises RunError for an id beyond the vocabulary.
         """
@@ -219,7 +218,7 @@ class TokenDataset:
         if self.sampling == 'windows':
             starts = weyl_starts(first, count, n_starts, seed) * self.stride
         elif self.record:
-            # Counted in records: epoch_starts cuts n + 1 of them into n windows of one.
+            # In units of records: of n + 1 tokens, epoch_starts makes n windows of one token.
             starts = epoch_starts(first, count, n_starts + 1, 1, seed) * self.stride
         else:
             starts = epoch_starts(first, count, len(tokens), self.block_size, seed)

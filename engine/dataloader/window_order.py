@@ -57,20 +57,21 @@ def epoch_starts(first: int, count: int, tokens: int, block_size: int, seed: int
 @lru_cache(maxsize=16)
 def epoch_chunk(number: int, tokens: int, block_size: int, seed: int) -> np.ndarray:
     """The starts of CHUNK sequences. The cache saves time: many small batches share a chunk."""
-    size = windows_per_epoch(tokens, block_size)
+    n_windows = windows_per_epoch(tokens, block_size)
     first = number * CHUNK
     end = first + CHUNK
 
     parts = []
     while first < end:                              # each pass covers what lies in one epoch
-        epoch, index = divmod(first, size)
-        count = min(size - index, end - first)
+        epoch, index = divmod(first, n_windows)
+        count = min(n_windows - index, end - first)
 
         # Keys of Philox below 2**64 belong to the seeds of weyl_starts.
-        random = np.random.Philox(key=seed + (epoch + 1 << 64))
+        random = np.random.Philox(key=seed + ((epoch + 1) << 64))
         offset, *keys = random.random_raw(1 + 2 * ROUNDS)
 
-        places = permute(np.arange(index, index + count, dtype=np.uint64), size, keys)
+        places = permute(np.arange(index, index + count, dtype=np.uint64), n_windows, keys)
+        # in a text of under two blocks, the window has to fit
         offset = int(offset) % min(block_size, tokens - block_size)
         parts.append(places.astype(np.int64) * block_size + offset)
         first += count

@@ -1,8 +1,9 @@
 """Layouts of weights that a CPU reads faster than those of nn.Linear, for generation.
 
 Most of a token's time goes into reading the weights from memory. `optimize_for_generation` stores
-the weight of each Linear in a layout that depends on the precision and the number of sequences
-alone, so a text depends on its seed alone.
+the weight of each Linear in a layout that depends only on the precision and the number of
+sequences. So a command gives the same text each time. With another number of sequences at once,
+sums may round differently.
 """
 
 import torch

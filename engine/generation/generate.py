@@ -16,10 +16,12 @@ from engine.generation.kv_cache import StaticKVCache, decoding_attention, new_ca
 from engine.tokenizer import Tokenizer, TokenizerSpec
 
 COMPILED_POSITIONS = 256        # a compiled cache has a multiple of it: few shapes to compile for
+SAMPLE_TEMPERATURE = 0.8        # of TextSampler; the defaults of sample.py
+SAMPLE_TOP_K = 200
 
 
 class Sampling(NamedTuple):
-    """The options of stream that choose a token."""
+    """The options of `stream` that decide how a token is drawn."""
     temperature: float
     top_k: int | None
     top_p: float
@@ -95,11 +97,10 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
     compile: compile the step that reads one token.
     Raises UserError for bad options.
 
-    A full cache does not slide, whatever the positions: learned ones belong to their places, and
-    with rotary ones or ALiBi the keys that stay would still know what left the window. Once
-    block_size is full, the model reads the last half of the window again and the cache goes on
-    from there: one pass per half block. exact_window=True reads the whole last window again for
-    every token instead.
+    A full cache does not slide. Learned positions belong to their places. With rotary positions
+    and ALiBi, old keys were computed from tokens that have left the window. So once block_size
+    is full, the model reads the last half of the window again, and the cache goes on from there:
+    one pass per half block. exact_window=True reads the whole window again for every token.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
     check_sampling(sampling)
@@ -197,8 +198,8 @@ class TextSampler:
         was_training = model.training
 
         model.eval()
-        tokens = stream(model, idx, self.noise.size(1), 0.8, 200, noise=self.noise.to(device),
-                        vocab_size=self.tokenizer.vocab_size)
+        tokens = stream(model, idx, self.noise.size(1), SAMPLE_TEMPERATURE, SAMPLE_TOP_K,
+                        noise=self.noise.to(device), vocab_size=self.tokenizer.vocab_size)
         text = self.prompt + self.tokenizer.decode([token.item() for token in tokens])
         model.train(was_training)
         return text
@@ -247,14 +248,14 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, to
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)          # (B, V or k)
 
-    # the probability of those that may be sampled
+    # the probability of all candidates up to the last one that may be sampled
     total = cumulative[:, -1:]
     if top_p < 1:                                               # nucleus sampling, arXiv:1904.09751
-        fewest = torch.searchsorted(cumulative, total * top_p).clamp(max=k - 1)
-        total = cumulative.gather(1, fewest)
+        last_by_top_p = torch.searchsorted(cumulative, total * top_p).clamp(max=k - 1)
+        total = cumulative.gather(1, last_by_top_p)
     if min_p:
-        last = (logits >= math.log(min_p)).sum(dim=-1, keepdim=True) - 1
-        total = torch.minimum(total, cumulative.gather(1, last))
+        last_by_min_p = (logits >= math.log(min_p)).sum(dim=-1, keepdim=True) - 1
+        total = torch.minimum(total, cumulative.gather(1, last_by_min_p))
 
     # The total differs from 1 by rounding; after the division, every noise below 1 finds a token.
     index = torch.searchsorted(cumulative / total, noise, right=True).clamp(max=k - 1)

@@ -46,9 +46,10 @@ class KVCache(CausalAttention):
 
 
 class StaticKVCache(KVCache):
-    """A KVCache of constant shapes, for a compiled step.
+    """A KVCache that has constant shapes while a compiled step runs.
 
-    It attends over the whole buffers, and a mask hides the positions that are not written yet.
+    CompiledDecoder sets `position` for that time. Attention then goes over the whole buffers, and a
+    mask hides the positions that are not written yet. At other times this is a plain KVCache.
     """
 
     position: torch.Tensor | None = None        # of the query, (1,), while a compiled step runs

@@ -37,21 +37,21 @@ class MetricsWriter:
     out_dir: the folder of the run.
     iter_num: the iteration at which the run starts or resumes. Later records are dropped.
     evaluated: True where the run was evaluated at that iteration already.
-    wandb_run: keyword arguments of wandb.init. None does not use wandb.
+    wandb_arguments: keyword arguments of wandb.init. None does not use wandb.
     wandb_id: the id that wandb gave the run when it began. It is kept for a later resume where this
         process does not use wandb.
     """
 
     def __init__(self, out_dir: str | Path, iter_num: int, evaluated: bool,
-                 wandb_run: dict | None = None, wandb_id: str | None = None):
+                 wandb_arguments: dict | None = None, wandb_id: str | None = None):
         self.file = None
         self.wandb = None
         self.wandb_id = wandb_id
         self.seconds = 0.0              # that the run took before this process; None: not known
 
         self.open_file(Path(out_dir) / FILE, iter_num, evaluated)
-        if wandb_run:
-            self.start_wandb(wandb_run)
+        if wandb_arguments:
+            self.start_wandb(wandb_arguments)
 
         self.began = time.perf_counter()
 

@@ -48,7 +48,7 @@ def check_strategy(strategy: str, reduce_dtype: str, env: Environment, optimizer
                         f'try --strategy=fsdp')
 
 
-def build_model(build: Callable[[], nn.Module], model_class: type, strategy: str,
+def build_on_ranks(build: Callable[[], nn.Module], model_class: type, strategy: str,
                 env: Environment) -> nn.Module:
     """The model that build() returns, on every rank.
 
@@ -74,7 +74,8 @@ def build_model(build: Callable[[], nn.Module], model_class: type, strategy: str
 
 def wrap(model: nn.Module, env: Environment, strategy: str = 'ddp', recompute: bool = False,
          reduce_dtype: str = 'float32') -> nn.Module:
-    """`model` as the training loop calls it: on its device, fast, averaging gradients over ranks.
+    """`model` as the training loop calls it: on its device, compiled where env says so, averaging
+    gradients over the ranks.
 
     strategy: ddp, fsdp or hsdp, which check_strategy has accepted. recompute: whether the backward
     pass computes activations again. reduce_dtype: the precision of gradients between ranks.
@@ -202,7 +203,7 @@ def sync_gradients(wrapped_model: nn.Module, enabled: bool) -> AbstractContextMa
 # Whole tensors and shards
 
 def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`value` as `parameter` is: on its device, sharded alike, with as many rows.
+    """`value` with as many rows as `parameter`, and sharded as it is.
 
     value: whole on every rank, or sharded already. It has more rows where block_size was lowered.
     """

@@ -60,7 +60,7 @@ class BatchSchedule:
     A batch depends only on the tokens before it, so a resumed run and any number of ranks take the
     same ones. Micro-batches have one size during the ramp, as ramp_start allows, and another after
     it, and torch.compile compiles each of the two.
-    Raises UserError for numbers that do not divide, with settings that do.
+    Raises UserError for numbers that do not divide; its message proposes some that do.
     """
 
     def __init__(self, gradient_accumulation_steps: int, batch_size: int, block_size: int,
@@ -142,7 +142,7 @@ class Progress:
 
     @classmethod
     def of(cls, saved: Checkpoint | None, sequences_per_iter: int, block_size: int) -> 'Progress':
-        """The progress in a checkpoint; none without one.
+        """The progress in a checkpoint; a new one where `saved` is None.
 
         A checkpoint of nanoGPT does not count sequences, so its iterations are counted with this
         run's batch of sequences_per_iter.
@@ -212,7 +212,7 @@ class Run:
         return f'{batch}\n{text}'
 
     def open_out_dir(self, saved: Checkpoint | None, command: list, env: Environment):
-        """Make out_dir ready for saves, and open its files. Only a run that is sure to start does.
+        """Make out_dir ready for saves, and open its files. Called once the run is sure to start.
 
         saved: what the run goes on from, or None. command: what was typed, for run.json.
         """
@@ -224,16 +224,16 @@ class Run:
         run_folder.clean_out_dir(self.out_dir, saved)
         run_folder.write_run_json(self.out_dir, command, settings, env)
 
-        wandb_run = None                # the arguments of wandb.init
+        wandb_arguments = None                # the arguments of wandb.init
         if settings['wandb_log']:
-            wandb_run = dict(
+            wandb_arguments = dict(
                 project=settings['wandb_project'], name=settings['wandb_run_name'],
                 config=settings, dir=self.out_dir, resume='allow')
         progress = self.progress
         was_evaluated = progress.last_eval == progress.iter_num
         wandb_id = saved.wandb_id if saved else None
         self.writer = MetricsWriter(self.out_dir, progress.iter_num, was_evaluated,
-                                    wandb_run, wandb_id)
+                                    wandb_arguments, wandb_id)
 
     def count_iteration(self):
         """Note that one more iteration is done."""
@@ -383,7 +383,7 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
         optimizer = optim.build(
             settings['optimizer'], model, settings['learning_rate'], settings['weight_decay'],
             betas, settings['muon_lr'], settings['muon_momentum'])
-        if saved and saved.sharded:
+        if saved and saved.shards_folder:
             saved = sharded.load(saved, model, optimizer, env)
         optim.load_state_dict(optimizer, scaler, saved)
 

@@ -131,7 +131,7 @@ def notes_on_changes(changes: dict, shape: tuple, ramp_start: int) -> list[str]:
 
 
 def tell_what_weights_decide(config: object, names: tuple, overrides: dict):
-    """Say which of the settings `names` have no effect, as the weights have another shape.
+    """Log which of the settings `names` have no effect, as the weights have another shape.
 
     config: the GPTConfig of the weights. overrides: the settings that this command named.
     """

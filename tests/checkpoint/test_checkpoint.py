@@ -200,10 +200,10 @@ def test_the_activation_of_gpt2_survives(tmp_path):
 def test_the_newest_model_of_a_run_that_was_stopped_early_is_its_state(tmp_path):
     model, optimizer = trained_gpt()
     save_state(tmp_path, model, optimizer)
-    assert same_weights(model, GPT.from_checkpoint(run_folder.load_newest_model(tmp_path)))
+    assert same_weights(model, GPT.from_checkpoint(run_folder.newest_checkpoint(tmp_path)))
     newer, _ = trained_gpt(5)
     save_model(tmp_path, newer, iter_num=5)
-    assert run_folder.load_newest_model(tmp_path).iter_num == 5
+    assert run_folder.newest_checkpoint(tmp_path).iter_num == 5
 
 
 def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(tmp_path):
@@ -286,7 +286,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
     torch.save(dict(model.to_checkpoint(), iter_num=3, best_val_loss=2.5), tmp_path / 'ckpt.pt')
     words = 'ckpt.pt cannot be used: model transformer.ln_f.weight is not finite'
     with pytest.raises(UserError, match=words):
-        gathered.load_model(tmp_path)
+        gathered.read_ckpt(tmp_path)
 
 
 def test_a_folder_that_is_gone_is_one_plain_failure(tmp_path):
@@ -441,7 +441,7 @@ def test_a_damaged_file_is_refused_and_never_executed(out_dir, load, damage):
         if load == 'train':
             saved, _ = run_folder.load_state(out_dir)
         else:
-            saved = run_folder.load_newest_model(out_dir)
+            saved = run_folder.newest_checkpoint(out_dir)
         GPT.from_checkpoint(saved)
 
     file = {'train': 'state.pt', 'sample': 'ckpt.pt'}[load]
@@ -458,7 +458,7 @@ def test_a_payload_that_contains_itself_is_read(out_dir):
 def test_tokenizer_of_another_type_is_refused(out_dir):
     with_value('tokenizer', ['a'])(out_dir)
     with pytest.raises(UserError, match='ckpt.pt: its tokenizer is a list, not a dict'):
-        gathered.load_model(out_dir)
+        gathered.read_ckpt(out_dir)
 
 
 def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_path):
@@ -469,14 +469,14 @@ def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_pa
         torch.save(content, out_dir / name)
 
     state, notes = run_folder.load_state(out_dir)
-    assert state.sharded is None and state.damaged is None and not notes
-    model = run_folder.load_newest_model(out_dir)
+    assert state.shards_folder is None and state.damaged is None and not notes
+    model = run_folder.newest_checkpoint(out_dir)
     assert model.sharded is None and model.damaged is None
 
     for name in ('state.pt', 'state.prev.pt'):
         (out_dir / name).unlink(missing_ok=True)
     state, _ = run_folder.load_state(out_dir)           # of ckpt.pt alone
-    assert state.sharded is None and state.damaged is None
+    assert state.shards_folder is None and state.damaged is None
     run_folder.clean_out_dir(out_dir, state)
     assert (out_dir / 'ckpt.pt').exists()
 
@@ -489,13 +489,13 @@ def test_a_damaged_model_names_the_state_that_is_read_without_it(tmp_path, kept)
     (tmp_path / 'ckpt.pt').write_bytes(b'damaged')
 
     with pytest.raises(UserError, match='ckpt.pt cannot be read') as refused:
-        run_folder.load_newest_model(tmp_path)
+        run_folder.newest_checkpoint(tmp_path)
     assert ('move it away' in str(refused.value)) == bool(kept)
 
     if kept:
         assert str(refused.value).endswith(f'; move it away, and {kept} is read')
         (tmp_path / 'ckpt.pt').unlink()
-        saved = run_folder.load_newest_model(tmp_path)
+        saved = run_folder.newest_checkpoint(tmp_path)
         assert same_weights(model, GPT.from_checkpoint(saved))
 
 
@@ -503,7 +503,7 @@ def test_no_run_is_told_from_a_damaged_one(tmp_path):
     with pytest.raises(UserError, match='holds no run to resume'):
         run_folder.load_state(tmp_path)
     with pytest.raises(UserError, match='ckpt.pt does not exist; train first'):
-        run_folder.load_newest_model(tmp_path)
+        run_folder.newest_checkpoint(tmp_path)
 
     (tmp_path / 'state.prev.pt').write_bytes(b'')
     words = r'no state to resume: .*state.pt is missing; .*state.prev.pt cannot be read'
@@ -571,7 +571,7 @@ def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
     assert len(verified) == 1
     other = run_folder.open_run(tmp_path, 'resume', False, True, OtherRank(tmp_path / 'state', []))
     assert len(verified) == 1
-    assert other.state.sharded == opened.state.sharded == str(tmp_path / 'state')
+    assert other.state.shards_folder == opened.state.shards_folder == str(tmp_path / 'state')
     assert other.state.iter_num == 3
 
 

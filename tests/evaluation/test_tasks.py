@@ -174,7 +174,7 @@ def load(names, folder, tokenizer=None, block_size=64):
 
 
 def run_tasks(model, tasks, **options):
-    return evaluate_tasks(model, tasks, distributed.start(device='cpu'), **options)
+    return evaluate_tasks(model, tasks, distributed.start_environment(device='cpu'), **options)
 
 
 def evaluate(model, folder, names='choices,contexts,words,exact,story', **options):
@@ -193,7 +193,7 @@ def test_every_kind_agrees_with_transformers(folder, transformers_logits, batch_
 @pytest.mark.parametrize('batch_size', [1, 5, 32])
 def test_the_loglikelihood_of_every_option_is_that_of_the_text_alone(folder, options, batch_size):
     model = make_model(**options)
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     for task in load('choices,contexts,words', folder):
         examples = [example.options for example in task.examples]
         found = scoring.score(model, examples, env, batch_size)

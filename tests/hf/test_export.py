@@ -161,7 +161,7 @@ def test_what_was_exported_comes_back_as_it_was(language_models):
     workspace, runs = language_models
     for run in runs:
         folder = str(workspace.folder / f'{run}-hf')
-        saved = gathered.load_model(workspace.folder / run)
+        saved = gathered.read_ckpt(workspace.folder / run)
         arguments, weights = hf_weights.load(folder)
         model = GPT.from_weights(GPTConfig(**arguments), weights).state_dict()
         assert all(torch.equal(value, model[name]) for name, value in saved.model.items())

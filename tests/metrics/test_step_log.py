@@ -137,7 +137,7 @@ def fake_wandb(monkeypatch, fail_at=None):
 def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
     calls = fake_wandb(monkeypatch)
     terminal = sys.stdin
-    options = dict(wandb_run=dict(project='p', resume='allow'), wandb_id='run1')
+    options = dict(wandb_arguments=dict(project='p', resume='allow'), wandb_id='run1')
     writer = write_run(tmp_path, 0, False, 3, **options)
     assert calls[0]['id'] == 'run1'
     assert calls[1:] == [(0, {'val_loss': 0.0}), (0, {'loss': 0.0}), (1, {'loss': 1.0}),
@@ -149,7 +149,7 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
 def test_a_failure_of_wandb_warns_once_and_stops_nothing(
         tmp_path, monkeypatch, logged, fail_at, words):
     fake_wandb(monkeypatch, fail_at)
-    write_run(tmp_path, 0, False, 8, wandb_run=dict(project='p'))
+    write_run(tmp_path, 0, False, 8, wandb_arguments=dict(project='p'))
     assert len(logged) == 1 and 'wandb is off' in logged[0] and words in logged[0]
     assert len(read_metrics(tmp_path / 'metrics.jsonl')) == 10
 
@@ -166,7 +166,7 @@ class Writer:
 
 def new_log(world_size=1, dtype='float32', **options):
     """A StepLog whose environment has world_size equal ranks, and the records that it writes."""
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     env.dtype = dtype
     env.world_size = world_size
     env.all_reduce = lambda tensor: tensor * world_size

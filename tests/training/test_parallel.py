@@ -28,7 +28,7 @@ def test_a_wrapped_model_computes_the_same_with_the_same_weights(compile, monkey
     names = list(model.state_dict())
 
     # the wrapped one
-    env = distributed.start(device='cpu')
+    env = distributed.start_environment(device='cpu')
     env.compile = compile
     wrapped = parallel.wrap(model, env)
     with parallel.sync_gradients(wrapped, enabled=False):
