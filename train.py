@@ -149,9 +149,8 @@ def get_lr(iteration):
 def train_step(run, batches, env):
     """One optimizer step over this rank's micro-batches.
 
-    Returns {'loss', 'grad_norm'}, scalar tensors that are not read yet, so that the host runs ahead
-    of a GPU. The loss is this rank's mean in nats, the norm is that of all ranks together. If
-    either is not finite, the weights stay as they are.
+    Returns {'loss': this rank's mean in nats, 'grad_norm': that of all ranks together}, tensors
+    that are not read yet, so that the host runs ahead of a GPU.
     """
     # forward and backward; the gradients of the micro-batches add up
     loss_sum = torch.zeros((), device=env.device)
@@ -173,8 +172,7 @@ def train_step(run, batches, env):
     grad_norm = optim.clip_grad_norm(run.optimizer, run.grad_clip)
 
     # update; a fused optimizer skips it where `found_inf` is 1, so the host need not read the loss.
-    # A GradScaler sets it by itself. On a Mac, AdamW does not look at it, and StepLog ends the run
-    # before anything is saved.
+    # A GradScaler sets it by itself. AdamW on a Mac ignores it; StepLog then ends the run unsaved.
     if not run.scaler.is_enabled():
         run.optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()
     run.scaler.step(run.optimizer)
@@ -213,8 +211,7 @@ def estimate_loss(run, data, env):
 def evaluate(run, data, env):
     """Evaluate, print and record. Returns whether the val loss is the best so far.
 
-    Returns None, and records nothing, if a signal reached any rank. The model is left in training
-    mode.
+    Returns None, and records nothing, if a signal reached any rank. The model is left in training.
     """
     iter_num = run.progress.iter_num
     losses = estimate_loss(run, data, env)
@@ -336,8 +333,6 @@ def main(overrides):
         if run_lock:
             run_lock.release()
 
-
-# The loop
 
 def train(run, data, overrides, env):
     """Train until max_iters, a stop signal, or the end of patience."""

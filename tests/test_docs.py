@@ -43,3 +43,27 @@ def test_the_losses_that_are_timed_are_equal(capsys):
     values = {name: loss().item() for name, loss in losses.items()}
     assert values == pytest.approx(dict.fromkeys(values, values['whole logits']), rel=1e-5)
     assert set(eval(capsys.readouterr().out)) == set(losses)
+
+
+ARCHITECTURE = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+FILE = re.compile(r'`([\w/]+\.py)`')
+
+
+def test_the_map_names_files_that_exist():
+    named = set(FILE.findall(ARCHITECTURE)) | set(FILE.findall(
+        (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')))
+    named -= {'shard_writer.py', 'data/NAME/prepare.py'}        # named beside their folder
+    assert len(named) > 30
+    assert all((ROOT / name).is_file() for name in named), named
+
+
+def test_the_map_names_functions_that_the_files_have():
+    """In `file.py`: `name`, the name is in the file."""
+    items = re.findall(r'^\d+\. `([\w/]+\.py)`: (.*)', ARCHITECTURE, re.MULTILINE)
+    assert len(items) > 25
+    for path, text in items:
+        source = (ROOT / path).read_text(encoding='utf-8') if (ROOT / path).is_file() else ''
+        first = re.match(r'`([\w.]+)`', text)
+        if first and source:
+            name = first[1].split('.')[-1]
+            assert re.search(rf'(def|class) {name}\b', source), f'{path} has no {name}'

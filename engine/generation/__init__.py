@@ -1,6 +1,6 @@
 """Tokens out.
 
-generate: stream, the loop over tokens, and TextSampler. kv_cache: keys and values of earlier tokens.
-cpu: layouts of weights that a CPU reads faster; optimize_for_generation.
+generate: stream, the loop over tokens, and TextSampler. kv_cache: keys and values of the tokens
+before. cpu: optimize_for_generation, layouts of weights that a CPU reads faster.
 It imports ground files only.
 """
