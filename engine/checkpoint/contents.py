@@ -37,7 +37,8 @@ class Checkpoint:
     lack several.
 
     ckpt.pt, state.pt and the run.pt of a sharded state are each a dict of the fields down to
-    `scaler`, in this order. ckpt.pt has no optimizer and no scaler, and run.pt has no model.
+    `scaler`, in this order. ckpt.pt has no optimizer and no scaler. run.pt has no model, and its
+    optimizer, without the moments, is last.
     """
     # the model
     activation: str | None = None       # its GPTConfig.activation; nanoGPT has the exact GELU only
