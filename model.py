@@ -336,7 +336,7 @@ class GPT(nn.Module):
         model_args = {name: value for name, value in asdict(self.config).items()
                       if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
         activation = self.config.activation
-        if activation.startswith('gelu'):           # nanoGPT has the exact one alone, and no field
+        if activation.startswith('gelu'):           # nanoGPT's GPTConfig would refuse the field
             model_args.pop('activation', None)
 
         return dict(activation=activation, model_args=model_args, model=self.state_dict())

@@ -111,8 +111,8 @@ recompute = False        # True recomputes activations: less memory, a third mor
 seed = 1337              # fixes the initial weights, the batches and dropout
 rank_timeout = 600       # seconds that ranks wait for a lost one
 
-# A resumed run takes its saved settings, except those of NOT_RESTORED. The command that a stopped
-# run prints names those of REPEATED again.
+# A resumed run takes its saved settings, except those of NOT_RESTORED. A stopped run prints the
+# command that resumes it; flags of REPEATED that were given are in that command too.
 REPEATED = ('device', 'dtype', 'compile', 'backend', 'wandb_log')
 NOT_RESTORED = (*REPEATED, 'out_dir', 'init_from', 'overwrite', 'eval_only', 'rank_timeout',
                 'accept_dataset_change')
@@ -191,7 +191,7 @@ def estimate_loss(run, data, env):
     """
     run.wrapped_model.eval()
     n_batches = math.ceil(eval_iters / env.world_size)          # of each rank
-    n_counted = len(range(env.rank, eval_iters, env.world_size))    # the last one may be a repeat
+    n_counted = len(range(env.rank, eval_iters, env.world_size))    # without repeats
     losses = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=env.device)
@@ -202,7 +202,7 @@ def estimate_loss(run, data, env):
                 loss = run.wrapped_model(x, y)[1]
             if i < n_counted:
                 total += loss
-            if env.stop_signal():
+            if env.stop_signal():           # a collective: every rank returns here, or none
                 return None
         losses[split] = env.all_reduce(total).item() / eval_iters
     return losses
@@ -319,10 +319,10 @@ def main(overrides):
                                         data.tokenizer, model)
         if not eval_only:
             run.open_out_dir(saved, sys.argv, env)
-        del saved                               # unmaps the checkpoint file
+        del saved, build                        # unmaps the checkpoint file
 
         print0(run.summary(data, max_iters, env))
-        env.catch_signals()
+        env.catch_signals()                     # from here on, Ctrl-C too ends a step and saves
         if eval_only:
             evaluate(run, data, env)
             run.finish(env.stop_signal(), env)

@@ -51,8 +51,9 @@ class ALiBi(PositionEncoding):
     """Lowers each score in proportion to the distance of query and key, in each head by another
     slope.
 
-    The slopes of a power of two of heads are geometric. Another number of heads adds every other
-    slope of twice that power. Source: Press et al. 2021 (arXiv:2108.12409).
+    The slopes of a power of two of heads are geometric. With a number of heads between two powers,
+    the heads beyond the lower one take every other slope of the higher one.
+    Source: Press et al. 2021 (arXiv:2108.12409).
     """
 
     def __init__(self, positions: torch.Tensor, n_keys: int, n_head: int):

@@ -12,7 +12,9 @@ import pytest
 import torch
 from harness import CAN_FORK, ROOT
 
+from engine.attention import CausalAttention
 from engine.dataloader import batches as dataloader
+from engine.positions import PositionEncoding
 from engine.training import optim
 from model import GPT, GPTConfig
 
@@ -84,7 +86,7 @@ def test_the_stream_is_measured_before_and_after_each_block(initialisation):
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(20))
     expected = [x.square().mean().item()]
     for block in model.transformer.h:
-        x = x + block.attn(block.ln_1(x))
+        x = x + block.attn(block.ln_1(x), PositionEncoding(), CausalAttention())
         x = x + block.mlp(block.ln_2(x))
         expected.append(x.square().mean().item())
     assert initialisation.stream_variances(model, idx) == pytest.approx(expected)

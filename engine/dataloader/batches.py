@@ -174,8 +174,9 @@ class TokenDataset:
     def batch(self, seed: int, stream: str, first: int, count: int) -> Batch:
         """`count` sequences of a stream, starting at sequence number `first`.
 
-        stream: 'train', 'eval train' or 'eval val'. Evaluation windows depend on no setting, so all
-        runs are judged by the same text. engine.dataloader.window_order has the orders of 'train'.
+        stream: 'train', 'eval train' or 'eval val'. Evaluation windows do not depend on the seed,
+        on sampling or on documents, so runs with the same block_size, batch_size and eval_iters are
+        judged by the same text. engine.dataloader.window_order has the orders of 'train'.
         In a dataset of records, windows start at records, and y is -1 where the target lies in a
         prompt.
 
@@ -218,7 +219,7 @@ class TokenDataset:
         if self.sampling == 'windows':
             starts = weyl_starts(first, count, n_starts, seed) * self.stride
         elif self.record:
-            # In units of records: of n + 1 tokens, epoch_starts makes n windows of one token.
+            # Records take the place of tokens, in blocks of one. epoch_starts leaves out one block.
             starts = epoch_starts(first, count, n_starts + 1, 1, seed) * self.stride
         else:
             starts = epoch_starts(first, count, len(tokens), self.block_size, seed)
@@ -303,7 +304,8 @@ def open_dataset(
 ) -> TokenDataset:
     """The TokenDataset of data/NAME, on every rank.
 
-    The first rank of each machine checks the files, and the others find its result in the cache.
+    The first rank of each machine checks the files and leaves the result in NAME.checked.json, which
+    the others read.
     """
     data = None
     with env.raise_on_all_ranks():
@@ -413,7 +415,7 @@ def train_batches(
 def eval_batches(
     data: TokenDataset, split: str, count: int, batch_size: int, env: Environment,
 ) -> Iterator[Batch]:
-    """This rank's share of the `count` evaluation batches, which are the same for every run.
+    """This rank's share of the `count` evaluation batches, which do not depend on the seed.
 
     Every rank gets the same number, because the ranks of a sharded model compute together. A rank's
     last batch may repeat another.

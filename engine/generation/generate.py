@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.generation.kv_cache import StaticKVCache, decoding_attention, new_caches
 from engine.tokenizer import Tokenizer, TokenizerSpec
 
-COMPILED_POSITIONS = 256        # a compiled cache has a multiple of it: few shapes to compile for
+COMPILED_POSITIONS = 256        # a compiled cache is rounded up to a multiple, at most block_size
 SAMPLE_TEMPERATURE = 0.8        # of TextSampler; the defaults of sample.py
 SAMPLE_TOP_K = 200
 
@@ -112,15 +112,15 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
 
     # caches for the text, or for a whole block where it is longer
     window = idx[:, -block_size:]
-    positions = min(block_size, window.size(1) + max_new_tokens)
+    n_positions = min(block_size, window.size(1) + max_new_tokens)
     decoder = None
     if compile:
-        positions = COMPILED_POSITIONS * math.ceil(positions / COMPILED_POSITIONS)
-        decoder = compiled_decoder(model, B, min(block_size, positions), sampling)
+        n_positions = COMPILED_POSITIONS * math.ceil(n_positions / COMPILED_POSITIONS)
+        decoder = compiled_decoder(model, B, min(block_size, n_positions), sampling)
         kv_caches = decoder.kv_caches
         seen = decoder.seen.zero_()
     else:
-        kv_caches = new_caches(model, B, positions)
+        kv_caches = new_caches(model, B, n_positions)
         seen = new_seen(model, B, sampling, idx.device)
     empty(kv_caches)
     if repetition_penalty != 1:
@@ -243,8 +243,8 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, to
     if k < vocab_size or top_p < 1 or min_p:
         logits, ids = logits.topk(k)
 
-    # Subtracting the largest keeps a small temperature from overflowing; float32 has none below
-    # 1e-45.
+    # Subtracting the largest keeps a small temperature from overflowing. One below 1e-45 would be
+    # 0 in float32, hence the floor.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)          # (B, V or k)
 

@@ -165,7 +165,7 @@ class HealthMonitor:
         progress = self.run.progress
 
         # As many as fit MAX_TOKENS, but at least one
-        _, micro_batch_size = self.run.batch_schedule.split(progress.tokens)
+        _, micro_batch_size = self.run.batch_schedule.rank_share(progress.tokens)
         count = min(micro_batch_size, MAX_TOKENS // self.data.block_size)
         count = max(1, count)
 

@@ -1,6 +1,7 @@
 """The optimizers, AdamW and Muon: parameter groups, the learning rate, their state in checkpoints.
 
-The names of moments and of the guard `found_inf` stay in this file and in train.py's train_step.
+Only this file knows the names of moments. Only it and train.py's train_step know `found_inf`,
+PyTorch's flag that makes a step change nothing.
 """
 
 import math

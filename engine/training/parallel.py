@@ -133,6 +133,7 @@ def shard(model, env, strategy, reduce_dtype):
             block.forward = torch.compile(block.forward, dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=block_precision)
 
+    # Only the blocks are compiled here, so no compiler fuses the loss.
     copy_from_rank_0(model, env.device)
     if env.device.type == 'cuda':
         model.keep_logits = False

@@ -24,7 +24,7 @@ from engine.training import optim, parallel
 
 # The batch
 
-class Split(NamedTuple):
+class RankShare(NamedTuple):
     """How a rank takes its share of a batch."""
     micro_steps: int
     micro_batch_size: int               # sequences
@@ -37,7 +37,7 @@ class IterationBatch(NamedTuple):
     micro_batch_size: int               # sequences
 
 
-def split_batch(n_sequences: int, batch_size: int, world_size: int) -> Split:
+def share_of_batch(n_sequences: int, batch_size: int, world_size: int) -> RankShare:
     """An equal share of n_sequences for each rank, in equal micro-batches of at most batch_size.
 
     The micro-batches are as large as that allows. Raises UserError where the ranks cannot share the
@@ -49,7 +49,7 @@ def split_batch(n_sequences: int, batch_size: int, world_size: int) -> Split:
     size = min(batch_size, share)
     while share % size:
         size -= 1
-    return Split(share // size, size)
+    return RankShare(share // size, size)
 
 
 class BatchSchedule:
@@ -75,8 +75,8 @@ class BatchSchedule:
             self.check_ramp(ramp_start)
 
         try:
-            self.smallest_split = split_batch(self.smallest, batch_size, world_size)
-            self.full_split = split_batch(self.full, batch_size, world_size)
+            self.smallest_share = share_of_batch(self.smallest, batch_size, world_size)
+            self.full_share = share_of_batch(self.full, batch_size, world_size)
         except UserError as error:
             steps = math.ceil(gradient_accumulation_steps / world_size) * world_size
             advice = f'--gradient_accumulation_steps={steps}'
@@ -104,18 +104,18 @@ class BatchSchedule:
         steps = self.full // self.smallest - 1
         return self.smallest * (1 + steps * tokens // self.ramp_tokens)
 
-    def split(self, tokens: int) -> Split:
+    def rank_share(self, tokens: int) -> RankShare:
         """This rank's share of the iteration that follows `tokens` tokens of training."""
         if tokens >= self.ramp_tokens:
-            return self.full_split
-        micro_steps, micro_batch_size = self.smallest_split
+            return self.full_share
+        micro_steps, micro_batch_size = self.smallest_share
         times = self.n_sequences(tokens) // self.smallest
-        return Split(micro_steps * times, micro_batch_size)
+        return RankShare(micro_steps * times, micro_batch_size)
 
     def iterations(self, sequences: int, tokens: int) -> Iterator[IterationBatch]:
         """Yield the batch of each iteration, after so many sequences and tokens of training."""
         while True:
-            yield IterationBatch(sequences, *self.split(tokens))
+            yield IterationBatch(sequences, *self.rank_share(tokens))
             n_sequences = self.n_sequences(tokens)
             sequences += n_sequences
             tokens += n_sequences * self.block_size
@@ -191,13 +191,13 @@ class Run:
     @property
     def micro_steps(self) -> int:
         """Micro-batches of this rank in the iteration that comes next."""
-        return self.batch_schedule.split(self.progress.tokens).micro_steps
+        return self.batch_schedule.rank_share(self.progress.tokens).micro_steps
 
     def summary(self, data: TokenDataset, max_iters: int, env: Environment) -> str:
         """Two lines to show: what an iteration computes, and how much of `data` the run reads."""
         schedule = self.batch_schedule
         iter_num = self.progress.iter_num
-        micro_steps, micro_batch_size = schedule.split(self.progress.tokens)
+        micro_steps, micro_batch_size = schedule.rank_share(self.progress.tokens)
         batch = (f'{self.model.get_num_params():,} parameters, '
                  f'{micro_steps * env.world_size} micro-batches of '
                  f'{micro_batch_size} x {data.block_size} tokens per iteration, '
@@ -342,7 +342,8 @@ class Run:
         """
         if self.writer:
             self.writer.close()
-        env.barrier()                   # if the last save fails, every rank fails
+        # A rank whose last save failed never comes here, so the others fail too.
+        env.barrier()
         if stop_signal:
             raise SystemExit(128 + stop_signal)
 
@@ -375,7 +376,7 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
     env.assert_same_on_all_ranks({
         **settings, 'the dataset': data.fingerprint, 'iter_num': progress.iter_num})
 
-    # over the ranks, and then the optimizer of the parameters that are there
+    # wrap first: FSDP puts shards in the place of parameters, and the optimizer has to hold those
     with env.raise_on_all_ranks():
         wrapped_model = parallel.wrap(model, env, settings['strategy'], settings['recompute'],
                                       settings['reduce_dtype'])

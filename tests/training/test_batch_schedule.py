@@ -6,7 +6,7 @@ import torch
 
 from engine.dataloader.batches import train_batches
 from engine.errors import UserError
-from engine.training.run import BatchSchedule, split_batch
+from engine.training.run import BatchSchedule, share_of_batch
 
 
 @pytest.mark.parametrize('n_sequences, batch_size, ranks, expected', [
@@ -18,7 +18,7 @@ from engine.training.run import BatchSchedule, split_batch
     (40, 8, 2, (4, 5)),
 ])
 def test_each_rank_takes_an_equal_share(n_sequences, batch_size, ranks, expected):
-    micro_steps, size = split_batch(n_sequences, batch_size, ranks)
+    micro_steps, size = share_of_batch(n_sequences, batch_size, ranks)
     assert (micro_steps, size) == expected
     assert micro_steps * size * ranks == n_sequences
     assert size <= batch_size
@@ -87,9 +87,9 @@ def test_micro_batches_are_full_after_a_ramp(ranks, on_the_ramp, after_it):
     ramp_tokens = 4 * 10 ** 9
     schedule = BatchSchedule(32, 8, 2048, ranks, ramp_start=16 * 2048, ramp_tokens=ramp_tokens)
     without_ramp = BatchSchedule(32, 8, 2048, ranks)
-    assert schedule.split(0) == on_the_ramp
-    assert schedule.split(ramp_tokens - 1)[1] == on_the_ramp[1]
-    assert schedule.split(ramp_tokens) == after_it == without_ramp.split(0)
+    assert schedule.rank_share(0) == on_the_ramp
+    assert schedule.rank_share(ramp_tokens - 1)[1] == on_the_ramp[1]
+    assert schedule.rank_share(ramp_tokens) == after_it == without_ramp.rank_share(0)
 
 
 def test_the_ranks_together_take_each_sequence_once_on_a_ramp_and_after_it():
