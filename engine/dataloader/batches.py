@@ -304,8 +304,8 @@ def open_dataset(
 ) -> TokenDataset:
     """The TokenDataset of data/NAME, on every rank.
 
-    The first rank of each machine checks the files and leaves the result in NAME.checked.json, which
-    the others read.
+    The first rank of each machine checks the files and leaves the result in NAME.checked.json,
+    which the others read.
     """
     data = None
     with env.raise_on_all_ranks():
