@@ -22,7 +22,7 @@ from harness import torchrun_options
 
 from engine import device as devices
 from engine.dataloader.batches import prefetch
-from engine.distributed import start
+from engine.distributed import start_environment
 from engine.training import optim, parallel
 from engine.training.run import BatchSchedule, Progress, Run
 from model import GPT, GPTConfig
@@ -55,7 +55,7 @@ def batches(env, config, batch_size=8):
 def train(steps, dtype, compile, recompute=False, first_scale=None, device='cuda',
           optimizer='adamw', **changes):
     """(losses, gradient norms, Run) of a small model."""
-    env = start(device, dtype, compile)
+    env = start_environment(device, dtype, compile)
     model = gpt(**changes)
     wrapped = parallel.wrap(model, env, recompute=recompute).train()
     scaler = devices.grad_scaler(env.device, env.dtype)
@@ -135,7 +135,7 @@ def test_uncompiled_training_never_holds_whole_logits():
     """At GPT-2's vocabulary, whole float32 logits of 32 x 1,024 positions would take 6.6 GB."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    env = start('cuda', 'bfloat16', False)
+    env = start_environment('cuda', 'bfloat16', False)
     model = gpt(vocab_size=50304, block_size=1024, n_layer=1, n_embd=64, n_head=1)
     wrapped = parallel.wrap(model, env)
     idx = torch.randint(50304, (32, 1024), device='cuda')

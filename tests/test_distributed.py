@@ -271,7 +271,7 @@ PROBE = '''
 import json, os, signal, sys
 import torch
 import console
-from engine.distributed import hard_exit, report_first_failure, start
+from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import RunError, UserError
 
 def collectives(env):
@@ -299,7 +299,7 @@ def stop(env):
     raise SystemExit(env.stop_signal())
 
 with hard_exit(), console.report_errors(), report_first_failure():
-    globals()[sys.argv[1]](start(device='cpu', timeout=20))
+    globals()[sys.argv[1]](start_environment(device='cpu', timeout=20))
 '''
 
 

@@ -146,7 +146,7 @@ def test_a_field_that_a_file_lacks_is_none():
     checkpoint = Checkpoint.from_payload(
         dict(model=weights, model_args=SHAPE, iter_num=3, best_val_loss=2.5, unknown=1), 'a file')
     for name in ('activation', 'sequences', 'tokens', 'best_iter', 'config', 'tokenizer',
-                 'fingerprint', 'dtype', 'optimizer', 'scaler', 'sharded', 'damaged'):
+                 'fingerprint', 'dtype', 'optimizer', 'scaler', 'shards_folder', 'stands_in_for'):
         assert getattr(checkpoint, name) is None
 
 
@@ -465,18 +465,19 @@ def test_no_file_says_where_its_tensors_are_or_what_to_move_away(out_dir, tmp_pa
     """Only a state folder is read as one, and only a damaged state is moved away."""
     for name in ('ckpt.pt', 'state.pt'):
         content = torch.load(out_dir / name, weights_only=True)
-        content.update(sharded=str(tmp_path / 'elsewhere'), damaged='ckpt.pt')
+        elsewhere = str(tmp_path / 'elsewhere')
+        content.update(shards_folder=elsewhere, stands_in_for='ckpt.pt')
         torch.save(content, out_dir / name)
 
     state, notes = run_folder.load_state(out_dir)
-    assert state.shards_folder is None and state.damaged is None and not notes
+    assert state.shards_folder is None and state.stands_in_for is None and not notes
     model = run_folder.newest_checkpoint(out_dir)
-    assert model.sharded is None and model.damaged is None
+    assert model.shards_folder is None and model.stands_in_for is None
 
     for name in ('state.pt', 'state.prev.pt'):
         (out_dir / name).unlink(missing_ok=True)
     state, _ = run_folder.load_state(out_dir)           # of ckpt.pt alone
-    assert state.shards_folder is None and state.damaged is None
+    assert state.shards_folder is None and state.stands_in_for is None
     run_folder.clean_out_dir(out_dir, state)
     assert (out_dir / 'ckpt.pt').exists()
 
