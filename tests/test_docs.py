@@ -1,5 +1,7 @@
 """The blocks of Python in docs/."""
 
+import ast
+import importlib
 import re
 
 import pytest
@@ -67,3 +69,29 @@ def test_the_map_names_functions_that_the_files_have():
         if first and source:
             name = first[1].split('.')[-1]
             assert re.search(rf'(def|class) {name}\b', source), f'{path} has no {name}'
+
+
+def test_every_name_that_a_page_imports_exists():
+    """A page is not run by the other tests, so a renamed function would stay in it."""
+    missing = []
+    for page, block in BLOCKS:
+        for node in ast.walk(ast.parse(block)):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module.partition('.')[0] not in ('engine', 'model', 'train', 'studies'):
+                continue
+            for alias in node.names:
+                if not exists(node.module, alias.name):
+                    missing.append(f'{page}: {node.module}.{alias.name}')
+    assert not missing
+
+
+def exists(module, name):
+    """True where `from module import name` works."""
+    try:
+        if hasattr(importlib.import_module(module), name):
+            return True
+        importlib.import_module(f'{module}.{name}')
+    except ImportError:
+        return False
+    return True
