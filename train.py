@@ -202,7 +202,7 @@ def estimate_loss(run, data, env):
                 loss = run.wrapped_model(x, y)[1]
             if i < n_counted:
                 total += loss
-            if env.stop_signal():           # a collective: every rank returns here, or none
+            if env.stop_signal():           # on every rank, or on none
                 return None
         losses[split] = env.all_reduce(total).item() / eval_iters
     return losses
@@ -300,7 +300,7 @@ def main(overrides):
         keep_freed_memory()                     # fewer page faults, the same numbers
     run_lock = None
     try:
-        env.catch_signals(signal.SIGTERM)       # seen in the loop; Ctrl-C still ends the start-up
+        env.catch_signals(signal.SIGTERM)       # Ctrl-C still ends the start-up
         print0(configurator.describe_settings(overrides))
         print0(env.summary)
 
@@ -322,7 +322,7 @@ def main(overrides):
         del saved, build                        # unmaps the checkpoint file
 
         print0(run.summary(data, max_iters, env))
-        env.catch_signals()                     # from here on, Ctrl-C too ends a step and saves
+        env.catch_signals()             # from here on, Ctrl-C saves too
         if eval_only:
             evaluate(run, data, env)
             run.finish(env.stop_signal(), env)
