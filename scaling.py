@@ -122,10 +122,13 @@ def bytes_per_token(data):
 
 def train_settings(folder, n_layer, n_embd, iterations):
     """The settings of train.py for one run, {name: value}."""
+    # the rate falls with the width, and within a run to a tenth of itself
     rate = learning_rate * math.sqrt(64 / n_embd)
     return dict(
         out_dir=folder,
         init_from='auto',
+
+        # the model, and the batch it reads
         dataset=dataset,
         n_layer=n_layer,
         n_embd=n_embd,
@@ -133,11 +136,15 @@ def train_settings(folder, n_layer, n_embd, iterations):
         block_size=block_size,
         batch_size=batch_size,
         gradient_accumulation_steps=1,
+
+        # how long, and how fast
         max_iters=iterations,
         lr_decay_iters=iterations,
         warmup_iters=iterations // 10,
         learning_rate=rate,
         min_lr=rate / 10,
+
+        # one evaluation, at the end
         eval_interval=iterations,
         eval_iters=eval_iters,
         log_interval=max(1, iterations // 20),

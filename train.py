@@ -376,7 +376,7 @@ def train(run, data, overrides, env):
             numbers = train_step(run, batches, env)
         run.count_iteration()
 
-        # log the step before; a stop signal may have reached a rank
+        # hand the step over to the log; true once a stop signal has reached a rank
         if step_log.push(progress.iter_num - 1, numbers, progress.tokens, lr=lr):
             break
 

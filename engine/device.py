@@ -5,8 +5,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -179,13 +179,24 @@ def try_compiler(device):
         return ' '.join(str(error).split())[:120] or type(error).__name__
 
 
-# Precision and randomness
+# Precision, modes and randomness
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     """The context in which forward passes run in precision `dtype`."""
     if dtype == 'float32':
         return nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode while the block runs, and then as it was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def grad_scaler(device: torch.device, dtype: str) -> torch.amp.GradScaler:

@@ -22,8 +22,8 @@ from engine.errors import RunError, UserError
 
 END_OF_TEXT = 50256             # GPT-2's token between documents
 
-# Keys in files, in their order: those of a kind of tokenizer after its name and size, and those
-# that meta.json has after the tokenizer's.
+# The keys in files, in their order. Every tokenizer has its name and its size first, and then the
+# keys of its kind. meta.json goes on with META_KEYS.
 KEYS = dict(
     gpt2=(),
     char=('chars',),

@@ -7,13 +7,13 @@ row, so no layer but attention computes padding. `score` needs only GPT.hidden a
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.attention import CausalAttention, attention
+from engine.device import evaluation_mode
 from engine.distributed import Environment
 from engine.errors import RunError
 from engine.generation.kv_cache import decoding_attention
@@ -233,17 +233,6 @@ def score_tokens(model, x, targets):
         logprobs.append(chosen - logits.logsumexp(dim=1))
         greedy.append(logits.argmax(dim=1) == ids)
     return torch.cat(logprobs).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
-
-
-@contextmanager
-def evaluation_mode(model):
-    """The model is in evaluation mode while the block runs."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def score(model: torch.nn.Module, examples: list[list[Option]], env: Environment,

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass
 class Example:
     """One question of a task, or one window of a text, as a model reads it."""
-    options: list[Option]               # of a text and of a kind without choices, a single one
+    options: list[Option]               # one for each choice; a single one where there is no choice
     number: int                         # of its record in the file, or of the window, from 0
     gold: int | None = None             # number of the right option
     characters: list[int] = field(default_factory=list)     # length of each choice

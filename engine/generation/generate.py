@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from engine.device import evaluation_mode
 from engine.errors import UserError
 from engine.generation.kv_cache import StaticKVCache, decoding_attention, new_caches
 from engine.tokenizer import Tokenizer, TokenizerSpec
@@ -195,14 +196,11 @@ class TextSampler:
         change."""
         device = next(model.parameters()).device
         idx = torch.tensor([self.ids], device=device)
-        was_training = model.training
-
-        model.eval()
-        tokens = stream(model, idx, self.noise.size(1), SAMPLE_TEMPERATURE, SAMPLE_TOP_K,
-                        noise=self.noise.to(device), vocab_size=self.tokenizer.vocab_size)
-        text = self.prompt + self.tokenizer.decode([token.item() for token in tokens])
-        model.train(was_training)
-        return text
+        with evaluation_mode(model):
+            tokens = stream(model, idx, self.noise.size(1), SAMPLE_TEMPERATURE, SAMPLE_TOP_K,
+                            noise=self.noise.to(device), vocab_size=self.tokenizer.vocab_size)
+            ids = [token.item() for token in tokens]
+        return self.prompt + self.tokenizer.decode(ids)
 
 
 # From logits to tokens

@@ -291,7 +291,7 @@ def write_rotary_options(config):
 # Weights
 
 def names_in(kind, n_layer):
-    """{name in GPT: names in transformers} of a kind whose names differ.
+    """{name in GPT: names in transformers}, for a kind whose names are not those of GPT.
 
     The weights of those names, one below the other, make the one weight of GPT.
     """
@@ -497,7 +497,7 @@ def to_transformers(config, weights: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def classes_of(kind):
-    """The classes of a kind in transformers: (configuration, model)."""
+    """The two classes that transformers has for a kind: its configuration, its model."""
     import transformers
     config_name, model_name = CLASSES[kind]
     return getattr(transformers, config_name), getattr(transformers, model_name)

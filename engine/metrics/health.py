@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from engine.attention import CausalAttention
-from engine.device import read_async
+from engine.device import evaluation_mode, read_async
 from engine.distributed import Environment
 from engine.log import log
 from engine.metrics.metrics_file import CLIPPED, PREFIX, TITLES
@@ -293,17 +293,6 @@ def measure_units(block_name, width, found):
         dead = (units <= 0).all(dim=0)
         found[block_name, 'dead_units'] = dead.float().mean()
     return hook
-
-
-@contextmanager
-def evaluation_mode(model):
-    """The model is in evaluation mode while the block runs."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 # Layers and their parameters

@@ -32,7 +32,7 @@ CLIPPED = 'health/clipped'              # share of the last steps whose gradient
 class MetricsWriter:
     """Writes numbers to metrics.jsonl and wandb.
 
-    A failure of either is told once and never stops training.
+    If one of them fails, the writer says so once, and training goes on.
 
     out_dir: the folder of the run.
     iter_num: the iteration at which the run starts or resumes. Later records are dropped.

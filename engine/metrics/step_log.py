@@ -142,7 +142,7 @@ class StepLog:
 
         self.before_error()
         raise RunError(f'iteration {iteration}: loss {loss}, gradient norm {grad_norm}; '
-                       f'the run ends before that update. {self.advice}')
+                       f'the run ends, and that update is not saved. {self.advice}')
 
     def write_line(self, iteration, numbers):
         """Log a line about the steps since the last line, and give the writer its numbers."""

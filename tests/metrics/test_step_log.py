@@ -211,7 +211,7 @@ def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):
 def test_a_step_that_is_not_finite_ends_the_run(numbers):
     log, records = new_log()
     log.push(0, step(2.0), 100, lr=1e-3)
-    words = 'iteration 1: loss .*; the run ends before that update. Help.'
+    words = 'iteration 1: loss .*; the run ends, and that update is not saved. Help.'
     with pytest.raises(RunError, match=words):
         log.push(1, numbers, 200, lr=1e-3)
     assert [i for i, _ in records] == [0]
