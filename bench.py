@@ -25,7 +25,7 @@ import torch
 import configurator
 from engine import device as devices
 from engine import distributed
-from engine.dataloader.batches import TokenDataset, prefetch
+from engine.dataloader.batches import TokenDataset, WeightedBatch, prefetch
 from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import UserError
 from engine.generation import cpu as cpu_generation
@@ -200,7 +200,14 @@ def random_batches(size):
 
     def batch(_seed, _stream, _first, n_sequences):
         tokens = torch.randint(size, (n_sequences, block_size + 1), generator=generator)
-        return tokens[:, :-1], tokens[:, 1:]
+        return WeightedBatch(tokens[:, :-1], tokens[:, 1:], weight=1.0)
+    return batch
+
+
+def read_batches(data):
+    """A function that takes the arguments of TokenDataset.batch, and reads that batch of `data`."""
+    def batch(*request):
+        return WeightedBatch(*data.batch(*request), weight=1.0)
     return batch
 
 
@@ -214,7 +221,7 @@ def project_step(run, batches, env, losses):
 def transformers_step(reference, optimizer, batches, env):
     """The same step of transformers' model, written as its users write it."""
     for _ in range(gradient_accumulation_steps):
-        x, _ = next(batches)
+        x = next(batches).x
         with devices.autocast(env.device, reference.dtype):
             loss = reference.model(x, labels=x).loss / gradient_accumulation_steps
         loss.backward()
@@ -234,7 +241,7 @@ def bench_train(env):
         data = TokenDataset(dataset)
         data.set_block_size(block_size)
         size = padded_vocab_size(data.vocab_size)
-        make_batch = data.batch
+        make_batch = read_batches(data)
 
     # the run, and what it is compared with
     model = build_model(env, size)

@@ -155,14 +155,14 @@ def train_step(run, batches, env):
     # forward and backward; the gradients of the micro-batches add up
     loss_sum = torch.zeros((), device=env.device)
     for micro_step in range(run.micro_steps):
-        x, y = next(batches)                            # each (B, T)
+        x, y, weight = next(batches)                    # each (B, T), and 1 on average
         if run.model.config.dropout:
             number = env.rank * run.micro_steps + micro_step
             torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, number))
         is_last = micro_step == run.micro_steps - 1
         with parallel.sync_gradients(run.wrapped_model, enabled=is_last):
             with env.autocast():
-                loss = run.wrapped_model(x, y)[1]
+                loss = run.wrapped_model(x, y)[1] * weight
             run.scaler.scale(loss / run.micro_steps).backward()
         loss_sum += loss.detach()
     loss = loss_sum / run.micro_steps
@@ -187,6 +187,8 @@ def train_step(run, batches, env):
 def estimate_loss(run, data, env):
     """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared by the ranks.
 
+    Each is the mean over the targets that count.
+
     None if a signal reached any rank. The model is left in evaluation mode.
     """
     run.wrapped_model.eval()
@@ -194,17 +196,19 @@ def estimate_loss(run, data, env):
     n_counted = len(range(env.rank, eval_iters, env.world_size))    # without repeats
     losses = {}
     for split in ('train', 'val'):
-        total = torch.zeros((), device=env.device)
+        total = torch.zeros(2, device=env.device)       # of the losses, and of their weights
         batches = eval_batches(data, split, eval_iters, batch_size, env)
         bar = progress_bar(f'evaluating on {split}', batches, n_batches, at_once=env.compile)
-        for i, (x, y) in enumerate(bar):
+        for i, (x, y, weight) in enumerate(bar):
             with env.autocast():
                 loss = run.wrapped_model(x, y)[1]
             if i < n_counted:
-                total += loss
+                total[0] += loss * weight
+                total[1] += weight
             if env.stop_signal():           # on every rank, or on none
                 return None
-        losses[split] = env.all_reduce(total).item() / eval_iters
+        loss_sum, weight_sum = env.all_reduce(total).tolist()
+        losses[split] = loss_sum / weight_sum
     return losses
 
 

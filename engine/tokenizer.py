@@ -309,10 +309,10 @@ class DatasetMeta:
     """
 
     spec: TokenizerSpec                     # its keys stand beside the others in the file
-    record: dict[str, int] | None = None    # {'length', 'prompt'} of a dataset of records
+    record: dict[str, int] | None = None    # {'length': tokens} of a dataset of records
     dtype: str | None = None                # the type of ids, 'uint16' or 'uint32'
     tokens: dict[str, int] | None = None    # how many tokens each split has
-    sha256: dict[str, str] | None = None    # the digest of each token file, by its name
+    sha256: dict[str, str] | None = None    # the digest of each token file and mask, by its name
     source: str | None = None               # the key of the ShardWriter that made shards
 
     @classmethod

@@ -183,4 +183,4 @@ def take_step(optimizer, loss, grad_clip=1.0, scaler=None):
         optimizer=optimizer, grad_clip=grad_clip,
         scaler=scaler or torch.amp.GradScaler('cpu', enabled=False))
     env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, '')
-    return train.train_step(run, iter([(None, None)]), env)['grad_norm']
+    return train.train_step(run, iter([(None, None, 1.0)]), env)['grad_norm']

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from harness import torchrun_options
 
 from engine import device as devices
-from engine.dataloader.batches import prefetch
+from engine.dataloader.batches import Batch, WeightedBatch, prefetch
 from engine.distributed import start_environment
 from engine.training import optim, parallel
 from engine.training.run import BatchSchedule, Progress, Run
@@ -48,7 +48,7 @@ def batches(env, config, batch_size=8):
         generator = torch.Generator().manual_seed(i)
         starts = torch.randint(config.vocab_size, (batch_size, 1), generator=generator)
         tokens = (starts + 3 * torch.arange(config.block_size + 1)) % config.vocab_size
-        return tokens[:, :-1], tokens[:, 1:]
+        return WeightedBatch(tokens[:, :-1], tokens[:, 1:], weight=1.0)
     return prefetch(batch, ((i,) for i in range(10 ** 6)), env.device)
 
 
@@ -146,7 +146,7 @@ def test_uncompiled_training_never_holds_whole_logits():
 
 def test_batches_arrive_whole_and_in_order():
     def batch(i):
-        return torch.full((512, 1024), i), torch.full((512, 1024), -i)
+        return Batch(torch.full((512, 1024), i), torch.full((512, 1024), -i))
 
     source = prefetch(batch, ((i,) for i in range(50)), torch.device('cuda', 0))
     for i, (x, y) in enumerate(source):

@@ -48,23 +48,29 @@ def make_records():
     return records
 
 
+def read_pieces(split, records):
+    """The pieces of some records, as the writer takes them. Prompts do not count in the loss."""
+    for prompt, answer in records:
+        yield split, prompt, False, False
+        yield split, f'{answer}\n', False, True
+
+
 def main():
     check_settings()
     records = make_records()
-    lines = [f'{prompt}{answer}\n' for prompt, answer in records]
-    train = ''.join(lines[:train_records])
-    val = ''.join(lines[train_records:])
+    train = records[:train_records]
+    val = records[train_records:]
 
-    # training begins each sequence at a record, and the prompts are no targets
-    record = dict(length=len(lines[0]), prompt=digits + 1)
-    spec = char_spec(set(train + val))
-    pieces = [('train', train, False), ('val', val, False)]
-    with dataset_writer(FOLDER, spec, record=record) as writer:
-        writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=len(train + val))
+    # training begins each sequence at a record
+    record_length = len(''.join(records[0])) + 1
+    spec = char_spec('0123456789=\n')
+    pieces = [*read_pieces('train', train), *read_pieces('val', val)]
+    with dataset_writer(FOLDER, spec, has_masks=True, record_length=record_length) as writer:
+        writer.write(pieces, Tokenizer(spec).encode_to_numpy, total=record_length * len(records))
 
     # a task for evaluate.py
     with atomic_write(FOLDER / 'exact.jsonl') as file:
-        for prompt, answer in records[train_records:]:
+        for prompt, answer in val:
             file.write(json.dumps(dict(prompt=prompt, answer=answer)) + '\n')
     print0('exact.jsonl has the held-out records, for evaluate.py')
     print0('next: python train.py config/train_sort.py')

@@ -8,17 +8,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from engine.dataloader.masks import open_masks
 from engine.dataloader.token_files import (
-    DTYPES,
     REPLACING,
     SPLITS,
+    TOKEN_DTYPES,
     TokenStream,
     check_split,
     find_token_files,
@@ -45,18 +45,24 @@ class BatchRequest(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Inputs and targets, each (count, block_size) int64. Targets are inputs one token later."""
+    """Inputs and targets, each (count, block_size) int64.
+
+    Targets are inputs one token later, and -1 where a mask says that they do not count.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Record:
-    """The field `record` of meta.json: a dataset of records of one length, each with a prompt."""
+class WeightedBatch(NamedTuple):
+    """A batch, and what its mean loss weighs in the mean over all batches, which is 1 on average.
 
-    length: int                 # tokens of each record
-    prompt: int                 # tokens at its start that are no targets
+    Without masks each batch has the same number of targets, and each weight is 1.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    weight: float
 
 
 class TokenDataset:
@@ -66,8 +72,9 @@ class TokenDataset:
     once before any comes again. documents: 'any' starts a window anywhere, and 'whole' starts
     training windows at documents.
 
-    Attributes: tokens is {'train': TokenStream, 'val': ...}. tokenizer is a
-    TokenizerSpec. record is a Record, or None. fingerprint is a short hash of both splits.
+    Attributes: tokens is {'train': TokenStream, 'val': ...}; masks is the same with the masks, or
+    empty. tokenizer is a TokenizerSpec. fingerprint is a short hash of all files. Windows start at
+    multiples of stride, which is the length of a record, or 1.
     Call `set_block_size` before `batch`.
 
     Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or
@@ -97,11 +104,13 @@ class TokenDataset:
             self.tokens[split] = TokenStream(self.folder, files[split], dtype)
             facts.append(check_split(self.tokens[split], split, self.vocab_size, expected))
 
-        self.record = read_record(self.folder, meta, self.tokens)
-        self.stride = 1                     # windows of evaluation start at multiples of it
-        if self.record:
-            self.stride = self.record.length
-            facts.append(json.dumps(asdict(self.record), sort_keys=True))
+        self.masks, mask_facts = open_masks(self.folder, self.tokens, expected)
+        self.has_masks = bool(self.masks)
+        facts += mask_facts
+
+        self.stride = read_stride(self.folder, meta, self.tokens)
+        if self.stride > 1:
+            facts.append(json.dumps(meta.record))
         self.fingerprint = hashlib.sha256(''.join(facts).encode()).hexdigest()[:16]
 
     def find_files(self):
@@ -122,7 +131,7 @@ class TokenDataset:
         dtype = meta.dtype
         if dtype is None:
             return token_dtype(self.vocab_size)
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in TOKEN_DTYPES:
             raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or '
                             f'uint32; prepare the dataset again')
         return dtype
@@ -132,13 +141,14 @@ class TokenDataset:
     def set_block_size(self, block_size: int) -> None:
         """Batches have block_size tokens from now on.
 
-        Raises UserError where a split is shorter, where block_size does not fit the records, and
-        with documents='whole' where train has no end-of-text token.
+        Raises UserError where a split is shorter, and with documents='whole' where train has no
+        end-of-text token, or consists of records.
         """
         for split in SPLITS:
             self.check_length(split, block_size)
-        if self.record:
-            self.check_records(block_size)
+        if self.stride > 1 and self.documents == 'whole':
+            raise UserError(f'the windows of {self.folder.name} start at its records; leave '
+                            f'--documents=any')
 
         self.block_size = block_size
         if self.documents == 'whole':
@@ -159,16 +169,6 @@ class TokenDataset:
         raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
                         f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
 
-    def check_records(self, block_size):
-        """UserError where the records do not fit the settings."""
-        if block_size < self.record.prompt:
-            raise UserError(f'block_size={block_size} ends within the prompt of a record, so no '
-                            f'target would count; try --block_size={self.record.length - 1}')
-
-        if self.documents == 'whole':
-            raise UserError(f'the windows of {self.folder.name} start at its records; leave '
-                            f'--documents=any')
-
     # Batches
 
     def batch(self, seed: int, stream: str, first: int, count: int) -> Batch:
@@ -177,8 +177,7 @@ class TokenDataset:
         stream: 'train', 'eval train' or 'eval val'. Evaluation windows do not depend on the seed,
         on sampling or on documents, so runs with the same block_size, batch_size and eval_iters are
         judged by the same text. engine.dataloader.window_order has the orders of 'train'.
-        In a dataset of records, windows start at records, and y is -1 where the target lies in a
-        prompt.
+        In a dataset of records, windows start at records.
 
         With documents='whole', a window starts at the next end-of-text token. If there is none
         within SEARCHED_TOKENS, it starts at the first one of the text. So a document's tokens
@@ -186,16 +185,9 @@ class TokenDataset:
 
         Raises RunError for an id beyond the vocabulary.
         """
-        split = 'train'
-        if stream == 'eval val':
-            split = 'val'
+        split = split_of_stream(stream)
         tokens = self.tokens[split]
-
-        # Where the windows start: (count,)
-        if stream == 'train':
-            starts = self.training_starts(seed, first, count)
-        else:
-            starts = weyl_starts(first, count, self.count_starts(tokens)) * self.stride
+        starts = self.starts(seed, stream, first, count)
 
         # The tokens of each window, and the one after it: (count, block_size + 1)
         windows = torch.from_numpy(tokens.windows(starts, self.block_size + 1))
@@ -203,9 +195,28 @@ class TokenDataset:
 
         x = windows[:, :-1]
         y = windows[:, 1:]
-        if self.record:
-            y = y.masked_fill(self.is_prompt(), IGNORED)
+        if self.masks:
+            counted = torch.from_numpy(self.counted(split, starts))
+            y = y.masked_fill(~counted, IGNORED)
         return Batch(x, y)
+
+    def starts(self, seed, stream, first, count):
+        """Where the windows of `batch` start: (count,)."""
+        if stream == 'train':
+            return self.training_starts(seed, first, count)
+        tokens = self.tokens[split_of_stream(stream)]
+        return weyl_starts(first, count, self.count_starts(tokens)) * self.stride
+
+    def counted(self, split, starts):
+        """True for the targets of the windows at `starts` that count: (windows, block_size)."""
+        return self.masks[split].windows(starts + 1, self.block_size, bool)
+
+    def count_targets(self, seed: int, stream: str, first: int, count: int) -> int:
+        """How many targets count in the sequences of `batch` with the same arguments."""
+        if not self.masks:
+            return count * self.block_size
+        starts = self.starts(seed, stream, first, count)
+        return int(self.counted(split_of_stream(stream), starts).sum())
 
     def count_starts(self, tokens):
         """How many multiples of the stride a window of `tokens` can start at."""
@@ -218,7 +229,7 @@ class TokenDataset:
 
         if self.sampling == 'windows':
             starts = weyl_starts(first, count, n_starts, seed) * self.stride
-        elif self.record:
+        elif self.stride > 1:
             # Records take the place of tokens, in blocks of one. epoch_starts leaves out one block.
             starts = epoch_starts(first, count, n_starts + 1, 1, seed) * self.stride
         else:
@@ -248,11 +259,6 @@ class TokenDataset:
         tokens = self.tokens['train']
         last = len(tokens) - self.block_size - 1
         return tokens.find(token, start, min(start + SEARCHED_TOKENS, last + 1))
-
-    def is_prompt(self):
-        """True for the targets of a window that lie in the prompt of a record. (block_size,)"""
-        places = torch.arange(1, self.block_size + 1) % self.record.length
-        return places < self.record.prompt
 
     def check_ids(self, windows, tokens, starts):
         """RunError where an id is beyond the vocabulary.
@@ -295,6 +301,13 @@ class TokenDataset:
         except UserError:               # a damaged file
             return False
         return same_tokens(spec, self.tokenizer)
+
+
+def split_of_stream(stream):
+    """The split that the windows of a stream are of: 'train' or 'val'."""
+    if stream == 'eval val':
+        return 'val'
+    return 'train'
 
 
 # Opening datasets
@@ -366,74 +379,99 @@ def advice(name):
             f'python data/text/prepare.py --input=PATH --name={name}')
 
 
-def read_record(folder, meta, tokens):
-    """The Record of a DatasetMeta, or None. UserError where the token files do not fit it."""
+def read_stride(folder, meta, tokens):
+    """The length of a record, as meta.json says; 1 for a dataset without records.
+
+    UserError where the token files do not fit it.
+    """
     found = meta.record
     if found is None:
-        return None
+        return 1
 
-    if not is_record(found):
+    length = None
+    if isinstance(found, dict) and found.keys() == {'length'}:
+        length = found['length']
+    if type(length) is not int or length < 2:
         raise UserError(f'{folder / "meta.json"}: record is {found!r:.60}, and should be like '
-                        f'{{"length": 10, "prompt": 6}}; prepare the dataset again')
+                        f'{{"length": 10}}; prepare the dataset again')
 
-    record = Record(found['length'], found['prompt'])
     for split, stream in tokens.items():
-        if len(stream) % record.length:
+        if len(stream) % length:
             raise UserError(f'{folder}: the {len(stream):,} tokens of {split} are not whole '
-                            f'records of {record.length:,}; prepare the dataset again')
-    return record
-
-
-def is_record(found):
-    """True for a dict with the fields of a Record: integers of which the prompt is the smaller."""
-    if not isinstance(found, dict):
-        return False
-    length = found.get('length')
-    prompt = found.get('prompt')
-    return type(length) is int and type(prompt) is int and 0 < prompt < length
+                            f'records of {length:,}; prepare the dataset again')
+    return length
 
 
 # Batches on the device
 
 def train_batches(
     data: TokenDataset, seed: int, iterations: Iterable[tuple[int, int, int]], env: Environment,
-) -> Iterator[Batch]:
+) -> Iterator[WeightedBatch]:
     """This rank's micro-batches on its device. The ranks share the global batch.
+
+    The weights give each target that counts the same share in the mean over the global batch.
 
     iterations: for each iteration, the number of its first sequence, the micro-steps of a rank and
     the sequences of a micro-batch; see BatchSchedule.iterations.
     """
     def requests():
         for first, micro_steps, size in iterations:
+            n_batches = env.world_size * micro_steps    # of all ranks
+            n_targets = data.count_targets(seed, 'train', first, n_batches * size)
             for micro_step in range(micro_steps):
-                number = env.rank * micro_steps + micro_step    # among all ranks' micro-batches
-                yield BatchRequest(seed, 'train', first + number * size, size)
+                number = env.rank * micro_steps + micro_step
+                request = BatchRequest(seed, 'train', first + number * size, size)
+                yield request, n_targets / n_batches
 
-    return prefetch(data.batch, requests(), env.device)
+    def make_batch(request, mean_targets):
+        return weighted_batch(data, request, mean_targets)
+
+    return prefetch(make_batch, requests(), env.device)
 
 
 def eval_batches(
     data: TokenDataset, split: str, count: int, batch_size: int, env: Environment,
-) -> Iterator[Batch]:
+) -> Iterator[WeightedBatch]:
     """This rank's share of the `count` evaluation batches, which do not depend on the seed.
 
     Every rank gets the same number, because the ranks of a sharded model compute together. A rank's
-    last batch may repeat another.
+    last batch may repeat another. The weight of a batch is the share of its targets that count.
     """
     def requests():
         for first in range(0, count, env.world_size):
             number = min(first + env.rank, count - 1)
-            yield BatchRequest(0, f'eval {split}', number * batch_size, batch_size)
+            request = BatchRequest(0, f'eval {split}', number * batch_size, batch_size)
+            yield request, batch_size * data.block_size
 
-    return prefetch(data.batch, requests(), env.device)
+    def make_batch(request, mean_targets):
+        return weighted_batch(data, request, mean_targets)
+
+    return prefetch(make_batch, requests(), env.device)
+
+
+def weighted_batch(
+    data: TokenDataset, request: BatchRequest, mean_targets: float,
+) -> WeightedBatch:
+    """The batch of a request. Its weight is how many of its targets count, by mean_targets."""
+    x, y = data.batch(*request)
+    if not data.has_masks:
+        return WeightedBatch(x, y, 1.0)
+
+    n_counted = int((y != IGNORED).sum())
+    if n_counted:
+        return WeightedBatch(x, y, n_counted / mean_targets)
+
+    # The mean over no targets would be 0 / 0. So one target counts, with a weight of 0.
+    y[0, 0] = x[0, 0]
+    return WeightedBatch(x, y, 0.0)
 
 
 def prefetch(
-    make_batch: Callable[..., tuple[torch.Tensor, torch.Tensor]], requests: Iterable[tuple],
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Yield make_batch(*request) on `device` for each request.
+    make_batch: Callable[..., tuple], requests: Iterable[tuple], device: torch.device,
+) -> Iterator:
+    """Yield make_batch(*request) for each request, with its tensors on `device`.
 
+    make_batch: returns a named tuple with tensors `x` and `y`, such as a WeightedBatch.
     One batch is prepared in the background while the one before is used.
     """
     mover = BatchMover(device)
@@ -473,11 +511,12 @@ class BatchMover:
     def send(self, batch):
         """Start the copy of a batch to the device, in the background thread."""
         if not self.copy_stream:
-            return Batch(*(tensor.to(self.device) for tensor in batch))
+            return batch._replace(x=batch.x.to(self.device), y=batch.y.to(self.device))
 
         with torch.cuda.stream(self.copy_stream):
-            pinned = [tensor.contiguous().pin_memory() for tensor in batch]
-            return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in pinned))
+            x, y = (tensor.contiguous().pin_memory() for tensor in batch[:2])
+            return batch._replace(x=x.to(self.device, non_blocking=True),
+                                  y=y.to(self.device, non_blocking=True))
 
     def receive(self, batch):
         """Return a batch that was sent, for use in the thread that computes."""
@@ -485,6 +524,6 @@ class BatchMover:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self.copy_stream)
             # The allocator must not reuse their memory before this stream is done.
-            for tensor in batch:
+            for tensor in (batch.x, batch.y):
                 tensor.record_stream(computing)
         return batch

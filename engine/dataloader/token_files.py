@@ -21,7 +21,9 @@ from engine.atomic_files import atomic_write
 from engine.errors import RunError, UserError
 
 SPLITS = ('train', 'val')
-DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+TOKEN_DTYPES = ('uint16', 'uint32')
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4'),
+          'uint8': np.dtype('u1')}                  # of engine.dataloader.masks
 SHARD = re.compile(r'((?:.+_)?)(train|val)_(\d+)\.bin')
 REPLACING = 'replacing.json'        # exists while prepare.py replaces the shards of a folder
 
@@ -301,19 +303,25 @@ class TokenStream:
 def check_split(stream: TokenStream, split: str, vocab_size: int, expected: dict) -> str:
     """Check the ids of a split, and return its digest.
 
-    One file is read as a whole. Of shards, which may be too many to read, evenly spaced blocks are.
     expected: {name: sha256} of meta.json. Raises UserError for an id beyond the vocabulary, and
     where meta.json describes other files.
     """
-    if stream.names == [f'{split}.bin']:
-        contents = check_file(stream, expected)
-    else:
-        contents = check_shards(stream, split, expected)
-
+    contents = read_split(stream, split, expected)
     if contents.largest >= vocab_size:
         raise UserError(f'{contents.path}: token {contents.position:,} has id {contents.largest}, '
                         f'beyond the vocabulary of {vocab_size}; prepare the dataset again')
     return contents.digest
+
+
+def read_split(stream: TokenStream, split: str, expected: dict) -> Contents:
+    """The Contents of a split.
+
+    One file is read as a whole. Of shards, which may be too many to read, evenly spaced blocks are.
+    expected: {name: sha256} of meta.json. Raises UserError where meta.json describes other files.
+    """
+    if len(stream.names) == 1 and not SHARD.fullmatch(stream.names[0]):
+        return check_file(stream, expected)
+    return check_shards(stream, split, expected)
 
 
 def check_file(stream, expected):
@@ -359,7 +367,7 @@ def scan(path, file_format):
     if file_format != FileFormat('uint16', 0):      # meta.json may change what the bytes mean
         key += [DTYPES[file_format.dtype].itemsize, file_format.header_bytes]
 
-    cache = path.with_suffix('.checked.json')
+    cache = path.with_name(path.name.removesuffix('.bin') + '.checked.json')
     contents = read_cache(cache, key, path)
     if contents is None:
         contents = read_contents(path, file_format)

@@ -2,7 +2,9 @@
 replace an earlier dataset together.
 
 train.bin and val.bin hold token ids, little-endian uint16, or uint32 for more than 65,536 ids,
-documents joined. meta.json holds the tokenizer, the token counts and a SHA-256 of both files.
+documents joined. train.mask and val.mask, which few datasets have, hold one byte for each token: 1
+where it counts in the loss, else 0. meta.json holds the tokenizer, the token counts and a SHA-256
+of each file.
 meta.pkl is nanoGPT's form of a character vocabulary. engine.prepare.shard_writer writes shards.
 
 The files have names that end in .part until all are written. unfinished.json is the journal: how
@@ -43,20 +45,21 @@ class Piece(NamedTuple):
     split: str              # 'train' or 'val'
     text: str
     ends_document: bool     # the end-of-text token follows it
+    counts: bool = True     # its tokens count in the loss, and so does its end-of-text token
 
 
 class EncodedBatch(NamedTuple):
     """Some pieces and their tokens."""
     pieces: list[Piece]
-    ids: dict[str, np.ndarray]      # the ids of each split that has any, joined
+    content: dict[str, np.ndarray]      # what each file that grows gets: ids, or 0s and 1s
 
 
 @dataclass
 class Journal:
-    """The content of unfinished.json: how much of train.bin.part and val.bin.part is written."""
+    """The content of unfinished.json: how much of train.bin.part and the others is written."""
     key: str                        # as in dataset_writer()
     documents: int                  # how many documents are written
-    bytes: dict[str, int]           # the size of each split
+    bytes: dict[str, int]           # the size of each file, by its name
     sha256: dict[str, str]          # the digest of those bytes
 
     # What meta.json says of the tokenizer and the records. Its presence says that both files are
@@ -71,8 +74,8 @@ class Journal:
         meta = DatasetMeta.from_dict(self.tokenizer)
         meta.dtype = token_dtype(meta.spec.vocab_size)
         itemsize = DTYPES[meta.dtype].itemsize
-        meta.tokens = {split: self.bytes[split] // itemsize for split in SPLITS}
-        meta.sha256 = {f'{split}.bin': self.sha256[split] for split in SPLITS}
+        meta.tokens = {split: self.bytes[f'{split}.bin'] // itemsize for split in SPLITS}
+        meta.sha256 = dict(self.sha256)
         return meta
 
 
@@ -83,16 +86,28 @@ def check_journal(content):
     """
     journal = Journal(**content)
 
-    numbers = [journal.documents, *(journal.bytes[split] for split in SPLITS)]
+    names = list(journal.bytes)
+    if names not in (file_names(False), file_names(True)) or names != list(journal.sha256):
+        raise ValueError('the files are others')
+
+    numbers = [journal.documents, *journal.bytes.values()]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError('a number is impossible')
 
-    if any(journal.bytes[split] % 2 for split in SPLITS):
+    if any(journal.bytes[f'{split}.bin'] % 2 for split in SPLITS):
         raise ValueError('half a token is written')
 
-    if not all(type(journal.sha256[split]) is str for split in SPLITS):
+    if not all(type(digest) is str for digest in journal.sha256.values()):
         raise ValueError('a digest is no text')
     return journal
+
+
+def file_names(has_masks: bool) -> list[str]:
+    """The names of the files that the writer encodes to."""
+    names = [f'{split}.bin' for split in SPLITS]
+    if has_masks:
+        names += [f'{split}.mask' for split in SPLITS]
+    return names
 
 
 class UnfinishedFile:
@@ -122,15 +137,16 @@ class DatasetWriter:
     documents: how many documents are written, including those of an earlier run with the same key.
     """
 
-    def __init__(self, folder: Path, meta: DatasetMeta, key: str):
+    def __init__(self, folder: Path, meta: DatasetMeta, key: str, has_masks: bool):
         self.folder = folder
         self.meta = meta                        # what is known before the text is encoded
         self.key = key
+        self.has_masks = has_masks
         self.dtype = DTYPES[token_dtype(meta.spec.vocab_size)]
         self.end_of_text = meta.spec.end_of_text
         self.documents = 0
         self.saved_at = time.monotonic()
-        self.files = {}                         # {split: UnfinishedFile}
+        self.files = {}                         # {file name: UnfinishedFile}
         self.finished = None                    # the journal, if nothing is left to write
 
         completed = complete_replacement(folder)
@@ -155,33 +171,35 @@ class DatasetWriter:
         journal = read_json(self.folder / JOURNAL, check_journal)
         if not journal or not self.key or journal.key != self.key:
             return False
+        if list(journal.bytes) != file_names(self.has_masks):
+            return False
 
-        digests = {split: hash_start(self.unfinished_path(split), journal.bytes[split],
-                                     journal.sha256[split]) for split in SPLITS}
+        digests = {name: hash_start(self.unfinished_path(name), size, journal.sha256[name])
+                   for name, size in journal.bytes.items()}
         if not all(digests.values()):
             log.info(f'{self.folder}: the saved progress is damaged; starting from the beginning')
             return False
 
-        for split, digest in digests.items():
-            file = open(self.unfinished_path(split), 'r+b')
-            self.files[split] = UnfinishedFile(file, digest)
-            file.seek(journal.bytes[split])
+        for name, digest in digests.items():
+            file = open(self.unfinished_path(name), 'r+b')
+            self.files[name] = UnfinishedFile(file, digest)
+            file.seek(journal.bytes[name])
             file.truncate()                     # what was written after the progress was saved
         self.documents = journal.documents
         return True
 
     def create_files(self):
         remove_unfinished(self.folder)
-        for split in SPLITS:
-            file = open(self.unfinished_path(split), 'xb')
-            self.files[split] = UnfinishedFile(file, hashlib.sha256())
+        for name in file_names(self.has_masks):
+            file = open(self.unfinished_path(name), 'xb')
+            self.files[name] = UnfinishedFile(file, hashlib.sha256())
 
-    def unfinished_path(self, split):
-        return self.folder / f'{split}.bin.part'
+    def unfinished_path(self, name):
+        return self.folder / f'{name}.part'
 
-    def write(self, pieces: Iterable[Piece | tuple[str, str, bool]], encode: Callable, total: int,
+    def write(self, pieces: Iterable[Piece | tuple], encode: Callable, total: int,
               unit: str = 'characters', cores: int = 0):
-        """Append the tokens of `pieces`, of which each is (split, text, ends_document).
+        """Append the tokens of `pieces`, of which each is a Piece or a tuple of its values.
 
         encode: turns a text into an array of ids.
         total: how many `unit` there are, 'characters' or 'documents', for the progress bar.
@@ -197,8 +215,8 @@ class DatasetWriter:
                    unit_scale=True, delay=1, mininterval=1, disable=None)
         with bar, closing(in_order(encode_batch, batches, cores)) as results:
             for batch in results:
-                for split, ids in batch.ids.items():
-                    self.files[split].write(ids)
+                for name, content in batch.content.items():
+                    self.files[name].write(content)
 
                 ended = sum(piece.ends_document for piece in batch.pieces)
                 self.documents += ended
@@ -214,24 +232,31 @@ class DatasetWriter:
 
     def encode_batch(self, pieces, encode):
         """The EncodedBatch of a list of pieces."""
-        arrays = {}                             # {split: the arrays to join}
+        ids = {}                                # {split: the arrays to join}
+        masks = {}                              # the same with 1 for a token that counts
         for piece in pieces:
-            split_arrays = arrays.setdefault(piece.split, [])
-            split_arrays.append(encode(piece.text))
+            piece_ids = encode(piece.text)
             if piece.ends_document:
                 if self.end_of_text is None:
                     raise UserError(f'{self.folder}: the vocabulary has no end-of-text token; '
                                     f'leave ends_document False')
-                split_arrays.append([self.end_of_text])
+                piece_ids = np.append(piece_ids, self.end_of_text)
+            ids.setdefault(piece.split, []).append(piece_ids)
+            if self.has_masks:
+                mask = np.full(len(piece_ids), piece.counts, np.uint8)
+                masks.setdefault(piece.split, []).append(mask)
 
-        joined = {split: np.concatenate(split_arrays, dtype=self.dtype, casting='unsafe')
-                  for split, split_arrays in arrays.items()}
-        return EncodedBatch(pieces, joined)
+        content = {}
+        for split, arrays in ids.items():
+            content[f'{split}.bin'] = np.concatenate(arrays, dtype=self.dtype, casting='unsafe')
+        for split, arrays in masks.items():
+            content[f'{split}.mask'] = np.concatenate(arrays)
+        return EncodedBatch(pieces, content)
 
     def progress(self, is_whole=False):
         """The journal of what is written. is_whole: nothing is left to write."""
-        sizes = {split: file.size() for split, file in self.files.items()}
-        digests = {split: file.digest.hexdigest() for split, file in self.files.items()}
+        sizes = {name: file.size() for name, file in self.files.items()}
+        digests = {name: file.digest.hexdigest() for name, file in self.files.items()}
         journal = Journal(self.key, self.documents, sizes, digests)
         if is_whole:
             journal.tokenizer = self.meta.to_dict()
@@ -259,9 +284,9 @@ class DatasetWriter:
     def publish(self):
         """Replace the earlier dataset with what is written, and return its journal."""
         journal = self.progress(is_whole=True)
-        for split in SPLITS:
-            if not journal.bytes[split]:
-                raise UserError(f'{split}.bin would be empty; --input= takes a longer text')
+        for name, size in journal.bytes.items():
+            if not size:
+                raise UserError(f'{name} would be empty; --input= takes a longer text')
 
         replacement = Replacement(self.folder, journal.describe_dataset())
         replacement.write_meta()
@@ -289,8 +314,10 @@ class DatasetWriter:
 
 
 @contextmanager
-def dataset_writer(folder: Path, spec: TokenizerSpec, key: str = '',
-                   record: dict[str, int] | None = None) -> Iterator[DatasetWriter]:
+def dataset_writer(
+    folder: Path, spec: TokenizerSpec, key: str = '', has_masks: bool = False,
+    record_length: int | None = None,
+) -> Iterator[DatasetWriter]:
     """Yield a DatasetWriter. When the block ends without an exception, its files replace the
     dataset in `folder`.
 
@@ -301,14 +328,18 @@ def dataset_writer(folder: Path, spec: TokenizerSpec, key: str = '',
     key: names the input. With a key, progress is saved every SAVE_SECONDS, and a later writer with
         the same key continues: its `documents` is the number of documents to skip. With '', all
         work is removed after a failure.
-    record: the length and the prompt, in tokens, of the records that the text consists of, as in
-        dict(length=10, prompt=6). None if the text is of another kind.
+    has_masks: some pieces do not count in the loss, so masks are written.
+    record_length: how many tokens each record has, if the text consists of records of one length;
+        training then begins each sequence at a record.
     """
+    record = None
+    if record_length:
+        record = dict(length=record_length)
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
     try:
         with write_lock(folder / 'prepare.lock'):
-            writer = DatasetWriter(folder, DatasetMeta(spec, record), key)
+            writer = DatasetWriter(folder, DatasetMeta(spec, record), key, has_masks)
             try:
                 yield writer
                 writer.finish()
@@ -341,7 +372,8 @@ def complete_replacement(folder):
 
 def remove_unfinished(folder):
     """Remove the journal, and then the files that it describes."""
-    parts = [f'{name}.part' for name in ('meta.json', 'meta.pkl', 'val.bin', 'train.bin')]
+    names = ['meta.json', 'meta.pkl', *reversed(file_names(True))]
+    parts = [f'{name}.part' for name in names]
     for name in (JOURNAL, *parts):
         for path in (folder / f'{name}.tmp', folder / name):
             path.unlink(missing_ok=True)

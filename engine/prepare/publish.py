@@ -30,7 +30,14 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from engine.atomic_files import atomic_write, sync_folder
-from engine.dataloader.token_files import DTYPES, REPLACING, SHARD, SPLITS, find_token_files
+from engine.dataloader.token_files import (
+    DTYPES,
+    REPLACING,
+    SHARD,
+    SPLITS,
+    TOKEN_DTYPES,
+    find_token_files,
+)
 from engine.errors import RunError, UserError
 from engine.tokenizer import DatasetMeta
 
@@ -70,7 +77,7 @@ class Replacement:
 
     def obsolete_names(self) -> list[str]:
         """The names of files of an earlier dataset that no new file has."""
-        old = ['train.bin', 'val.bin', 'meta.pkl']
+        old = ['train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.pkl']
         if self.has_shards:
             old += own_shards(self.folder)          # the earlier dataset may have had more of them
 
@@ -187,7 +194,7 @@ def check_shards_meta(content):
     """
     meta = DatasetMeta.from_dict(content)
 
-    if not re.fullmatch('[0-9a-f]{64}', meta.source) or meta.dtype not in DTYPES:
+    if not re.fullmatch('[0-9a-f]{64}', meta.source) or meta.dtype not in TOKEN_DTYPES:
         raise ValueError('no shards of ours')
 
     if not all(type(meta.tokens[split]) is int for split in SPLITS):

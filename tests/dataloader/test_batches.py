@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.dataloader import batches as dataloader
-from engine.dataloader.batches import TokenDataset, prefetch
+from engine.dataloader.batches import Batch, TokenDataset, prefetch
 from engine.errors import RunError, UserError
 
 CPU = torch.device('cpu')
@@ -90,7 +90,7 @@ def test_prefetch_keeps_the_order_and_closes_early():
 
     def make_batch(i):
         made.append(i)
-        return torch.tensor(i), torch.tensor(-i)
+        return Batch(torch.tensor(i), torch.tensor(-i))
 
     batches = prefetch(make_batch, ((i,) for i in range(5)), CPU)
     assert [x.item() for x, _ in batches] == list(range(5))

@@ -29,8 +29,11 @@ from model import GPT, GPTConfig
 CHARACTERS = 'abcdefghij'
 
 
-def write_records(folder, record, n_train=60, n_val=12, length=7):
-    """Each record's first tokens are the digits of its number, which tell where a window starts."""
+def write_records(folder, record, prompt=4, n_train=60, n_val=12, length=7):
+    """Each record's first tokens are the digits of its number, which tell where a window starts.
+
+    prompt: how many tokens of each record do not count in the loss; None writes no masks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for split, first, count in (('train', 0, n_train), ('val', 500, n_val)):
         rows = []
@@ -38,6 +41,9 @@ def write_records(folder, record, n_train=60, n_val=12, length=7):
             digits = [n // 100, n // 10 % 10, n % 10]
             rows.append(digits + [(n + i) % 10 for i in range(length - 3)])
         np.array(rows, '<u2').tofile(folder / f'{split}.bin')
+        if prompt is not None:
+            mask = np.arange(count * length) % length >= prompt
+            mask.astype('u1').tofile(folder / f'{split}.mask')
 
     meta = dict(tokenizer='char', vocab_size=10, chars=CHARACTERS, record=record)
     (folder / 'meta.json').write_text(json.dumps(meta))
@@ -72,16 +78,16 @@ def rows_of(data, stream, first, count, block_size):
     return numbers
 
 
-@pytest.mark.parametrize('block_size', [4, 6, 10, 20])
+@pytest.mark.parametrize('block_size', [3, 6, 10, 20])
 @pytest.mark.parametrize('stream', ['train', 'eval train', 'eval val'])
 def test_windows_start_at_records_and_prompts_are_no_targets(folder, stream, block_size):
-    write_records(folder, dict(length=7, prompt=4))
+    write_records(folder, dict(length=7))
     numbers = rows_of(TokenDataset('rows'), stream, 0, 200, block_size)
     assert len(set(numbers)) > (5 if stream == 'eval val' else 45)
 
 
 def test_an_epoch_reads_each_record_once(folder):
-    write_records(folder, dict(length=7, prompt=4))
+    write_records(folder, dict(length=7))
     data = TokenDataset('rows', sampling='epoch')
     first = rows_of(data, 'train', 0, 60, 6)
     second = rows_of(data, 'train', 60, 60, 6)
@@ -91,15 +97,17 @@ def test_an_epoch_reads_each_record_once(folder):
 
 def test_the_record_is_part_of_what_a_run_was_trained_on(folder):
     fingerprints = set()
-    for record in (None, dict(length=7, prompt=4), dict(length=7, prompt=3)):
-        write_records(folder, record)
+    for record, prompt in ((None, 4), (None, None), (dict(length=7), 4), (dict(length=7), 3)):
+        for path in folder.glob('*.mask'):
+            path.unlink()
+        write_records(folder, record, prompt)
         fingerprints.add(TokenDataset('rows').fingerprint)
-    assert len(fingerprints) == 3
+    assert len(fingerprints) == 4
 
 
 def test_the_loss_is_that_of_the_answers_alone(folder):
     """With the loss of the training step, against the mean of log-probabilities picked by hand."""
-    write_records(folder, dict(length=7, prompt=4))
+    write_records(folder, dict(length=7))
     data = TokenDataset('rows')
     data.set_block_size(6)
     x, y = data.batch(1, 'train', 0, 5)
@@ -118,11 +126,9 @@ def test_the_loss_is_that_of_the_answers_alone(folder):
 
 
 @pytest.mark.parametrize('record', [
-    7, 'x', [], [7, 4], {}, dict(length=7), dict(prompt=4),
-    dict(length='7', prompt=4), dict(length=7.0, prompt=4), dict(length=7, prompt=True),
-    dict(length=7, prompt=0), dict(length=7, prompt=-1), dict(length=7, prompt=7),
-    dict(length=0, prompt=0), dict(length=-7, prompt=-8), dict(length=10 ** 400, prompt=4),
-    dict(length=5, prompt=2), dict(length=420, prompt=2), ['x' * 10 ** 6],
+    7, 'x', [], [7], {}, dict(prompt=4), dict(length=7, prompt=4), dict(length='7'),
+    dict(length=7.0), dict(length=True), dict(length=0), dict(length=-7), dict(length=1),
+    dict(length=10 ** 400), dict(length=5), dict(length=-5), ['x' * 10 ** 6],
 ])
 def test_a_record_that_cannot_be_is_refused_in_a_line(folder, record):
     write_records(folder, record)
@@ -132,14 +138,10 @@ def test_a_record_that_cannot_be_is_refused_in_a_line(folder, record):
     assert '\n' not in str(refused.value)
 
 
-@pytest.mark.parametrize('options, block_size, words', [
-    (dict(), 3, 'block_size=3 ends within the prompt .*try --block_size=6'),
-    (dict(documents='whole'), 6, 'windows of rows start at its records; leave --documents=any'),
-])
-def test_settings_that_do_not_fit_records_are_refused(folder, options, block_size, words):
-    write_records(folder, dict(length=7, prompt=4))
-    with pytest.raises(UserError, match=words):
-        TokenDataset('rows', **options).set_block_size(block_size)
+def test_documents_do_not_fit_records(folder):
+    write_records(folder, dict(length=7))
+    with pytest.raises(UserError, match='windows of rows start at its records; leave --documents'):
+        TokenDataset('rows', documents='whole').set_block_size(6)
 
 
 # The demos

@@ -64,7 +64,7 @@ def test_an_epoch_has_every_window_once_over_all_ranks(folder, ranks):
     for rank in range(ranks):
         env = SimpleNamespace(rank=rank, world_size=ranks, device=torch.device('cpu'))
         iterations = ((4 * i, 4 // ranks, 1) for i in range(93))
-        for i, (x, _) in enumerate(train_batches(data, 3, iterations, env)):
+        for i, (x, _, _) in enumerate(train_batches(data, 3, iterations, env)):
             starts.append((i, x[:, 0].tolist()))
 
     by_iteration = sorted((i // (4 // ranks), start) for i, batch in starts for start in batch)

@@ -59,7 +59,7 @@ class Place:
 
     def step(self):
         iteration = self.run.progress.iter_num
-        batches = iter([self.batch(1, 'train', self.run.progress.sequences, 3)])
+        batches = iter([(*self.batch(1, 'train', self.run.progress.sequences, 3), 1.0)])
         step = train.train_step(self.run, batches, self.env)
         self.run.count_iteration()
         self.monitor.report(iteration, step['grad_norm'].item())

@@ -96,11 +96,11 @@ def test_the_ranks_together_take_each_sequence_once_on_a_ramp_and_after_it():
     """By the requests of train_batches, which are the numbers of sequences."""
     def numbers(seed, stream, first, count):
         return torch.arange(first, first + count), torch.zeros(count)
-    data = SimpleNamespace(batch=numbers)
+    data = SimpleNamespace(batch=numbers, has_masks=False, count_targets=lambda *request: 1)
 
-    def taken_by(rank, iterations):
+    def taken_by(rank, ranks, iterations):
         """The sequences of each iteration that a rank takes."""
-        env = SimpleNamespace(rank=rank, device=torch.device('cpu'))
+        env = SimpleNamespace(rank=rank, world_size=ranks, device=torch.device('cpu'))
         batches = train_batches(data, 1, iterations, env)
         taken = [torch.cat([next(batches)[0] for _ in range(micro_steps)]).tolist()
                  for _, micro_steps, _ in iterations]
@@ -111,7 +111,7 @@ def test_the_ranks_together_take_each_sequence_once_on_a_ramp_and_after_it():
     for ranks in (1, 2, 4):
         schedule = BatchSchedule(16, 8, 64, ranks, ramp_start=4 * 64, ramp_tokens=20_000)
         iterations = first_iterations(schedule, 35)
-        taken = [taken_by(rank, iterations) for rank in range(ranks)]
+        taken = [taken_by(rank, ranks, iterations) for rank in range(ranks)]
         plans.append([sorted(chain(*parts)) for parts in zip(*taken)])
 
     assert plans[0] == plans[1] == plans[2]
