@@ -20,7 +20,8 @@ import torch
 
 import configurator
 from engine.checkpoint import run_folder
-from engine.dataloader.batches import eval_batches, open_dataset, train_batches
+from engine.dataloader.batches import eval_batches, train_batches
+from engine.dataloader.open_dataset import open_dataset
 from engine.device import derive_seed
 from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import UserError
@@ -63,7 +64,8 @@ wandb_log = False        # True sends the metrics to wandb as well
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled
+dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled; or a mixture such as
+                         # openwebtext:0.7,mine:0.3
 accept_dataset_change = False   # True goes on with another dataset
 sampling = 'windows'     # windows: spread evenly, they may overlap; epoch: each window
                          # once, and the next epoch cuts the text elsewhere
@@ -183,33 +185,47 @@ def train_step(run, batches, env):
 
 # Evaluation
 
-@torch.no_grad()
 def estimate_loss(run, data, env):
-    """{'train': nats, 'val': nats} over the same eval_iters batches each time, shared by the ranks.
+    """{'train': nats, 'val': nats}, means over the targets of the same eval_iters batches.
 
-    Each is the mean over the targets that count.
-
+    Of a mixture they are the means of its datasets by their shares, and 'val/NAME' is that of one.
     None if a signal reached any rank. The model is left in evaluation mode.
     """
     run.wrapped_model.eval()
+    losses = dict(train=0.0, val=0.0)
+    for split in ('train', 'val'):
+        for part in data.parts:
+            loss = mean_loss(run, part.data, split, env)
+            if loss is None:
+                return None
+            losses[split] += part.share * loss
+            if len(data.parts) > 1 and split == 'val':
+                losses[f'val/{part.name}'] = loss
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(run, data, split, env):
+    """The mean over eval_iters batches of a dataset, which the ranks share; None after a signal."""
     n_batches = math.ceil(eval_iters / env.world_size)          # of each rank
     n_counted = len(range(env.rank, eval_iters, env.world_size))    # without repeats
-    losses = {}
-    for split in ('train', 'val'):
-        total = torch.zeros(2, device=env.device)       # of the losses, and of their weights
-        batches = eval_batches(data, split, eval_iters, batch_size, env)
-        bar = progress_bar(f'evaluating on {split}', batches, n_batches, at_once=env.compile)
-        for i, (x, y, weight) in enumerate(bar):
-            with env.autocast():
-                loss = run.wrapped_model(x, y)[1]
-            if i < n_counted:
-                total[0] += loss * weight
-                total[1] += weight
-            if env.stop_signal():           # on every rank, or on none
-                return None
-        loss_sum, weight_sum = env.all_reduce(total).tolist()
-        losses[split] = loss_sum / weight_sum
-    return losses
+    total = torch.zeros(2, device=env.device)           # of the losses, and of their weights
+    batches = eval_batches(data, split, eval_iters, batch_size, env)
+    bar = progress_bar(f'evaluating on {split}', batches, n_batches, at_once=env.compile)
+    for i, (x, y, weight) in enumerate(bar):
+        with env.autocast():
+            loss = run.wrapped_model(x, y)[1]
+        if i < n_counted:
+            total[0] += loss * weight
+            total[1] += weight
+        if env.stop_signal():               # on every rank, or on none
+            return None
+
+    loss_sum, weight_sum = env.all_reduce(total).tolist()
+    if not weight_sum:
+        raise UserError(f'no target counts in the {eval_iters} batches that evaluate the {split} '
+                        f'split of {data.name}; try --eval_iters={10 * eval_iters}')
+    return loss_sum / weight_sum
 
 
 def evaluate(run, data, env):
@@ -228,7 +244,8 @@ def evaluate(run, data, env):
     if losses is None or scores is None:
         return None
 
-    print0(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+    text = ', '.join(f'{name} loss {loss:.4f}' for name, loss in losses.items())
+    print0(f'step {iter_num}: {text}')
     if scores:
         text = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
         print0(f'step {iter_num}: {text}')

@@ -1,8 +1,8 @@
 """Reads prepared datasets: their token files, the order of training windows, batches on the device.
 
-What others use: `batches` (TokenDataset, open_dataset, train_batches, eval_batches, prefetch,
+What others use: `open_dataset`, `batches` (TokenDataset, train_batches, eval_batches, prefetch,
 dataset_tokenizer) and `token_files` (the layout of token files, which engine.prepare writes).
-`window_order` serves `batches`.
+`window_order`, `masks` and `mixture` serve these.
 
 This wing imports ground files of engine/ and no other wing. Only `batches` imports torch, so a
 prepare.py, which imports token_files, starts without it.

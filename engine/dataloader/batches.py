@@ -27,7 +27,7 @@ from engine.dataloader.token_files import (
 from engine.dataloader.window_order import epoch_starts, weyl_starts
 from engine.distributed import Environment
 from engine.errors import RunError, UserError, check_choice
-from engine.tokenizer import GPT2, DatasetMeta, TokenizerSpec, read_meta, same_tokens
+from engine.tokenizer import GPT2, DatasetMeta, TokenizerSpec, read_meta
 
 CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
 DATA = Path(__file__).resolve().parents[2] / 'data'
@@ -63,6 +63,14 @@ class WeightedBatch(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
     weight: float
+
+
+class Part(NamedTuple):
+    """One of the datasets that a run reads, by its share of the sequences."""
+
+    name: str
+    share: float                # of the sequences; the shares of all parts add up to 1
+    data: 'TokenDataset'
 
 
 class TokenDataset:
@@ -136,6 +144,21 @@ class TokenDataset:
                             f'uint32; prepare the dataset again')
         return dtype
 
+    @property
+    def name(self) -> str:
+        """The name of the dataset, for people."""
+        return self.folder.name
+
+    @property
+    def n_train_tokens(self) -> int:
+        """How many tokens there are to train on."""
+        return len(self.tokens['train'])
+
+    @property
+    def parts(self) -> list[Part]:
+        """The dataset itself, as the only part of what a run reads."""
+        return [Part(self.name, 1.0, self)]
+
     # The size of windows
 
     def set_block_size(self, block_size: int) -> None:
@@ -186,13 +209,8 @@ class TokenDataset:
         Raises RunError for an id beyond the vocabulary.
         """
         split = split_of_stream(stream)
-        tokens = self.tokens[split]
         starts = self.starts(seed, stream, first, count)
-
-        # The tokens of each window, and the one after it: (count, block_size + 1)
-        windows = torch.from_numpy(tokens.windows(starts, self.block_size + 1))
-        self.check_ids(windows, tokens, starts)
-
+        windows = torch.from_numpy(self.windows(split, starts, np.int64))
         x = windows[:, :-1]
         y = windows[:, 1:]
         if self.masks:
@@ -206,6 +224,17 @@ class TokenDataset:
             return self.training_starts(seed, first, count)
         tokens = self.tokens[split_of_stream(stream)]
         return weyl_starts(first, count, self.count_starts(tokens)) * self.stride
+
+    def windows(self, split: str, starts: np.ndarray, dtype: type | None = None) -> np.ndarray:
+        """The tokens of each window, and the one after it: (windows, block_size + 1).
+
+        starts: where the windows start, as of `starts`. dtype: of the result; None takes that of
+        the files. Raises RunError for an id beyond the vocabulary.
+        """
+        tokens = self.tokens[split]
+        windows = tokens.windows(starts, self.block_size + 1, dtype or tokens.dtype)
+        self.check_ids(windows, tokens, starts)
+        return windows
 
     def counted(self, split, starts):
         """True for the targets of the windows at `starts` that count: (windows, block_size)."""
@@ -276,32 +305,6 @@ class TokenDataset:
                        f'{position:,} is beyond the vocabulary of {self.vocab_size}; restore it, '
                        f'and go on with --init_from=resume')
 
-    # Resuming
-
-    def check_same(self, tokenizer: dict | None, fingerprint: str | None,
-                   accept_change: bool) -> None:
-        """UserError where a saved run used another vocabulary, or another text.
-
-        tokenizer, fingerprint: those of the run's dataset, or None where its checkpoint lacks them.
-        accept_change: accept another text.
-        """
-        if tokenizer and not self.has_tokens_of(tokenizer):
-            raise UserError(f'{self.folder.name} has another vocabulary than the run, so its '
-                            f'tokens mean other text; resume with the dataset of the run')
-
-        if fingerprint and fingerprint != self.fingerprint and not accept_change:
-            raise UserError(f'{self.folder.name} is not what the run was trained on (fingerprint '
-                            f'{self.fingerprint}, was {fingerprint}); restore it, or go on with '
-                            f'--accept_dataset_change=True')
-
-    def has_tokens_of(self, tokenizer):
-        """True where the dict `tokenizer`, of a checkpoint, gives a text the same ids."""
-        try:
-            spec = TokenizerSpec.from_dict(tokenizer)
-        except UserError:               # a damaged file
-            return False
-        return same_tokens(spec, self.tokenizer)
-
 
 def split_of_stream(stream):
     """The split that the windows of a stream are of: 'train' or 'val'."""
@@ -311,25 +314,6 @@ def split_of_stream(stream):
 
 
 # Opening datasets
-
-def open_dataset(
-    name: str, env: Environment, sampling: str = 'windows', documents: str = 'any',
-) -> TokenDataset:
-    """The TokenDataset of data/NAME, on every rank.
-
-    The first rank of each machine checks the files and leaves the result in NAME.checked.json,
-    which the others read.
-    """
-    data = None
-    with env.raise_on_all_ranks():
-        if env.local_rank == 0:
-            data = TokenDataset(name, sampling, documents)
-
-    with env.raise_on_all_ranks():
-        if env.local_rank != 0:
-            data = TokenDataset(name, sampling, documents)
-    return data
-
 
 def check_order(sampling: str, documents: str) -> None:
     """UserError where `sampling` or `documents` is unknown, or the two do not fit each other."""

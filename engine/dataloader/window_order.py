@@ -26,11 +26,17 @@ def weyl_starts(first: int, count: int, n_starts: int, seed: int | None = None) 
     """
     offset = 0
     if seed is not None:
-        offset = np.random.Philox(key=seed).random_raw()        # stable over NumPy versions
+        offset = weyl_offset(seed)
 
     numbers = np.arange(first, first + count, dtype=np.uint64)
     fractions = numbers * GOLDEN_RATIO + np.uint64(offset)      # of 2**64, wrapping around
     return ((fractions >> np.uint64(11)) * (2.0 ** -53 * n_starts)).astype(np.int64)
+
+
+@lru_cache(maxsize=16)
+def weyl_offset(seed):
+    """Where the sequence of a seed begins: a number below 2**64, stable over NumPy versions."""
+    return np.random.Philox(key=seed).random_raw()
 
 
 # Epochs

@@ -14,6 +14,7 @@ from engine.checkpoint import gathered, run_folder, sharded
 from engine.checkpoint.contents import Checkpoint
 from engine.checkpoint.sharded import ShardedSaver
 from engine.dataloader.batches import TokenDataset
+from engine.dataloader.open_dataset import check_same_dataset
 from engine.device import grad_scaler
 from engine.distributed import Environment
 from engine.errors import RunError, UserError
@@ -203,10 +204,10 @@ class Run:
                  f'{micro_batch_size} x {data.block_size} tokens per iteration, '
                  f'from iteration {iter_num}')
 
-        available = len(data.tokens['train'])
+        available = data.n_train_tokens
         iterations_left = max(0, max_iters - iter_num)
         tokens = schedule.tokens_after(iterations_left, self.progress.tokens)
-        text = (f'{data.folder.name}: {available:,} tokens to train on; '
+        text = (f'{data.name}: {available:,} tokens to train on; '
                 f'{max(max_iters, iter_num):,} iterations read {short_number(tokens)}, '
                 f'{tokens / available:.3g} epochs')
         return f'{batch}\n{text}'
@@ -246,7 +247,8 @@ class Run:
     def record_losses(self, losses: dict, scores: dict) -> bool:
         """Record an evaluation at this iteration. True where its val loss is the best so far.
 
-        losses: {'train': nats, 'val': nats}. scores: of tasks, {name: value}.
+        losses: {'train': nats, 'val': nats}, and 'val/NAME' for each dataset of a mixture.
+        scores: of tasks, {name: value}.
         Raises RunError where the val loss is not finite.
         """
         progress = self.progress
@@ -261,8 +263,8 @@ class Run:
             progress.best_val_loss = losses['val']
             progress.best_iter = progress.iter_num
         if self.writer:
-            self.writer.write(progress.iter_num, train_loss=losses['train'],
-                              val_loss=losses['val'], **scores)
+            numbers = {f'{name}_loss': loss for name, loss in losses.items()}
+            self.writer.write(progress.iter_num, **numbers, **scores)
         return improved
 
     # Saving
@@ -364,8 +366,8 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
         scaler = grad_scaler(env.device, env.dtype)
         data.set_block_size(block_size)
         if saved:
-            data.check_same(saved.tokenizer, saved.fingerprint,
-                            settings['accept_dataset_change'])
+            check_same_dataset(data, saved.tokenizer, saved.fingerprint,
+                               settings['accept_dataset_change'])
 
     # the shape that the weights have is saved, not the one that was asked for
     settings = dict(settings)

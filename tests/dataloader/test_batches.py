@@ -9,6 +9,7 @@ import torch
 
 from engine.dataloader import batches as dataloader
 from engine.dataloader.batches import Batch, TokenDataset, prefetch
+from engine.dataloader.open_dataset import check_same_dataset
 from engine.errors import RunError, UserError
 
 CPU = torch.device('cpu')
@@ -218,17 +219,17 @@ def test_a_run_resumes_on_its_own_dataset_only(folder, change):
         rewrite(folder / 'train.bin', np.fromfile(folder / 'train.bin', '<u2')[::-1])
 
     data = TokenDataset('toy')
-    data.check_same(None, None, accept_change=False)            # a file of nanoGPT says neither
+    check_same_dataset(data, None, None, accept_change=False)    # a file of nanoGPT says neither
     if change == 'none':
-        data.check_same(*saved, accept_change=False)
+        check_same_dataset(data, *saved, accept_change=False)
     elif change == 'vocabulary':
         with pytest.raises(UserError, match='another vocabulary'):
-            data.check_same(*saved, accept_change=True)
+            check_same_dataset(data, *saved, accept_change=True)
     else:
-        data.check_same(*saved, accept_change=True)
+        check_same_dataset(data, *saved, accept_change=True)
         words = 'is not what the run was trained on.*--accept_dataset_change=True'
         with pytest.raises(UserError, match=words):
-            data.check_same(*saved, accept_change=False)
+            check_same_dataset(data, *saved, accept_change=False)
 
 
 @pytest.mark.parametrize('forged', [
