@@ -20,11 +20,12 @@ from console import print0, report_errors
 
 import configurator
 from engine.errors import RunError, UserError
-from engine.hf.tokenizer_json import document_tokenizer
+from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
 from engine.prepare.encode import document_pieces
 from engine.prepare.shard_writer import DocumentPiece, ShardWriter
 from engine.prepare.text_files import Position
+from engine.tokenizer import Tokenizer
 
 input = ''                      # .parquet or .jsonl with a field `text`, .txt as one document, or a
                                 # folder of them; '' downloads FineWeb-Edu from the Hugging Face hub
@@ -62,10 +63,9 @@ def hub_pattern():
                     f'crawl such as CC-MAIN-2024-10, or all')
 
 
-def download():
+def download(pattern):
     """The hub's parquet files of `sample`. They stay in the hub's cache, where an interrupted
     download continues. HF_ENDPOINT names another server."""
-    pattern = hub_pattern()
     try:
         from huggingface_hub import snapshot_download
         folder = snapshot_download('HuggingFaceFW/fineweb-edu', repo_type='dataset',
@@ -127,13 +127,15 @@ def peak_memory():
 def main():
     number, parts = parse_part()
     configurator.check_range(globals(), 'shard_tokens', 1, 2 ** 40)
-    encoder = document_tokenizer(tokenizer)
+    pattern = hub_pattern()
+    spec = document_spec(tokenizer)
 
     # the documents of this part
     if input:
         files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
     else:
-        files = download()
+        Tokenizer(spec)     # one that cannot be loaded should fail before hours of downloading
+        files = download(pattern)
     key = identify(files)
     begin = text_files.split_position(files, number, parts)
     end = text_files.split_position(files, number + 1, parts)
@@ -145,8 +147,9 @@ def main():
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
 
+    encoder = Tokenizer(spec)
     started = time.monotonic()
-    writer = ShardWriter(FOLDER, encoder.spec, key, shard_tokens, number, parts)
+    writer = ShardWriter(FOLDER, spec, key, shard_tokens, number, parts)
     complete = writer.write(read, encoder.encode_to_numpy, num_proc)
 
     if writer.text_bytes:

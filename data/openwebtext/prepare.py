@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 import configurator
 from engine.errors import RunError, UserError
-from engine.hf.tokenizer_json import document_tokenizer
+from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
 from engine.prepare.dataset_writer import Piece, dataset_writer
 from engine.prepare.encode import document_pieces
+from engine.tokenizer import Tokenizer
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
                     # them; '' downloads OpenWebText from the Hugging Face hub
@@ -99,12 +100,13 @@ def main():
     if max_docs < 0 or max_docs == 1:
         raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, '
                         f'or 0 for all')
-    encoder = document_tokenizer(tokenizer)
+    spec = document_spec(tokenizer)
 
     # the documents
     if input:
         files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
     else:
+        Tokenizer(spec)     # one that cannot be loaded should fail before hours of downloading
         files = download()
     before = text_files.fingerprint(files)
     counts = count_documents(files)
@@ -115,14 +117,15 @@ def main():
         raise UserError(f'train and val need a document each, and there is {total}; to split one '
                         f'text, run: python data/text/prepare.py --input={input or "PATH"}')
     val_documents = choose_val_documents(total)
+    encoder = Tokenizer(spec)
 
     # A run that was stopped has written the first documents. It continues only where these three
     # are the same.
-    digest = encoder.spec.tokenizer_sha256
+    digest = spec.tokenizer_sha256
     if digest is None:
         digest = 'gpt2'
     key = f'{before}, {total} documents, {digest}'
-    with dataset_writer(FOLDER, encoder.spec, key) as writer:
+    with dataset_writer(FOLDER, spec, key) as writer:
         start = writer.documents
         if start:
             print0(f'continuing after {start:,} of {total:,} documents')

@@ -316,11 +316,26 @@ def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, tmp_pat
     assert count == len(gpt2.encode_ordinary('one|two|three')) + 1
 
 
-def test_a_hub_out_of_reach_is_one_line_and_exit_code_1(data, tmp_path):
-    pytest.importorskip('huggingface_hub')
-    result = run(data, 'openwebtext', HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'none'))
-    assert result.returncode == 1 and result.stderr.count('\n') == 1
-    assert '--input=FOLDER' in result.stderr
+def test_a_hub_out_of_reach_is_a_failure_that_names_input(data, tmp_path, monkeypatch):
+    constants = pytest.importorskip('huggingface_hub.constants')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'none'))
+    script = load(data, 'openwebtext', monkeypatch)
+    monkeypatch.setattr(script, 'Tokenizer', lambda spec: None)     # it encodes nothing
+    with pytest.raises(RunError, match='--input=FOLDER'):
+        script.main()
+
+
+@pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
+def test_a_tokenizer_out_of_reach_fails_before_the_download(data, monkeypatch, name):
+    def fail(spec):
+        raise RunError('no tokenizer')
+
+    script = load(data, name, monkeypatch)
+    monkeypatch.setattr(script, 'Tokenizer', fail)
+    monkeypatch.setattr(script, 'download', lambda *arguments: pytest.fail('a download began'))
+    with pytest.raises(RunError, match='no tokenizer'):
+        script.main()
 
 
 # stopped runs
@@ -341,9 +356,8 @@ class Stoppable:
 
         # this object takes the place of the script's tokenizer
         self.monkeypatch = monkeypatch
-        self.spec = GPT2
         self.splits_like_gpt2 = True
-        monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
+        monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 
     def encode_to_numpy(self, text):
@@ -471,12 +485,8 @@ MISTAKES = [
     ('openwebtext', 'a.parquet', b'PAR1 and no more', [], 'not a parquet file'),
     ('openwebtext', 'a.jsonl', b'{"text": "a"}\n', ['--max_docs=-1'], 'max_docs=-1'),
     ('fineweb_edu', 'a.jsonl', None, [], 'no file or folder'),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', [], '4 tokens are not more than one shard'),
-    ('fineweb_edu', 'a.jsonl', b'', [], '0 tokens are not more than one shard'),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--shard_tokens=0'],
      'shard_tokens=0 should be at least 1'),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'],
-     'line 2 has no string'),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=1/1'], "part='1/1' should be i/n"),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=half'],
      "part='half' should be i/n"),
@@ -488,10 +498,17 @@ MISTAKES = [
     ('stdlib_char', None, None, ['--max_bytes=10'], '--max_bytes'),
     ('stdlib_char', None, None, ['--val_fraction=1'], 'between 0 and 1'),
 ]
+FOUND_WHILE_ENCODING = [
+    ('a.jsonl', b'{"text": "a b c"}\n', [], '4 tokens are not more than one shard'),
+    ('a.jsonl', b'', [], '0 tokens are not more than one shard'),
+    ('a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'], 'line 2 has no string'),
+    ('a.jsonl', b'{"text": "a b c"}\n', ['--num_proc=-1'], 'num_proc=-1'),
+]
 
 
 def all_contents(data):
-    return {path: contents(path) for path in [data, *data.iterdir()] if path.is_dir()}
+    """{path: content} of all files below `data`, and of the folders, where it is None."""
+    return {path: path.read_bytes() if path.is_file() else None for path in data.rglob('*')}
 
 
 def make_mistake(data, tmp_path, name, file, content):
@@ -520,6 +537,13 @@ def test_a_mistake_is_one_line_and_leaves_the_earlier_dataset(data, tmp_path, mo
     with pytest.raises(UserError, match=re.escape(message)) as error:
         load(data, name, monkeypatch, *arguments).main()
     assert '\n' not in str(error.value) and all_contents(data) == before
+
+
+@pytest.mark.parametrize('file, content, arguments, message', FOUND_WHILE_ENCODING)
+def test_shards_that_are_refused_leave_nothing_either(data, tmp_path, monkeypatch, gpt2, file,
+                                                      content, arguments, message):
+    test_a_mistake_is_one_line_and_leaves_the_earlier_dataset(
+        data, tmp_path, monkeypatch, 'fineweb_edu', file, content, arguments, message)
 
 
 def test_a_mistake_exits_2_with_one_line_on_stderr(data, tmp_path):

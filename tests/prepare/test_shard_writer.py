@@ -127,9 +127,8 @@ class Stoppable:
         self.stop_at = None
 
         # this object takes the place of the script's tokenizer
-        self.spec = GPT2
         self.splits_like_gpt2 = True
-        monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
+        monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 
     def encode_to_numpy(self, text):
@@ -344,7 +343,7 @@ def test_shards_of_others_in_the_folder_are_refused_first(stoppable):
 
 # the hub
 
-def test_another_hub_is_asked_where_hf_endpoint_says(data, tmp_path):
+def test_another_hub_is_asked_where_hf_endpoint_says(data, tmp_path, gpt2):
     pytest.importorskip('huggingface_hub')
     asked = []
 
