@@ -19,7 +19,7 @@ ENGINE = sorted(name for name in FILES
 
 # Ground files may be imported by all, and import only each other.
 GROUND = {'errors', 'log', 'atomic_files', 'device', 'distributed', 'tokenizer', 'positions',
-          'attention', 'model_checks'}
+          'attention', 'model_checks', 'downloads'}
 
 # What the files of each wing may import of other wings: a whole wing, or one of its files.
 MAY_IMPORT = {
@@ -47,6 +47,7 @@ WITHOUT_TORCH = sorted(
         'console',
         'engine.errors',
         'engine.atomic_files',
+        'engine.downloads',
         'engine.tokenizer',
         'engine.dataloader.token_files',
         'engine.dataloader.window_order',
