@@ -26,7 +26,7 @@ from engine.distributed import hard_exit, report_first_failure, start_environmen
 from engine.errors import UserError
 from engine.evaluation.results import TaskScorer
 from engine.generation.generate import TextSampler
-from engine.hf.tokenizer_json import check_same_tokens
+from engine.hf.tokenizer_json import check_same_tokens, download_pretrained
 from engine.log import progress_bar
 from engine.metrics.health import HealthMonitor
 from engine.metrics.step_log import StepLog
@@ -295,6 +295,7 @@ def build_model(saved, data, overrides):
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     settings_checks.check_training(globals(), combinations=init_from not in ('resume', 'auto'))
+    download_pretrained(init_from)              # before rank_timeout counts
     env = start_environment(device, dtype, compile, backend, rank_timeout)
     if env.device.type == 'cpu':
         keep_freed_memory()                     # fewer page faults, the same numbers

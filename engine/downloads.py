@@ -1,6 +1,10 @@
 """Downloads from the Hugging Face hub, and why a download failed.
 
+    Download            what a person asked for
+    split_revision      OWNER/NAME@REVISION of the hub
     download_files      the files of a repository of the hub, as a folder of its cache
+    download_url        the bytes behind an address
+    try_three_times     any other download
     explain_failure     the one line to show where a download fails, from any library
     damaged_file        the one line to show for a file that a download left damaged
 """
@@ -11,9 +15,11 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.errors import RunError, UserError
 from engine.log import log
@@ -69,6 +75,12 @@ class Download:
         return 'model'
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """(OWNER/NAME, revision) of OWNER/NAME@REVISION; the revision is None where none is named."""
+    name, _, revision = source.partition('@')
+    return name, revision or None
+
+
 # Downloading
 
 def download_files(download: Download, patterns: Sequence[str]) -> Path:
@@ -78,13 +90,32 @@ def download_files(download: Download, patterns: Sequence[str]) -> Path:
     that are whole in the cache are not downloaded again. Where the hub cannot be asked, the folder
     is what the cache has.
 
-    A failure that may pass is tried three times. Raises UserError or RunError, as explain_failure.
+    Raises UserError or RunError, as try_three_times.
     """
     tell_of_offline_mode()
+    return try_three_times(partial(fetch, download, patterns), download)
+
+
+def download_url(url: str) -> bytes:
+    """What is behind an address. A server that is silent for 30 seconds raises an error.
+
+    The errors are those of requests, which is installed with tiktoken.
+    """
+    import requests
+    response = requests.get(url, timeout=30)
+    response.raise_for_status()
+    return response.content
+
+
+def try_three_times(action: Callable[[], Any], download: Download) -> Any:
+    """What action() returns. If it fails in a way that may pass, it is called again.
+
+    Raises UserError or RunError, as explain_failure.
+    """
     for attempt in range(1, TRIES + 1):
         try:
-            return fetch(download, patterns)
-        except Exception as error:          # the client raises errors of several libraries
+            return action()
+        except Exception as error:          # the clients raise errors of several libraries
             seconds = seconds_until_it_passes(error)
             if attempt == TRIES or seconds is None:
                 raise explain_failure(error, download) from None

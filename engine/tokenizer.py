@@ -12,13 +12,14 @@ import pickle
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.errors import RunError, UserError
+from engine.downloads import Download, download_url, try_three_times
+from engine.errors import UserError
 
 END_OF_TEXT = 50256             # GPT-2's token between documents
 
@@ -289,13 +290,19 @@ def code_points(text: str) -> np.ndarray:
 
 def load_gpt2_encoding():
     """tiktoken's Encoding of GPT-2. RunError where it cannot be downloaded."""
-    import tiktoken
+    import tiktoken.load
+    download = Download(
+        "tiktoken's encoding of GPT-2",
+        'set TIKTOKEN_CACHE_DIR to a folder that holds it',
+        cache='TIKTOKEN_CACHE_DIR')
+
+    # tiktoken's own download would wait for a silent server without end.
+    read_file = tiktoken.load.read_file
+    tiktoken.load.read_file = download_url
     try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception as error:          # its download raises errors of many libraries
-        raise RunError(f"tiktoken could not fetch GPT-2's encoding ({type(error).__name__}); go "
-                       f'online once, or set TIKTOKEN_CACHE_DIR to a folder that holds '
-                       f'it') from None
+        return try_three_times(partial(tiktoken.get_encoding, 'gpt2'), download)
+    finally:
+        tiktoken.load.read_file = read_file
 
 
 # Meta files

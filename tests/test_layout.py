@@ -36,7 +36,7 @@ ALSO_MAY_IMPORT = {'checkpoint.load_model': {'dataloader.batches', 'hf.tokenizer
 
 # What engine/ may import of others, beside Python's standard library.
 PACKAGES = {'torch', 'numpy', 'filelock', 'tqdm', 'tiktoken', 'transformers', 'huggingface_hub',
-            'pyarrow', 'datasets', 'wandb', 'safetensors', 'tokenizers'}
+            'pyarrow', 'datasets', 'wandb', 'safetensors', 'tokenizers', 'requests'}
 
 # What starts without PyTorch.
 WITHOUT_TORCH = sorted(

@@ -10,7 +10,7 @@ from engine.checkpoint.contents import Checkpoint
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
 from engine.hf.tokenizer_json import pretrained_spec
-from engine.tokenizer import GPT2, TokenizerSpec
+from engine.tokenizer import GPT2, TokenizerJson, TokenizerSpec
 
 
 class LoadedModel(NamedTuple):
@@ -51,15 +51,25 @@ def load_pretrained(GPT, source):
     model = GPT.from_pretrained(source)
     spec = pretrained_spec(source) or GPT2
 
-    check_vocabulary(model, spec, source, 'put its own tokenizer.json beside the weights')
+    check_vocabulary(model, spec, source,
+                     'put its own tokenizer.json beside the weights, or give them rows for these '
+                     f'with resize_token_embeddings({spec.vocab_size}) of transformers')
     return LoadedModel(model, spec, None)
 
 
 def check_vocabulary(model, spec, source, advice):
     """UserError where the tokenizer has ids that the model lacks."""
-    if spec.vocab_size > model.config.vocab_size:
-        raise UserError(f'{source} has {model.config.vocab_size} tokens, '
-                        f'and its tokenizer {spec.vocab_size}; {advice}')
+    size = model.config.vocab_size
+    if spec.vocab_size <= size:
+        return
+
+    beyond = ''
+    if spec.tokenizer_json:
+        tokenizer = TokenizerJson(spec.tokenizer_json).tokenizer
+        tokens = [str(tokenizer.id_to_token(i)) for i in range(size, spec.vocab_size)]
+        beyond = f': {" ".join(tokens)[:100]} beyond them'
+    raise UserError(f'{source} has {size} tokens, and its tokenizer '
+                    f'{spec.vocab_size}{beyond}; {advice}')
 
 
 def checkpoint_spec(saved: Checkpoint) -> TokenizerSpec:

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.errors import RunError, UserError
+from engine.downloads import Download, download_files, split_revision
+from engine.errors import UserError
 from engine.tokenizer import (
     END_OF_TEXT,
     GPT2,
@@ -25,6 +26,7 @@ from engine.tokenizer import (
 END = '<|endoftext|>'
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model',
                 'tekken.json')
+SENTENCEPIECE_FILES = {'tokenizer.model', 'spiece.model'}
 DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
               'added_tokens.json', 'config.json')
 
@@ -40,13 +42,25 @@ def pretrained_spec(source: str) -> TokenizerSpec | None:
     None where no tokenizer lies beside the weights.
     """
     from engine.hf.weights import NAMES
-    if source in NAMES and not Path(source).is_dir():
+    if split_revision(source)[0] in NAMES and not Path(source).is_dir():
         return GPT2
 
     folder, revision = find_folder(source)
     if not has_vocabulary(folder):
         return None
     return spec_of_files(folder, source, revision)
+
+
+def download_pretrained(source: str) -> None:
+    """Download the weights and the tokenizer that --init_from=SOURCE of train.py names on the hub.
+
+    Ranks do so before they meet, since a download may take longer than they wait for each other.
+    Raises UserError and RunError, as download_files.
+    """
+    from engine.hf.weights import find_weights
+    if source not in ('scratch', 'resume', 'auto'):
+        find_weights(source)
+        pretrained_spec(source)
 
 
 def check_same_tokens(
@@ -124,15 +138,10 @@ def find_folder(source):
     if Path(source).is_dir():
         return Path(source).resolve(), None
 
-    import huggingface_hub
-    try:
-        path = huggingface_hub.snapshot_download(source, allow_patterns=list(DOWNLOADED))
-    except Exception as error:          # the hub's client raises many kinds
-        reason = ' '.join(str(error).split())[:200]
-        raise RunError(f'the tokenizer of {source} could not be downloaded '
-                       f'({type(error).__name__}: {reason}); go online once, or name a '
-                       f'folder') from None
-    folder = Path(path)
+    name, revision = split_revision(source)
+    download = Download(
+        f'the tokenizer of {source}', 'name a folder', repository=name, revision=revision)
+    folder = download_files(download, DOWNLOADED)
     return folder, folder.name          # the hub's cache names the folder by the commit
 
 
@@ -148,7 +157,9 @@ def spec_of_files(folder, name, revision):
     """
     try:
         check_regular_files(folder)
+        check_sentencepiece(folder)
         text, config, end = read_with_transformers(folder)
+        name, _ = split_revision(name)
         if not revision:
             name = folder.name
         spec = known_spec(text)
@@ -167,6 +178,15 @@ def check_regular_files(folder):
     for name in DOWNLOADED:
         if (folder / name).exists() and not (folder / name).is_file():
             raise UserError(f'{name} is not a regular file')
+
+
+def check_sentencepiece(folder):
+    """UserError where the only vocabulary is a file that the package sentencepiece reads."""
+    from transformers.utils import is_sentencepiece_available
+    found = {name for name in VOCABULARIES if (folder / name).is_file()}
+    if found and found <= SENTENCEPIECE_FILES and not is_sentencepiece_available():
+        raise UserError(f'{min(found)} is read by the package sentencepiece; '
+                        f'pip install sentencepiece')
 
 
 def read_with_transformers(folder):

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.errors import RunError, UserError
+from engine.downloads import Download, damaged_file, download_files, split_revision
+from engine.errors import UserError
 
 # What each kind is
 
@@ -120,6 +121,18 @@ ACTIVATION_NAMES = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu'}
 
 # transformers stores these weights of GPT-2 as (in, out), a Linear as (out, in).
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+
+# Masks of attention, which transformers saved among the weights of GPT-2 until 2023.
+MASKS = ('.attn.bias', '.attn.masked_bias')
+
+# The files of weights on the hub. Older models have pickled ones only.
+SAFETENSORS_FILES = ('config.json', 'model.safetensors', 'model-*-of-*.safetensors',
+                     'model.safetensors.index.json', 'adapter_config.json')
+PICKLED_FILES = ('config.json', 'pytorch_model.bin', 'pytorch_model-*-of-*.bin',
+                 'pytorch_model.bin.index.json')
+
+# A clone without Git LFS has such texts in place of its large files.
+LFS_POINTER = b'version https://git-lfs'
 
 # Models on the hub whose names have no owner.
 NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
@@ -353,7 +366,7 @@ def read_weights(kind: str, hf_weights: dict, n_layer: int, head_size: int) -> d
 def read_gpt2_weights(hf_weights):
     weights = {}
     for name, tensor in hf_weights.items():
-        if name.endswith(('.attn.bias', '.masked_bias')):           # attention masks
+        if name.endswith(MASKS):
             continue
         if name.endswith(TRANSPOSED):
             tensor = tensor.t().contiguous()
@@ -409,35 +422,96 @@ def write_gpt2_weights(left, shapes):
 def load(source: str) -> tuple[dict, dict]:
     """(GPTConfig's arguments, weights by our names in float32) of a hub model or a folder.
 
-    source: one of NAMES, owner/name on the hub, or a folder saved by transformers.
+    source: one of NAMES, owner/name on the hub, either with @revision, or a folder saved by
+    transformers.
     Raises UserError for a model that GPT cannot represent, RunError where the hub is out of reach.
     """
-    is_folder = bool(source) and Path(source).is_dir()
-    is_hub_name = source in NAMES or re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)
-    if not is_folder and not is_hub_name:
-        raise UserError(f'{source!r} is neither a folder nor a hub model '
-                        f'({", ".join(NAMES)}, OWNER/NAME); '
-                        f'--help lists what else --init_from takes')
-
-    import huggingface_hub
     import transformers
     transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    if is_folder:
-        transformers.logging.disable_progress_bar()     # nothing to download
+    transformers.logging.disable_progress_bar()         # download_files has bars of its own
 
+    is_folder = bool(source) and Path(source).is_dir()
+    folder = find_weights(source)
     try:
-        return load_supported(source)
-    except Exception as error:                          # the hub's client raises many kinds
-        raise explain_failed_load(source, is_folder, error) from None
+        check_files(folder, is_folder)
+        return load_supported(folder)
+    except Exception as error:                          # a damaged file can raise anything
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'{source} cannot be used as weights: {reason}') from None
 
 
-def load_supported(source):
-    """What `load` returns, with the errors of transformers and of the hub as they are."""
+def find_weights(source: str) -> Path:
+    """The folder that holds the weights `source`; those of the hub are downloaded once.
+
+    Raises UserError for what is neither a folder nor a name of the hub, and as download_files.
+    """
+    if source and Path(source).is_dir():
+        return Path(source)
+
+    name, revision = split_revision(source)
+    if name not in NAMES and not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
+        raise UserError(f'{source!r} is neither a folder nor a hub model '
+                        f'({", ".join(NAMES)}, OWNER/NAME, OWNER/NAME@REVISION); '
+                        f'--help lists what else --init_from takes')
+
+    download = Download(source, 'name a folder of weights', repository=name, revision=revision)
+    folder = download_files(download, SAFETENSORS_FILES)
+    if not any(folder.glob('*.safetensors')):
+        folder = download_files(download, PICKLED_FILES)
+    return folder
+
+
+def check_files(folder, is_own):
+    """UserError where a folder of weights is something else, or has a damaged file.
+
+    is_own: whether it is a person's folder, and not one of the hub's cache.
+    """
+    if not (folder / 'config.json').is_file():
+        raise UserError(describe_other_folder(folder))
+
+    for path in sorted(folder.glob('*.safetensors')):
+        if is_lfs_pointer(path):
+            raise UserError(f'{path.name} is a pointer of Git LFS; run `git lfs pull` in '
+                            f'the folder')
+        reason = find_damage(path)
+        if reason and is_own:
+            raise UserError(f'{path.name} is damaged ({reason}); copy it again')
+        if reason:
+            raise damaged_file(path, reason)
+
+
+def is_lfs_pointer(path):
+    with open(path, 'rb') as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def describe_other_folder(folder):
+    """What a folder without config.json holds, and what to do about it."""
+    if (folder / 'adapter_config.json').is_file():
+        return ('it is an adapter of peft, without the weights that it adapts; load both with '
+                'peft, and save what merge_and_unload() returns with save_pretrained()')
+    if any(folder.glob('*.gguf')):
+        return ('it holds a .gguf, which is a format of llama.cpp; take the files that it was '
+                'made from, with a config.json and *.safetensors')
+    return 'it has no config.json; take the whole folder that save_pretrained() wrote'
+
+
+def find_damage(path):
+    """Why a .safetensors file cannot be read; None where it can."""
+    import safetensors
+    try:
+        with safetensors.safe_open(path, 'pt'):
+            return None
+    except safetensors.SafetensorError as error:
+        return ' '.join(str(error).split())[:100]
+
+
+def load_supported(folder):
+    """What `load` returns, with the errors of transformers as they are."""
     import transformers
 
     # its configuration
-    settings, _ = transformers.PretrainedConfig.get_config_dict(source)
+    settings, _ = transformers.PretrainedConfig.get_config_dict(folder)
     kind = settings.get('model_type')
     if kind not in KINDS:
         raise UserError(f'its model_type is {kind!r}, and only {", ".join(KINDS)} are supported')
@@ -447,30 +521,19 @@ def load_supported(source):
     arguments = read_config(config)
 
     # its weights
-    model, report = model_class.from_pretrained(source, config=config, dtype=torch.float32,
+    model, report = model_class.from_pretrained(folder, config=config, dtype=torch.float32,
                                                 output_loading_info=True)
-    misfits = [f'{what} {names}' for what, names in report.items() if names]
+    misfits = []
+    for what, names in report.items():
+        names = [name for name in names if not str(name).endswith(MASKS)]
+        if names:
+            misfits.append(f'{what} {", ".join(map(str, names))}')
     if misfits:
         raise UserError(f'its weights do not fit: {"; ".join(misfits)[:200]}')
 
     head_size = arguments['n_embd'] // arguments['n_head']
     weights = read_weights(kind, model.state_dict(), arguments['n_layer'], head_size)
     return arguments, weights
-
-
-def explain_failed_load(source, is_folder, error):
-    """The UserError or RunError to raise where `source` cannot be loaded."""
-    import huggingface_hub
-    reason = ' '.join(str(error).split())[:300]
-
-    if is_folder or isinstance(error, UserError):
-        return UserError(f'{source} cannot be used as weights: {reason}')
-    if isinstance(error.__cause__, huggingface_hub.errors.RepositoryNotFoundError):
-        return UserError(f'{source} is neither a folder here nor a model that the hub shows you; '
-                         f'check --init_from')
-    return RunError(f'{source} could not be downloaded from the hub '
-                    f'({type(error).__name__}: {reason}); '
-                    f'go online once, or name a folder of weights')
 
 
 def to_transformers(config, weights: dict[str, torch.Tensor]) -> nn.Module:
