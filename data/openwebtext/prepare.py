@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import configurator
+from engine.downloads import Download, download_files
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
@@ -34,6 +35,8 @@ tokenizer = 'gpt2'  # gpt2, a folder with a tokenizer, such as one that export.p
                     # name
 num_proc = 0        # how many cores encode, 0 for all; the result is the same
 
+HUB = Download('OpenWebText', 'use --input=FOLDER if you have the parquet files',
+               repository='Skylion007/openwebtext', is_dataset=True)
 DOCUMENTS = 8_013_769           # in all of OpenWebText
 DOCUMENTS_IN_A_FILE = 90_000    # at least: the hub has 80 files of about 100,000 documents each
 VAL_FRACTION = 0.0005           # share of the documents that is held out
@@ -41,21 +44,14 @@ VAL_SEED = 2357                 # seed of their choice
 
 
 def download():
-    """The hub's parquet files, as many as max_docs needs. They stay in the hub's cache, where an
-    interrupted download continues."""
+    """The hub's parquet files, as many as max_docs needs. They stay in the hub's cache. After an
+    interruption, only files that were not whole are downloaded again."""
     parts = ['*']
     if max_docs:
         parts = [f'{number:05}-*' for number in range(max_docs // DOCUMENTS_IN_A_FILE + 1)]
     patterns = [f'plain_text/train-{part}.parquet' for part in parts]
-    try:
-        from huggingface_hub import snapshot_download
-        folder = snapshot_download('Skylion007/openwebtext', repo_type='dataset',
-                                   allow_patterns=patterns)
-        return text_files.find_files(folder, ('.parquet',))
-    except Exception as error:      # the client raises errors of many libraries
-        raise RunError(f'cannot download OpenWebText ({type(error).__name__}: '
-                       f'{str(error)[:200]}); if you have the parquet files, use '
-                       f'--input=FOLDER') from None
+    folder = download_files(HUB, patterns)
+    return text_files.find_files(folder, ('.parquet',))
 
 
 def count_documents(files):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import ROOT
+from hub_stand_in import Fault, Hub
 from prepare_harness import (
     contents,
     load,
@@ -30,6 +31,7 @@ from prepare_harness import (
 )
 
 import configurator
+from engine import downloads
 from engine.errors import RunError, UserError
 from engine.prepare import dataset_writer, encode, publish, text_files
 from engine.tokenizer import GPT2, Tokenizer, char_spec, code_points, read_meta
@@ -292,26 +294,26 @@ def test_documents_of_every_format_and_number_of_cores(data, tmp_path, monkeypat
         assert meta(data / 'openwebtext')['tokens'] == counts
 
 
-def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, tmp_path, monkeypatch,
-                                                                   gpt2):
-    hub = pytest.importorskip('huggingface_hub')
-    (tmp_path / 'snapshot' / 'plain_text').mkdir(parents=True)
-    path = tmp_path / 'snapshot' / 'plain_text' / 'train-00000-of-00080.parquet'
-    write_parquet(path, ['one', 'two', 'three', 'four'])
-    request = {}
+@pytest.fixture
+def openwebtext_hub(tmp_path, monkeypatch):
+    """A hub that has the first and the last file of OpenWebText."""
+    files = {}
+    for number, documents in ((0, ['one', 'two', 'three', 'four']), (79, ['five', 'six'])):
+        path = write_parquet(tmp_path / 'file.parquet', documents)
+        files[f'plain_text/train-{number:05}-of-00080.parquet'] = path.read_bytes()
+    hub = Hub({'datasets/Skylion007/openwebtext': files})
+    hub.reach(monkeypatch, tmp_path)
+    yield hub
+    hub.close()
 
-    def snapshot_download(name, **options):
-        request.update(options, name=name)
-        return str(tmp_path / 'snapshot')
 
-    monkeypatch.setattr(hub, 'snapshot_download', snapshot_download)
-    with pytest.raises(RunError, match='4 of 8,013,769 documents'):
-        load(data, 'openwebtext', monkeypatch).main()
-    assert request['name'] == 'Skylion007/openwebtext'
-    assert request['allow_patterns'] == ['plain_text/train-*.parquet']
-
+def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, monkeypatch, gpt2,
+                                                                   openwebtext_hub):
     load(data, 'openwebtext', monkeypatch, max_docs=3).main()
-    assert request['allow_patterns'] == ['plain_text/train-00000-*.parquet']
+    assert not any('00079-of' in request for request in openwebtext_hub.asked)
+    with pytest.raises(RunError, match='6 of 8,013,769 documents'):
+        load(data, 'openwebtext', monkeypatch).main()
+
     count = sum(meta(data / 'openwebtext')['tokens'].values())
     assert count == len(gpt2.encode_ordinary('one|two|three')) + 1
 
@@ -326,6 +328,14 @@ def test_a_hub_out_of_reach_is_a_failure_that_names_input(data, tmp_path, monkey
         script.main()
 
 
+def test_a_fault_of_the_hub_during_a_download_is_tried_again(data, monkeypatch, openwebtext_hub):
+    monkeypatch.setattr(downloads, 'SECONDS_BETWEEN_TRIES', 0)
+    openwebtext_hub.faults += [Fault('resolve/', 503), Fault('cdn/', cut=True)]
+    files = load(data, 'openwebtext', monkeypatch).download()
+    found = [path.read_bytes() for path in files]
+    assert found == list(*(files.values() for files in openwebtext_hub.repositories.values()))
+
+
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
 def test_a_tokenizer_out_of_reach_fails_before_the_download(data, monkeypatch, name):
     def fail(spec):
@@ -333,7 +343,7 @@ def test_a_tokenizer_out_of_reach_fails_before_the_download(data, monkeypatch, n
 
     script = load(data, name, monkeypatch)
     monkeypatch.setattr(script, 'Tokenizer', fail)
-    monkeypatch.setattr(script, 'download', lambda *arguments: pytest.fail('a download began'))
+    monkeypatch.setattr(script, 'download_files', lambda *arguments: pytest.fail('it began'))
     with pytest.raises(RunError, match='no tokenizer'):
         script.main()
 
@@ -555,12 +565,21 @@ def test_a_mistake_exits_2_with_one_line_on_stderr(data, tmp_path):
     assert all_contents(data) == before
 
 
-@pytest.mark.parametrize('column, message', [({'body': ['a', 'b']}, 'no column `text`'),
-                                             ({'text': ['a', None, 'c']}, 'row 2 has no string'),
-                                             ({'text': [1, 2]}, 'row 1 has no string')])
+def not_utf8():
+    """A column of strings, of which one is not UTF-8. Parquet's writers do not look at them."""
+    pa = pytest.importorskip('pyarrow')
+    return pa.array([b'a', b'b', b'caf\xe9 au lait']).view(pa.string())
+
+
+@pytest.mark.parametrize('column, message', [
+    ({'body': ['a', 'b']}, 'no column `text`'),
+    ({'text': ['a', None, 'c']}, 'row 2 has no string'),
+    ({'text': [1, 2]}, 'row 1 has no string'),
+    ({'text': not_utf8}, 'row 3 is not UTF-8 at byte 3 of its text')])
 def test_parquet_without_text_is_refused(data, tmp_path, monkeypatch, gpt2, column, message):
     pa = pytest.importorskip('pyarrow')
     pq = pytest.importorskip('pyarrow.parquet')
+    column = {name: value() if callable(value) else value for name, value in column.items()}
     pq.write_table(pa.table(column), tmp_path / 'a.parquet')
     with pytest.raises(UserError, match=message):
         load(data, 'openwebtext', monkeypatch, input=str(tmp_path / 'a.parquet')).main()
