@@ -43,6 +43,7 @@ class Hub:
         self.revisions = revisions or {}
         self.faults = []
         self.asked = []
+        self.before_file = None         # called when a file was asked for, before it is sent
 
         handler = type('Handler', (HubHandler,), {'hub': self})
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
@@ -89,8 +90,7 @@ def commit_of(files):
 class HubHandler(BaseHTTPRequestHandler):
     """Answers /api/models/NAME, its /revision and /tree, and /NAME/resolve/REVISION/PATH."""
 
-    hub: Hub
-    protocol_version = 'HTTP/1.1'
+    hub: Hub                            # HTTP/1.0: no connection outlives its request
 
     def do_GET(self):
         self.hub.asked.append(f'{self.command} {self.path}')
@@ -148,6 +148,9 @@ class HubHandler(BaseHTTPRequestHandler):
             linked = {'X-Linked-Size': str(len(data)), 'X-Linked-Etag': headers['ETag']}
             return self.answer(302, headers={**headers, **linked, 'Location': place})
 
+        if self.hub.before_file and self.command == 'GET':
+            self.hub.before_file()
+
         # a client that goes on after a cut asks for bytes=START-
         start = int(self.headers.get('Range', 'bytes=0-')[6:].split('-')[0])
         if start:
@@ -161,7 +164,6 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.cut:
             data = data[:len(data) // 2]
-            self.close_connection = True
         if self.command != 'HEAD':
             self.wfile.write(data)
 
