@@ -157,11 +157,22 @@ def find_input(source):
 
 def download(source):
     """The rows of a data set of the hub."""
-    from datasets import load_dataset
     repository = source.hub['path']
     download = Download(repository, f'use --input=FOLDER if you have {source.files[0]}',
                         repository=repository, is_dataset=True, revision=source.hub.get('revision'))
-    return try_three_times(partial(load_dataset, **source.hub), download)
+    return try_three_times(partial(load_rows, source.hub), download)
+
+
+def load_rows(hub):
+    """The rows, with the errors of the clients as they are. hub: arguments of load_dataset."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+    try:
+        return load_dataset(**hub)
+    except Exception:
+        # `datasets` drops the cause of its errors. The hub's own client fails with the cause.
+        HfApi().repo_info(hub['path'], revision=hub.get('revision'), repo_type='dataset')
+        raise
 
 
 def read_file(path):

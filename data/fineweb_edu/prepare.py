@@ -104,7 +104,11 @@ def find_documents(pattern, number, parts):
 def list_hub(pattern):
     """{name: bytes} of the hub's files of `sample`. HF_ENDPOINT names another server."""
     from huggingface_hub import HfApi
-    tree = HfApi().list_repo_tree(HUB.repository, recursive=True, repo_type=HUB.repo_type)
+    api = HfApi()
+    # Without a network this fails at once, and the list only after six tries.
+    info = api.repo_info(HUB.repository, repo_type=HUB.repo_type)
+    tree = api.list_repo_tree(HUB.repository, recursive=True, revision=info.sha,
+                              repo_type=HUB.repo_type)
     return {entry.path: entry.size for entry in sorted(tree, key=lambda entry: entry.path)
             if PurePosixPath(entry.path).match(pattern)}
 

@@ -43,6 +43,9 @@ def continue_file(url, part, name):
         if begin and error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return                      # nothing is left to read
         raise
+    except urllib.error.URLError as error:
+        error.url = url                 # for the message, as HTTPError has it
+        raise
 
     with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 from harness import CAN_FORK, ROOT, script_settings
+from hub_stand_in import Hub
 from test_tasks import SPEC, make_model, write_tasks
 
 import evaluate
 from engine.atomic_files import atomic_write
 from engine.checkpoint import gathered
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 from engine.evaluation import task_files
 from engine.log import log
 
@@ -281,6 +282,25 @@ def test_a_row_of_the_hub_that_is_not_utf8_is_one_line(tmp_path, monkeypatch):
     script = run_evals(output=str(tmp_path), tasks='lambada')
     with pytest.raises(UserError, match='row 2 is not an example of lambada .*utf-8'):
         script['main']()
+
+
+def test_the_hub_says_why_a_task_is_not_downloaded(tmp_path, monkeypatch):
+    """`datasets` does not: it has one error for a name, a gate and a network."""
+    datasets = pytest.importorskip('datasets')
+
+    def fail(**options):
+        raise ConnectionError("Couldn't reach it on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, 'load_dataset', fail)
+    hub = Hub({'datasets/allenai/ai2_arc': {}})
+    hub.reach(monkeypatch, tmp_path)
+    try:
+        with pytest.raises(UserError, match='shows you no dataset EleutherAI/lambada_openai'):
+            run_evals(output=str(tmp_path), tasks='lambada')['main']()
+        with pytest.raises(RunError, match="Couldn't reach it .*use --input=FOLDER"):
+            run_evals(output=str(tmp_path), tasks='arc_easy')['main']()
+    finally:
+        hub.close()
 
 
 def test_two_prepares_at_once_write_one_after_the_other(tmp_path):
