@@ -9,10 +9,8 @@ The published split: the first 90 million bytes to train on, then 5 million to v
 """
 
 import hashlib
-import http.client
 import io
 import sys
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from engine.atomic_files import atomic_write
 from engine.errors import RunError, UserError, check_choice
 from engine.prepare.dataset_writer import dataset_writer
 from engine.prepare.text_files import find_files
+from engine.prepare.web_file import download_file
 from engine.tokenizer import Tokenizer, char_spec
 
 name = 'enwik8'     # enwik8, or text8, which has only lower case letters and spaces
@@ -57,17 +56,16 @@ def unzip(data, path):
 def download(path):
     """Download the zip archive of `name` and keep what it holds as `path`."""
     url = URL.format(name)
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:   # raises for status 400 and up
-            data = unzip(response.read(), url)
-    except (OSError, http.client.HTTPException) as error:
-        raise RunError(f'cannot download {url} ({error}); if you have the file, use '
-                       f'--input=FILE') from None
+    part = path.with_name(f'{name}.zip.part')
+    download_file(url, part, name)
 
+    # another file is removed, so that the next run does not continue it
+    archive = part.read_bytes()
+    part.unlink()
+    data = unzip(archive, url)
     if hashlib.sha256(data).hexdigest() != SHA256[name]:
-        raise RunError(f'{url} sent {len(data):,} bytes that are not {name}; if you have the file, '
-                       f'use --input=FILE')
-    path.parent.mkdir(exist_ok=True)
+        raise RunError(f'{url} sent {len(data):,} bytes that are not {name}; run again, or use '
+                       f'--input=FILE if you have the file')
     with atomic_write(path, 'wb') as file:
         file.write(data)
 

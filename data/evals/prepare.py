@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,12 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 from console import print0, progress_bar, report_errors
 
+from filelock import FileLock
+
 import configurator
 from engine.atomic_files import atomic_write
-from engine.errors import RunError, UserError
+from engine.downloads import Download, try_three_times
+from engine.errors import UserError
 from engine.prepare import text_files
 
 input = ''          # a folder with the authors' files, which the readme names; '' downloads from
@@ -103,6 +107,8 @@ class Source(NamedTuple):
 
 CONVERTED = 'refs/convert/parquet'      # the hub's conversion of data sets that come as a script
 HELLASWAG = dict(path='Rowan/hellaswag', split='validation')
+# WikiText-103 has the same test set, and the client would also download its training set.
+WIKITEXT = dict(path='Salesforce/wikitext', split='test', name='wikitext-2-raw-v1')
 
 SOURCES = {
     'hellaswag': Source(
@@ -115,10 +121,10 @@ SOURCES = {
         dict(path='EleutherAI/lambada_openai', name='default', split='test'),
         ('lambada_test.jsonl',), lambada),
     'wikitext2': Source(
-        dict(path='Salesforce/wikitext', split='test', name='wikitext-2-raw-v1'),
+        WIKITEXT,
         ('wikitext2_raw.test.txt', 'wikitext-2-raw/wiki.test.raw'), column='text'),
     'wikitext103': Source(
-        dict(path='Salesforce/wikitext', split='test', name='wikitext-103-raw-v1'),
+        WIKITEXT,
         ('wikitext-103-raw/wiki.test.raw',), column='text'),
     'ptb': Source(
         dict(path='ptb-text-only/ptb_text_only', revision=CONVERTED, split='test'),
@@ -151,13 +157,22 @@ def find_input(source):
 
 def download(source):
     """The rows of a data set of the hub."""
+    repository = source.hub['path']
+    download = Download(repository, f'use --input=FOLDER if you have {source.files[0]}',
+                        repository=repository, is_dataset=True, revision=source.hub.get('revision'))
+    return try_three_times(partial(load_rows, source.hub), download)
+
+
+def load_rows(hub):
+    """The rows, with the errors of the clients as they are. hub: arguments of load_dataset."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
     try:
-        from datasets import load_dataset
-        return load_dataset(**source.hub)
-    except Exception as error:          # the client raises errors of many libraries
-        what = ' '.join(str(error).split())[:200]
-        raise RunError(f'cannot download {source.hub["path"]} ({type(error).__name__}: {what}); if '
-                       f'you have {source.files[0]}, use --input=FOLDER') from None
+        return load_dataset(**hub)
+    except Exception:
+        # `datasets` drops the cause of its errors. The hub's own client fails with the cause.
+        HfApi().repo_info(hub['path'], revision=hub.get('revision'), repo_type='dataset')
+        raise
 
 
 def read_file(path):
@@ -208,13 +223,13 @@ def make_task(name, source, path):
 
     rows = read_rows(path) if path else download(source)
     lines = []
-    for number, row in enumerate(progress_bar(name, rows, len(rows)), 1):
-        try:
+    try:
+        for row in progress_bar(name, rows, len(rows)):
             example = source.convert(row)
             lines.append(json.dumps(example, ensure_ascii=False) + '\n')
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f'{path or source.hub["path"]}, row {number:,} is not an example of '
-                            f'{name} ({type(error).__name__}: {str(error)[:100]})') from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{path or source.hub["path"]}, row {len(lines) + 1:,} is not an example '
+                        f'of {name} ({type(error).__name__}: {str(error)[:100]})') from None
     return Task(f'{name}.jsonl', ''.join(lines), len(lines), 'examples')
 
 
@@ -223,7 +238,7 @@ def write_task(task):
     data = task.text.encode('utf-8', 'surrogatepass')
     target = Path(output) if output else FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target / task.file, 'wb') as file:
+    with FileLock(target / 'prepare.lock'), atomic_write(target / task.file, 'wb') as file:
         file.write(data)
     print0(f'{task.file:<20} {task.size:>7,} {task.unit:<8}  '
            f'sha256 {hashlib.sha256(data).hexdigest()}')

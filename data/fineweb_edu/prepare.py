@@ -12,19 +12,23 @@ writing.
 import re
 import sys
 import time
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 from console import print0, report_errors
 
 import configurator
+from engine.downloads import Download, download_files, try_three_times
 from engine.errors import RunError, UserError
-from engine.hf.tokenizer_json import document_tokenizer
+from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
 from engine.prepare.encode import document_pieces
 from engine.prepare.shard_writer import DocumentPiece, ShardWriter
 from engine.prepare.text_files import Position
+from engine.tokenizer import Tokenizer
 
 input = ''                      # .parquet or .jsonl with a field `text`, .txt as one document, or a
                                 # folder of them; '' downloads FineWeb-Edu from the Hugging Face hub
@@ -37,6 +41,8 @@ part = '0/1'                    # i/n does one of n equal parts of the work, and
                                 # finish publishes
 num_proc = 0                    # how many cores encode, 0 for all; the result is the same
 
+HUB = Download('FineWeb-Edu', 'use --input=FOLDER if you have the parquet files',
+               repository='HuggingFaceFW/fineweb-edu', is_dataset=True)
 DOCUMENTS = 9_670_000           # in sample-10BT, about: the hub shows 9.67M rows
 
 
@@ -62,46 +68,74 @@ def hub_pattern():
                     f'crawl such as CC-MAIN-2024-10, or all')
 
 
-def download():
-    """The hub's parquet files of `sample`. They stay in the hub's cache, where an interrupted
-    download continues. HF_ENDPOINT names another server."""
-    pattern = hub_pattern()
-    try:
-        from huggingface_hub import snapshot_download
-        folder = snapshot_download('HuggingFaceFW/fineweb-edu', repo_type='dataset',
-                                   allow_patterns=[pattern])
-        files = text_files.find_files(folder, ('.parquet',))
-        # the cache may hold other samples too
-        files = [path for path in files if path.relative_to(folder).match(pattern)]
-    except Exception as error:      # the client raises errors of many libraries
-        raise RunError(f'cannot download FineWeb-Edu ({type(error).__name__}: '
-                       f'{str(error)[:200]}); if you have the parquet files, use '
-                       f'--input=FOLDER') from None
-
-    # without a network the client returns what its cache has
-    if sample == 'sample-10BT':
-        rows = sum(text_files.open_parquet(path).metadata.num_rows for path in files)
-        if rows < 0.99 * DOCUMENTS:
-            raise RunError(f'the download has {rows:,} of about {DOCUMENTS:,} documents; go online '
-                           f'and run again, or use it as it is: --input={files[0].parent}')
-    return files
+class Documents(NamedTuple):
+    """The files that all parts read together."""
+    files: list[Path]           # those of other parts need not be on this machine
+    sizes: list[int]            # in bytes
+    key: str                    # changes with the files
 
 
-def identify(files):
-    """A text that changes with the files.
-
-    Downloads have the same on every machine: names in the hub's cache are links to files that are
-    named by their content.
-    """
+def find_documents(pattern, number, parts):
+    """The Documents. The files of the hub that part number `number` of `parts` reads are
+    downloaded. They stay in the hub's cache."""
     if input:
-        return text_files.fingerprint(files)
-    return str([(path.name, path.resolve().name, path.stat().st_size) for path in files])
+        files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
+        sizes = [path.stat().st_size for path in files]
+        return Documents(files, sizes, text_files.fingerprint(files))
+
+    try:
+        sizes = try_three_times(partial(list_hub, pattern), HUB)
+    except RunError:                # no network: download_files finds what the cache has
+        folder = download_files(HUB, [pattern])
+        sizes = list_cache(folder, pattern)
+    else:
+        if not sizes:
+            raise UserError(f'sample={sample!r} has no files on the hub; {HUB.page} lists those '
+                            f'that there are')
+        needed = text_files.files_of_part(list(sizes.values()), number, parts)
+        names = list(sizes)
+        folder = download_files(HUB, [names[index] for index in needed])
+
+    # Names and sizes are the same on every machine, however its cache keeps the files.
+    files = [folder / name for name in sizes]
+    return Documents(files, list(sizes.values()), str(list(sizes.items())))
+
+
+def list_hub(pattern):
+    """{name: bytes} of the hub's files of `sample`. HF_ENDPOINT names another server."""
+    from huggingface_hub import HfApi
+    api = HfApi()
+    # Without a network this fails at once, and the list only after six tries.
+    info = api.repo_info(HUB.repository, repo_type=HUB.repo_type)
+    tree = api.list_repo_tree(HUB.repository, recursive=True, revision=info.sha,
+                              repo_type=HUB.repo_type)
+    return {entry.path: entry.size for entry in sorted(tree, key=lambda entry: entry.path)
+            if PurePosixPath(entry.path).match(pattern)}
+
+
+def list_cache(folder, pattern):
+    """{name: bytes} of the files of `sample` in a folder of the hub's cache."""
+    sizes = {}
+    rows = 0
+    for path in text_files.find_files(folder, ('.parquet',)):
+        name = path.relative_to(folder)
+        if name.match(pattern):             # the cache may have other samples too
+            sizes[name.as_posix()] = path.stat().st_size
+            rows += text_files.open_parquet(path).metadata.num_rows
+
+    if sample == 'sample-10BT' and rows < 0.99 * DOCUMENTS:
+        place = folder / PurePosixPath(pattern).parent
+        raise RunError(f'the download has {rows:,} of about {DOCUMENTS:,} documents; go online '
+                       f'and run again, or use it as it is: --input={place}')
+    return sizes
 
 
 def read_pieces(files, begin, end, encoder):
     """The DocumentPieces of the documents from the Position `begin` on, up to `end`."""
     for number in range(begin.file, min(end.file + 1, len(files))):
         start = begin.position if number == begin.file else 0
+        if Position(number, start) >= end:
+            return                  # the file of another part, which need not be here
         for document in text_files.read_documents(files[number], start):
             position = Position(number, document.position)
             if position >= end:
@@ -127,26 +161,26 @@ def peak_memory():
 def main():
     number, parts = parse_part()
     configurator.check_range(globals(), 'shard_tokens', 1, 2 ** 40)
-    encoder = document_tokenizer(tokenizer)
+    pattern = hub_pattern()
+    spec = document_spec(tokenizer)
 
     # the documents of this part
-    if input:
-        files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
-    else:
-        files = download()
-    key = identify(files)
-    begin = text_files.split_position(files, number, parts)
-    end = text_files.split_position(files, number + 1, parts)
+    if not input:
+        Tokenizer(spec)     # one that cannot be loaded should fail before hours of downloading
+    documents = find_documents(pattern, number, parts)
+    begin = text_files.split_position(documents.files, documents.sizes, number, parts)
+    end = text_files.split_position(documents.files, documents.sizes, number + 1, parts)
 
     def read(document):
         """What is left of this part, from `document` on, or all of it for None."""
-        yield from read_pieces(files, document or begin, end, encoder)
-        if identify(files) != key:
+        yield from read_pieces(documents.files, document or begin, end, encoder)
+        if input and text_files.fingerprint(documents.files) != documents.key:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
 
+    encoder = Tokenizer(spec)
     started = time.monotonic()
-    writer = ShardWriter(FOLDER, encoder.spec, key, shard_tokens, number, parts)
+    writer = ShardWriter(FOLDER, spec, documents.key, shard_tokens, number, parts)
     complete = writer.write(read, encoder.encode_to_numpy, num_proc)
 
     if writer.text_bytes:

@@ -20,11 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 import configurator
+from engine.downloads import Download, download_files
 from engine.errors import RunError, UserError
-from engine.hf.tokenizer_json import document_tokenizer
+from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
 from engine.prepare.dataset_writer import Piece, dataset_writer
 from engine.prepare.encode import document_pieces
+from engine.tokenizer import Tokenizer
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
                     # them; '' downloads OpenWebText from the Hugging Face hub
@@ -33,6 +35,8 @@ tokenizer = 'gpt2'  # gpt2, a folder with a tokenizer, such as one that export.p
                     # name
 num_proc = 0        # how many cores encode, 0 for all; the result is the same
 
+HUB = Download('OpenWebText', 'use --input=FOLDER if you have the parquet files',
+               repository='Skylion007/openwebtext', is_dataset=True)
 DOCUMENTS = 8_013_769           # in all of OpenWebText
 DOCUMENTS_IN_A_FILE = 90_000    # at least: the hub has 80 files of about 100,000 documents each
 VAL_FRACTION = 0.0005           # share of the documents that is held out
@@ -40,21 +44,14 @@ VAL_SEED = 2357                 # seed of their choice
 
 
 def download():
-    """The hub's parquet files, as many as max_docs needs. They stay in the hub's cache, where an
-    interrupted download continues."""
+    """The hub's parquet files, as many as max_docs needs. They stay in the hub's cache. After an
+    interruption, only files that were not whole are downloaded again."""
     parts = ['*']
     if max_docs:
         parts = [f'{number:05}-*' for number in range(max_docs // DOCUMENTS_IN_A_FILE + 1)]
     patterns = [f'plain_text/train-{part}.parquet' for part in parts]
-    try:
-        from huggingface_hub import snapshot_download
-        folder = snapshot_download('Skylion007/openwebtext', repo_type='dataset',
-                                   allow_patterns=patterns)
-        return text_files.find_files(folder, ('.parquet',))
-    except Exception as error:      # the client raises errors of many libraries
-        raise RunError(f'cannot download OpenWebText ({type(error).__name__}: '
-                       f'{str(error)[:200]}); if you have the parquet files, use '
-                       f'--input=FOLDER') from None
+    folder = download_files(HUB, patterns)
+    return text_files.find_files(folder, ('.parquet',))
 
 
 def count_documents(files):
@@ -99,12 +96,13 @@ def main():
     if max_docs < 0 or max_docs == 1:
         raise UserError(f'max_docs={max_docs} should be at least 2, one for train and one for val, '
                         f'or 0 for all')
-    encoder = document_tokenizer(tokenizer)
+    spec = document_spec(tokenizer)
 
     # the documents
     if input:
         files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
     else:
+        Tokenizer(spec)     # one that cannot be loaded should fail before hours of downloading
         files = download()
     before = text_files.fingerprint(files)
     counts = count_documents(files)
@@ -115,14 +113,15 @@ def main():
         raise UserError(f'train and val need a document each, and there is {total}; to split one '
                         f'text, run: python data/text/prepare.py --input={input or "PATH"}')
     val_documents = choose_val_documents(total)
+    encoder = Tokenizer(spec)
 
     # A run that was stopped has written the first documents. It continues only where these three
     # are the same.
-    digest = encoder.spec.tokenizer_sha256
+    digest = spec.tokenizer_sha256
     if digest is None:
         digest = 'gpt2'
     key = f'{before}, {total} documents, {digest}'
-    with dataset_writer(FOLDER, encoder.spec, key) as writer:
+    with dataset_writer(FOLDER, spec, key) as writer:
         start = writer.documents
         if start:
             print0(f'continuing after {start:,} of {total:,} documents')

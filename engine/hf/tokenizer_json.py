@@ -16,7 +16,6 @@ from engine.tokenizer import (
     END_OF_TEXT,
     GPT2,
     MAX_VOCAB_SIZE,
-    Tokenizer,
     TokenizerJson,
     TokenizerSpec,
     byte_letters,
@@ -98,16 +97,16 @@ def check_same_tokens(
 
 # The tokenizer that a person names
 
-def document_tokenizer(source: str) -> Tokenizer:
-    """The Tokenizer of --tokenizer=SOURCE for a dataset of documents.
+def document_spec(source: str) -> TokenizerSpec:
+    """The spec of --tokenizer=SOURCE for a dataset of documents.
 
     Raises UserError where it has no token to put between documents, and as named_spec.
     """
-    tokenizer = Tokenizer(named_spec(source))
-    if tokenizer.end_of_text is None:
+    spec = named_spec(source)
+    if spec.end_of_text is None:
         raise UserError(f'the tokenizer {source} has no token that ends a document; name another '
                         f'--tokenizer=')
-    return tokenizer
+    return spec
 
 
 def named_spec(source: str, others: str = '') -> TokenizerSpec:

@@ -1,6 +1,7 @@
 """Writes datasets: text becomes tokens, and the finished files replace an earlier dataset.
 
     text_files      find_files, read_text, read_documents, split_position and others read text
+    web_file        download_file fetches a file from a web address
     encode          safe_pieces and document_pieces cut text; in_order keeps every core at work
     dataset_writer  dataset_writer writes train.bin and val.bin
     shard_writer    ShardWriter writes shards of equal length, in several processes if wanted

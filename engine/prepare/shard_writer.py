@@ -252,7 +252,11 @@ class ShardWriter:
             if complete:
                 log.info(f'{self.folder} is complete; remove its meta.json to make it again')
             else:
-                self.write_part(read_pieces, encode, cores)
+                try:
+                    self.write_part(read_pieces, encode, cores)
+                except UserError:
+                    self.remove_empty_work()
+                    raise
                 complete = self.publish(cores)
 
         if complete:
@@ -297,6 +301,16 @@ class ShardWriter:
 
         journal.finished = True
         self.save(journal)
+
+    def remove_empty_work(self):
+        """Remove what this part has begun, if it has no whole chunk to continue after."""
+        if self.read_journal(self.part).chunks:
+            return
+
+        with self.finish_lock():
+            shutil.rmtree(self.work(self.part), ignore_errors=True)
+            if {path.name for path in self.unfinished.iterdir()} == {'finish.lock'}:
+                shutil.rmtree(self.unfinished, ignore_errors=True)      # no other part works there
 
     def encode_pieces(self, pieces, encode, cores):
         """The EncodedBatches of `pieces`. Counts their text."""

@@ -2,11 +2,9 @@
 
 import codecs
 import hashlib
-import http.client
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from typing import NamedTuple
 from engine.atomic_files import atomic_write
 from engine.errors import RunError, UserError
 from engine.log import log
+from engine.prepare.web_file import download_file
 
 BLOCK = 1 << 18             # bytes read at once
 DOCUMENT_ENDINGS = ('.parquet', '.jsonl', '.txt')       # files that read_documents() can read
@@ -155,11 +154,12 @@ def open_parquet(path: Path):
     import pyarrow.parquet
     try:
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK)
-    except (pyarrow.ArrowException, OSError) as error:
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} is not a parquet file: {error}') from None
 
-    if 'text' not in file.schema_arrow.names:
-        raise UserError(f'{path} has no column `text`, only {", ".join(file.schema_arrow.names)}')
+    if 'text' not in names:
+        raise UserError(f'{path} has no column `text`, only {", ".join(names)}')
     return file
 
 
@@ -178,11 +178,16 @@ def read_parquet(path, start=0):
             first += rows
 
     batches = file.iter_batches(batch_size=256, row_groups=groups, columns=['text'])
-    records = (record for batch in batches for record in batch.to_pylist())
+    values = (value for batch in batches for value in batch.column('text'))
+    row = first
     try:
-        for row, record in enumerate(records, first):
+        for row, value in enumerate(values, first):
             if row >= start:
+                record = dict(text=value.as_py())
                 yield row, text_of_record(record, f'{path}, row {row + 1:,}')
+    except UnicodeDecodeError as error:     # no writer has to check its strings
+        raise UserError(f'{path}, row {row + 1:,} is not UTF-8 at byte {error.start:,} of its '
+                        f'text; correct or remove the row') from None
     except OSError as error:                # pyarrow raises it for a damaged page
         raise UserError(f'{path} is damaged: {error}; download it again') from None
 
@@ -232,12 +237,30 @@ def read_documents(path: Path, start: int = 0) -> Iterator[Document]:
 
 # Dividing documents among parts of the work
 
-def split_position(files: list[Path], part: int, parts: int) -> Position:
+def files_of_part(sizes: list[int], part: int, parts: int) -> list[int]:
+    """The numbers of the files that part number `part` of `parts` reads, of files of these sizes.
+
+    split_position opens no other file for the beginning of this part and of the next one.
+    """
+    part_begin = sum(sizes) * part // parts
+    part_end = sum(sizes) * (part + 1) // parts
+
+    numbers = []
+    file_begin = 0
+    for number, size in enumerate(sizes):
+        file_end = file_begin + size
+        if file_begin < part_end and part_begin < file_end:
+            numbers.append(number)
+        file_begin = file_end
+    return numbers
+
+
+def split_position(files: list[Path], sizes: list[int], part: int, parts: int) -> Position:
     """Where part number `part` of `parts` begins. Each part is an equal share of the files' bytes.
 
-    The same files give the same positions everywhere, and only metadata and one line are read.
+    sizes: how many bytes each file has. The same files give the same positions everywhere. Only the
+    file that the position lies in is opened, and only its metadata or one line is read.
     """
-    sizes = [path.stat().st_size for path in files]
     byte = sum(sizes) * part // parts
     for number, (path, size) in enumerate(zip(files, sizes)):
         if byte < size:
@@ -309,15 +332,12 @@ def read_shakespeare(path: str, folder: Path) -> str:
 
 def download_shakespeare(path):
     """Download tiny Shakespeare to `path`, if what arrives is tiny Shakespeare."""
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-            data = response.read()                      # urlopen raises for status 400 and up
-    except (OSError, http.client.HTTPException) as error:
-        raise RunError(f'cannot download {SHAKESPEARE_URL} ({error}); if you have the file, use '
-                       f'--input=FILE') from None
-
+    part = path.with_name(path.name + '.part')
+    download_file(SHAKESPEARE_URL, part, 'tiny Shakespeare')
+    data = part.read_bytes()
+    part.unlink()
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         raise RunError(f'{SHAKESPEARE_URL} sent {len(data):,} bytes that are not tiny Shakespeare; '
-                       f'if you have the file, use --input=FILE')
+                       f'run again, or use --input=FILE if you have the file')
     with atomic_write(path, 'wb') as file:
         file.write(data)

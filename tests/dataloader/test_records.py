@@ -3,7 +3,6 @@
 Windows start at records, and prompts are no targets.
 """
 
-import io
 import json
 import sys
 import urllib.request
@@ -271,8 +270,10 @@ def test_a_damaged_archive_is_refused_in_a_line(demos, tmp_path, content, words)
 
 
 @pytest.mark.parametrize('sent', [b'not a zip', b'PK\3\4damaged'])
-def test_a_download_that_is_something_else_is_not_kept(demos, monkeypatch, sent):
-    monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(sent))
+def test_a_download_that_is_something_else_is_not_kept(demos, tmp_path, monkeypatch, sent):
+    (tmp_path / 'sent').write_bytes(sent)
+    response = urllib.request.urlopen((tmp_path / 'sent').as_uri())
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda request, timeout: response)
     with pytest.raises((RunError, UserError), match='that are not enwik8|is not a zip archive'):
         demos('enwik8')
     left = {path.name for path in (dataloader.DATA / 'enwik8').iterdir()}

@@ -3,13 +3,19 @@
 import hashlib
 import json
 import runpy
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 from harness import CAN_FORK, ROOT, script_settings
+from hub_stand_in import Hub
 from test_tasks import SPEC, make_model, write_tasks
 
 import evaluate
+from engine.atomic_files import atomic_write
 from engine.checkpoint import gathered
+from engine.errors import RunError, UserError
 from engine.evaluation import task_files
 from engine.log import log
 
@@ -243,12 +249,82 @@ def test_the_hubs_rows_become_the_same_tasks(tmp_path, monkeypatch):
         'Salesforce/wikitext': dict(text=['', ' = Title = \n', '', ' Text of it . \n']),
         'ptb-text-only/ptb_text_only': dict(sentence=['a b', 'c']),
     }
-    monkeypatch.setattr(datasets, 'load_dataset', lambda path, **options: rows[path])
-    script = ROOT / 'data' / 'evals' / 'prepare.py'
-    prepare = runpy.run_path(str(script), run_name='prepare')
-    prepare['main'].__globals__.update(output=str(tmp_path))
-    prepare['main']()
+    configs = set()
+
+    def load_dataset(path, name=None, **options):
+        configs.add(name)
+        return rows[path]
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    run_evals(output=str(tmp_path))['main']()
     check_tasks(tmp_path)
+    # the test set of WikiText-103 is that of WikiText-2, which comes without 500 MB of training set
+    assert 'wikitext-2-raw-v1' in configs and 'wikitext-103-raw-v1' not in configs
+
+
+def run_evals(**settings):
+    """The names of data/evals/prepare.py, with some of its settings changed."""
+    script = runpy.run_path(str(ROOT / 'data' / 'evals' / 'prepare.py'), run_name='prepare')
+    script['main'].__globals__.update(settings)
+    return script
+
+
+def test_a_row_of_the_hub_that_is_not_utf8_is_one_line(tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+
+    class Rows(list):
+        def __iter__(self):
+            yield self[0]
+            b'caf\xe9'.decode()             # as pyarrow does
+
+    rows = Rows([dict(text='a b')] * 2)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda **options: rows)
+    script = run_evals(output=str(tmp_path), tasks='lambada')
+    with pytest.raises(UserError, match='row 2 is not an example of lambada .*utf-8'):
+        script['main']()
+
+
+def test_the_hub_says_why_a_task_is_not_downloaded(tmp_path, monkeypatch):
+    """`datasets` does not: it has one error for a name, a gate and a network."""
+    datasets = pytest.importorskip('datasets')
+
+    def fail(**options):
+        raise ConnectionError("Couldn't reach it on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, 'load_dataset', fail)
+    hub = Hub({'datasets/allenai/ai2_arc': {}})
+    hub.reach(monkeypatch, tmp_path)
+    try:
+        with pytest.raises(UserError, match='shows you no dataset EleutherAI/lambada_openai'):
+            run_evals(output=str(tmp_path), tasks='lambada')['main']()
+        with pytest.raises(RunError, match="Couldn't reach it .*use --input=FOLDER"):
+            run_evals(output=str(tmp_path), tasks='arc_easy')['main']()
+    finally:
+        hub.close()
+
+
+def test_two_prepares_at_once_write_one_after_the_other(tmp_path):
+    script = run_evals(output=str(tmp_path))
+    task = script['Task']('a.txt', 'text', 1, 'lines')
+    writing = []
+    crowds = []
+
+    @contextmanager
+    def slow_write(path, mode):
+        writing.append(path)
+        time.sleep(0.05)
+        crowds.append(len(writing))
+        with atomic_write(path, mode) as file:
+            yield file
+        writing.pop()
+
+    script['main'].__globals__.update(atomic_write=slow_write)
+    threads = [threading.Thread(target=script['write_task'], args=(task,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert crowds == [1, 1, 1] and (tmp_path / 'a.txt').read_text() == 'text'
 
 
 @pytest.mark.parametrize('name, content', [

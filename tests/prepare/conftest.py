@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
+from engine.errors import RunError
+from engine.tokenizer import load_gpt2_encoding
+
 
 @pytest.fixture(scope='module')
 def gpt2():
-    import tiktoken
+    """tiktoken's Encoding of GPT-2."""
     try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception as error:
-        pytest.skip(f"tiktoken cannot fetch GPT-2's encoding: {type(error).__name__}")
+        return load_gpt2_encoding()
+    except RunError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope='module')

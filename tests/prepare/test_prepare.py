@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import ROOT
+from hub_stand_in import Fault, Hub
 from prepare_harness import (
     contents,
     load,
@@ -30,6 +31,7 @@ from prepare_harness import (
 )
 
 import configurator
+from engine import downloads
 from engine.errors import RunError, UserError
 from engine.prepare import dataset_writer, encode, publish, text_files
 from engine.tokenizer import GPT2, Tokenizer, char_spec, code_points, read_meta
@@ -292,35 +294,58 @@ def test_documents_of_every_format_and_number_of_cores(data, tmp_path, monkeypat
         assert meta(data / 'openwebtext')['tokens'] == counts
 
 
-def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, tmp_path, monkeypatch,
-                                                                   gpt2):
-    hub = pytest.importorskip('huggingface_hub')
-    (tmp_path / 'snapshot' / 'plain_text').mkdir(parents=True)
-    path = tmp_path / 'snapshot' / 'plain_text' / 'train-00000-of-00080.parquet'
-    write_parquet(path, ['one', 'two', 'three', 'four'])
-    request = {}
+@pytest.fixture
+def openwebtext_hub(tmp_path, monkeypatch):
+    """A hub that has the first and the last file of OpenWebText."""
+    files = {}
+    for number, documents in ((0, ['one', 'two', 'three', 'four']), (79, ['five', 'six'])):
+        path = write_parquet(tmp_path / 'file.parquet', documents)
+        files[f'plain_text/train-{number:05}-of-00080.parquet'] = path.read_bytes()
+    hub = Hub({'datasets/Skylion007/openwebtext': files})
+    hub.reach(monkeypatch, tmp_path)
+    yield hub
+    hub.close()
 
-    def snapshot_download(name, **options):
-        request.update(options, name=name)
-        return str(tmp_path / 'snapshot')
 
-    monkeypatch.setattr(hub, 'snapshot_download', snapshot_download)
-    with pytest.raises(RunError, match='4 of 8,013,769 documents'):
-        load(data, 'openwebtext', monkeypatch).main()
-    assert request['name'] == 'Skylion007/openwebtext'
-    assert request['allow_patterns'] == ['plain_text/train-*.parquet']
-
+def test_openwebtext_comes_from_parquet_and_a_part_only_on_request(data, monkeypatch, gpt2,
+                                                                   openwebtext_hub):
     load(data, 'openwebtext', monkeypatch, max_docs=3).main()
-    assert request['allow_patterns'] == ['plain_text/train-00000-*.parquet']
+    assert not any('00079-of' in request for request in openwebtext_hub.asked)
+    with pytest.raises(RunError, match='6 of 8,013,769 documents'):
+        load(data, 'openwebtext', monkeypatch).main()
+
     count = sum(meta(data / 'openwebtext')['tokens'].values())
     assert count == len(gpt2.encode_ordinary('one|two|three')) + 1
 
 
-def test_a_hub_out_of_reach_is_one_line_and_exit_code_1(data, tmp_path):
-    pytest.importorskip('huggingface_hub')
-    result = run(data, 'openwebtext', HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'none'))
-    assert result.returncode == 1 and result.stderr.count('\n') == 1
-    assert '--input=FOLDER' in result.stderr
+def test_a_hub_out_of_reach_is_a_failure_that_names_input(data, tmp_path, monkeypatch):
+    constants = pytest.importorskip('huggingface_hub.constants')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'none'))
+    script = load(data, 'openwebtext', monkeypatch)
+    monkeypatch.setattr(script, 'Tokenizer', lambda spec: None)     # it encodes nothing
+    with pytest.raises(RunError, match='--input=FOLDER'):
+        script.main()
+
+
+def test_a_fault_of_the_hub_during_a_download_is_tried_again(data, monkeypatch, openwebtext_hub):
+    monkeypatch.setattr(downloads, 'SECONDS_BETWEEN_TRIES', 0)
+    openwebtext_hub.faults += [Fault('resolve/', 503), Fault('cdn/', cut=True)]
+    files = load(data, 'openwebtext', monkeypatch).download()
+    found = [path.read_bytes() for path in files]
+    assert found == list(*(files.values() for files in openwebtext_hub.repositories.values()))
+
+
+@pytest.mark.parametrize('name', ['openwebtext', 'fineweb_edu'])
+def test_a_tokenizer_out_of_reach_fails_before_the_download(data, monkeypatch, name):
+    def fail(spec):
+        raise RunError('no tokenizer')
+
+    script = load(data, name, monkeypatch)
+    monkeypatch.setattr(script, 'Tokenizer', fail)
+    monkeypatch.setattr(script, 'download_files', lambda *arguments: pytest.fail('it began'))
+    with pytest.raises(RunError, match='no tokenizer'):
+        script.main()
 
 
 # stopped runs
@@ -341,9 +366,8 @@ class Stoppable:
 
         # this object takes the place of the script's tokenizer
         self.monkeypatch = monkeypatch
-        self.spec = GPT2
         self.splits_like_gpt2 = True
-        monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
+        monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 
     def encode_to_numpy(self, text):
@@ -471,12 +495,8 @@ MISTAKES = [
     ('openwebtext', 'a.parquet', b'PAR1 and no more', [], 'not a parquet file'),
     ('openwebtext', 'a.jsonl', b'{"text": "a"}\n', ['--max_docs=-1'], 'max_docs=-1'),
     ('fineweb_edu', 'a.jsonl', None, [], 'no file or folder'),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', [], '4 tokens are not more than one shard'),
-    ('fineweb_edu', 'a.jsonl', b'', [], '0 tokens are not more than one shard'),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--shard_tokens=0'],
      'shard_tokens=0 should be at least 1'),
-    ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'],
-     'line 2 has no string'),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=1/1'], "part='1/1' should be i/n"),
     ('fineweb_edu', 'a.jsonl', b'{"text": "a b c"}\n', ['--part=half'],
      "part='half' should be i/n"),
@@ -488,10 +508,17 @@ MISTAKES = [
     ('stdlib_char', None, None, ['--max_bytes=10'], '--max_bytes'),
     ('stdlib_char', None, None, ['--val_fraction=1'], 'between 0 and 1'),
 ]
+FOUND_WHILE_ENCODING = [
+    ('a.jsonl', b'{"text": "a b c"}\n', [], '4 tokens are not more than one shard'),
+    ('a.jsonl', b'', [], '0 tokens are not more than one shard'),
+    ('a.jsonl', b'{"text": "a b c"}\n{"text": 7}\n', ['--shard_tokens=2'], 'line 2 has no string'),
+    ('a.jsonl', b'{"text": "a b c"}\n', ['--num_proc=-1'], 'num_proc=-1'),
+]
 
 
 def all_contents(data):
-    return {path: contents(path) for path in [data, *data.iterdir()] if path.is_dir()}
+    """{path: content} of all files below `data`, and of the folders, where it is None."""
+    return {path: path.read_bytes() if path.is_file() else None for path in data.rglob('*')}
 
 
 def make_mistake(data, tmp_path, name, file, content):
@@ -522,6 +549,13 @@ def test_a_mistake_is_one_line_and_leaves_the_earlier_dataset(data, tmp_path, mo
     assert '\n' not in str(error.value) and all_contents(data) == before
 
 
+@pytest.mark.parametrize('file, content, arguments, message', FOUND_WHILE_ENCODING)
+def test_shards_that_are_refused_leave_nothing_either(data, tmp_path, monkeypatch, gpt2, file,
+                                                      content, arguments, message):
+    test_a_mistake_is_one_line_and_leaves_the_earlier_dataset(
+        data, tmp_path, monkeypatch, 'fineweb_edu', file, content, arguments, message)
+
+
 def test_a_mistake_exits_2_with_one_line_on_stderr(data, tmp_path):
     arguments = make_mistake(data, tmp_path, 'text', 'a.txt', b'text\0text')
     before = all_contents(data)
@@ -531,12 +565,21 @@ def test_a_mistake_exits_2_with_one_line_on_stderr(data, tmp_path):
     assert all_contents(data) == before
 
 
-@pytest.mark.parametrize('column, message', [({'body': ['a', 'b']}, 'no column `text`'),
-                                             ({'text': ['a', None, 'c']}, 'row 2 has no string'),
-                                             ({'text': [1, 2]}, 'row 1 has no string')])
+def not_utf8():
+    """A column of strings, of which one is not UTF-8. Parquet's writers do not look at them."""
+    pa = pytest.importorskip('pyarrow')
+    return pa.array([b'a', b'b', b'caf\xe9 au lait']).view(pa.string())
+
+
+@pytest.mark.parametrize('column, message', [
+    ({'body': ['a', 'b']}, 'no column `text`'),
+    ({'text': ['a', None, 'c']}, 'row 2 has no string'),
+    ({'text': [1, 2]}, 'row 1 has no string'),
+    ({'text': not_utf8}, 'row 3 is not UTF-8 at byte 3 of its text')])
 def test_parquet_without_text_is_refused(data, tmp_path, monkeypatch, gpt2, column, message):
     pa = pytest.importorskip('pyarrow')
     pq = pytest.importorskip('pyarrow.parquet')
+    column = {name: value() if callable(value) else value for name, value in column.items()}
     pq.write_table(pa.table(column), tmp_path / 'a.parquet')
     with pytest.raises(UserError, match=message):
         load(data, 'openwebtext', monkeypatch, input=str(tmp_path / 'a.parquet')).main()

@@ -7,19 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prepare_harness import contents, load, random_text, run, write_jsonl, write_parquet
+from hub_stand_in import Hub
+from prepare_harness import contents, load, random_text, write_jsonl, write_parquet
 
 from engine.dataloader import batches as dataloader
 from engine.dataloader.batches import TokenDataset
+from engine.downloads import download_files
 from engine.errors import RunError, UserError
 from engine.prepare import dataset_writer, encode, publish, shard_writer, text_files
 from engine.tokenizer import GPT2, Tokenizer, TokenizerSpec, char_spec
@@ -87,6 +87,7 @@ def test_parts_are_shares_of_the_bytes(documents):
     """Whatever their number, the parts have all documents once, in order."""
     _, folder = documents
     files = text_files.find_files(folder)
+    sizes = [path.stat().st_size for path in files]
 
     def positions(path, start=0):
         return [document.position for document in text_files.read_documents(path, start)]
@@ -94,10 +95,14 @@ def test_parts_are_shares_of_the_bytes(documents):
     every = [(number, position) for number, path in enumerate(files)
              for position in positions(path)]
     for parts in (1, 2, 3, 10, 97):
-        borders = [text_files.split_position(files, part, parts) for part in range(parts + 1)]
+        borders = [text_files.split_position(files, sizes, part, parts)
+                   for part in range(parts + 1)]
         found = []
-        for begin, end in zip(borders, borders[1:]):
-            found += [place for place in every if begin <= place < end]
+        for part, (begin, end) in enumerate(zip(borders, borders[1:])):
+            share = [place for place in every if begin <= place < end]
+            needed = text_files.files_of_part(sizes, part, parts)
+            assert {number for number, _ in share} <= set(needed)
+            found += share
         assert found == every
 
     # reading from a position on: JSON lines, and rows of a parquet file with groups of seven
@@ -127,9 +132,8 @@ class Stoppable:
         self.stop_at = None
 
         # this object takes the place of the script's tokenizer
-        self.spec = GPT2
         self.splits_like_gpt2 = True
-        monkeypatch.setattr(self.script, 'document_tokenizer', lambda name: self)
+        monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 
     def encode_to_numpy(self, text):
@@ -344,44 +348,84 @@ def test_shards_of_others_in_the_folder_are_refused_first(stoppable):
 
 # the hub
 
-def test_another_hub_is_asked_where_hf_endpoint_says(data, tmp_path):
+CRAWL = 'data/CC-MAIN-2024-10/1.parquet'
+ENDLESS = [f'sample/350BT/{number:03}.parquet' for number in range(6)]
+
+
+@pytest.fixture
+def fineweb(tmp_path, monkeypatch):
+    """A hub that has some files of FineWeb-Edu. The documents of each have its name."""
     pytest.importorskip('huggingface_hub')
-    asked = []
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(('127.0.0.1', 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    result = run(data, 'fineweb_edu', HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
-                 HF_HOME=str(tmp_path / 'hub'), NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
-    server.shutdown()
-    assert any('HuggingFaceFW/fineweb-edu' in path for path in asked)
-    assert result.returncode == 1 and result.stderr.count('\n') == 1
-    assert '--input=FOLDER' in result.stderr
+    files = {}
+    for name in ('sample/10BT/000.parquet', 'sample/100BT/000.parquet', CRAWL, *ENDLESS):
+        documents = [f'{name} {number}' for number in range(5)]
+        files[name] = write_parquet(tmp_path / 'file.parquet', documents).read_bytes()
+    hub = Hub({'datasets/HuggingFaceFW/fineweb-edu': files})
+    hub.reach(monkeypatch, tmp_path)
+    yield hub
+    hub.close()
 
 
-def test_a_sample_is_its_files_only(data, tmp_path, monkeypatch, gpt2):
-    """The hub's cache may hold other samples. Their files are not read."""
-    hub = pytest.importorskip('huggingface_hub')
-    crawl = 'data/CC-MAIN-2024-10/1.parquet'
-    for name in ('sample/10BT/000.parquet', 'sample/100BT/000.parquet', crawl):
-        (tmp_path / 'hub' / name).parent.mkdir(parents=True)
-        write_parquet(tmp_path / 'hub' / name, [name])
-    monkeypatch.setattr(hub, 'snapshot_download', lambda name, **options: str(tmp_path / 'hub'))
+def documents_of(*names):
+    return [f'{name} {number}' for name in names for number in range(5)]
 
-    samples = {'sample-100BT': 'sample/100BT/000.parquet', 'CC-MAIN-2024-10': crawl, 'all': crawl}
+
+def go_offline(monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+
+
+def test_a_sample_is_its_files_only(data, monkeypatch, gpt2, fineweb):
+    """The hub and its cache have other samples. Their files are not read."""
+    samples = {'sample-100BT': 'sample/100BT/000.parquet', 'CC-MAIN-2024-10': CRAWL, 'all': CRAWL}
     for sample, name in samples.items():
         load(data, 'fineweb_edu', monkeypatch, sample=sample, shard_tokens=2).main()
-        assert read_shards(data / 'fineweb_edu') == expected_shards([name], 2, gpt2.encode_ordinary)
-    with pytest.raises(RunError, match='1 of about 9,670,000 documents'):
+        expected = expected_shards(documents_of(name), 2, gpt2.encode_ordinary)
+        assert read_shards(data / 'fineweb_edu') == expected
+
+    with pytest.raises(UserError, match="'CC-MAIN-2099-99' has no files on the hub"):
+        load(data, 'fineweb_edu', monkeypatch, sample='CC-MAIN-2099-99').main()
+
+
+def test_a_download_that_is_not_whole_is_refused_without_a_network(data, monkeypatch, gpt2,
+                                                                   fineweb):
+    load(data, 'fineweb_edu', monkeypatch, shard_tokens=2).main()
+    go_offline(monkeypatch)
+    with pytest.raises(RunError, match='5 of about 9,670,000 documents'):
         load(data, 'fineweb_edu', monkeypatch).main()
+
+
+def cached_files(folder):
+    return {path.name for path in folder.glob('hf/hub/*/snapshots/*/sample/350BT/*')}
+
+
+def test_each_part_downloads_its_own_files_and_all_parts_join(data, tmp_path, monkeypatch, gpt2,
+                                                              fineweb):
+    """On machines of their own: one by one, with whole files in the cache, without a network."""
+    def prepare(part):
+        load(data, 'fineweb_edu', monkeypatch, sample='sample-350BT', shard_tokens=30,
+             part=f'{part}/3').main()
+
+    # two parts of their own download
+    for part in (2, 0):
+        machine = tmp_path / f'machine-{part}'
+        fineweb.reach(monkeypatch, machine)
+        prepare(part)
+        numbers = (2 * part, 2 * part + 1)
+        assert cached_files(machine) == {f'{number:03}.parquet' for number in numbers}
+
+    # the third one from a cache that has everything, as files and not as links to blobs
+    machine = tmp_path / 'machine-1'
+    fineweb.reach(monkeypatch, machine)
+    download_files(load(data, 'fineweb_edu', monkeypatch).HUB, ['sample/350BT/*'])
+    for path in machine.glob('hf/hub/*/snapshots/*/sample/350BT/*'):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    go_offline(monkeypatch)
+    prepare(1)
+    expected = expected_shards(documents_of(*ENDLESS), 30, gpt2.encode_ordinary)
+    assert read_shards(data / 'fineweb_edu') == expected
 
 
 # large vocabularies
