@@ -253,12 +253,14 @@ def looks_like_a_setting(name, value):
 
 # Help
 
-def show_help(script, settings, positional):
+def show_help(script, settings, positional, usage):
     """Print a script's docstring, how to call it, and its settings in their groups."""
     typed = os.path.basename(script)
     if sys.argv[0].endswith(typed):
         typed = os.path.relpath(sys.argv[0])
-    arguments = 'CONFIG_FILE ...' if positional is None else 'FOLDER ...'
+    arguments = usage
+    if usage is None:
+        arguments = 'CONFIG_FILE ...' if positional is None else 'FOLDER ...'
     print0(ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8'))))
     print0(f'\nusage: python {typed} {arguments} [--SETTING=VALUE ...]')
 
@@ -273,17 +275,18 @@ def show_help(script, settings, positional):
 
 # What scripts call
 
-def configure(namespace, arguments, positional=None):
+def configure(namespace, arguments, positional=None, usage=None):
     """Apply config files and flags, from left to right, to a script's globals.
 
     namespace: the script's globals(). arguments: the command line without the script's name.
     positional: a list that gets the arguments without dashes; None reads them as config files.
+    usage: what --help calls those, such as 'RUN TARGET'.
     Returns {name: value} of the settings that were named. Raises UserError for what is unknown or
     of the wrong type, before anything changes. --help prints and exits 0.
     """
     settings = read_settings(namespace['__file__'])
     if '--help' in arguments or '-h' in arguments:
-        show_help(namespace['__file__'], settings, positional)
+        show_help(namespace['__file__'], settings, positional, usage)
         raise SystemExit(0)
 
     overrides = {}

@@ -263,7 +263,7 @@ def test_help_shows_every_setting_with_its_comment(script, capsys):
     ('sample.py', ['--top_k=200']),
     ('bench.py', ['--profile=False']),
     ('plot.py', ["--picture=''", 'usage: python plot.py FOLDER ...']),
-    ('export.py', ['usage: python export.py FOLDER ...']),
+    ('export.py', ['usage: python export.py RUN TARGET [']),
     ('data/stdlib_char/prepare.py', ['usage: python data/stdlib_char/prepare.py']),
 ])
 def test_the_real_scripts_show_their_settings(workspace, script, lines):

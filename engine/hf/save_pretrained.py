@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from engine.hf.weights import to_transformers
 from engine.tokenizer import Tokenizer, TokenizerSpec
 
 MAX_SHARD_SIZE = '5GB'
+CARD_LENGTH = 100           # tokens of the text that the model card's example generates
 CARD = '''---
 library_name: transformers
 pipeline_tag: text-generation
@@ -28,7 +30,8 @@ Trained for {iterations:,} iterations{dataset}.
 
 ```python
 from transformers import pipeline
-print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['generated_text'])
+generate = pipeline('text-generation', model='.')
+print(generate({prompt!r}, max_length={length})[0]['generated_text'])
 ```
 
 | setting | value |
@@ -82,6 +85,8 @@ def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
     for settings in (model.config, model.generation_config):
         settings.bos_token_id = tokenizer.end_of_text
         settings.eos_token_id = tokenizer.end_of_text
+    # A GPT-2 of transformers cannot read more, and a pipeline generates 256 tokens by default.
+    model.generation_config.max_length = trained.config.block_size
     if padding:                                     # whose logits were never trained
         model.generation_config.suppress_tokens = list(padding)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
@@ -94,6 +99,10 @@ def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
     files['README.md'] = model_card(model, trained, dtype)
     for name, text in files.items():
         (folder / name).write_text(text, encoding='utf-8', newline='\n')
+
+    # safetensors lets nobody but the owner read its files; they get the mode of the others
+    for path in folder.glob('*.safetensors'):
+        shutil.copymode(folder / 'README.md', path)
 
     return export_notes(model, padding)
 
@@ -165,6 +174,11 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
     if tokenizer is None:
         tokenizer = spec.kind
 
+    # characters may lack the A
+    prompt = 'A'
+    if spec.chars and prompt not in spec.chars:
+        prompt = spec.chars[0]
+
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')),
         parameters=model.num_parameters(),
@@ -175,6 +189,8 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
         iterations=trained.iter_num,
         dataset=dataset,
         losses='\n'.join(loss_rows(trained)),
+        prompt=prompt,
+        length=min(CARD_LENGTH, model.config.max_position_embeddings),
         settings='\n'.join(f'| {name} | {cell(value)} |' for name, value in settings.items()),
     )
 

@@ -1,12 +1,17 @@
+import io
 import json
+import os
+import signal
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from harness import CHARACTERS, script_settings
+from harness import CHARACTERS, ROOT, script_settings
 
 import export
+import train
 from engine.errors import RunError, UserError
 from engine.hf import save_pretrained
 from engine.hf.tokenizer_json import pretrained_spec, train_bpe
@@ -219,6 +224,91 @@ def test_other_shapes_continue_as_sample_does(workspace, kind, options):
     assert is_same or sampled.startswith(expected + '<|endoftext|>')
 
 
+def trained_model(config, spec, weights=None):
+    """What save_pretrained takes: by default, a new model of a GPTConfig."""
+    from model import GPT
+    if weights is None:
+        torch.manual_seed(0)
+        weights = GPT(config).state_dict()
+    return save_pretrained.TrainedModel(config=config, weights=weights, spec=spec, settings={},
+                                        iter_num=1, best_val_loss=1.0, losses=[])
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'config').glob('*.py')))
+def test_a_model_of_each_config_can_be_exported(tmp_path, name):
+    """A toy one with the config's options, in transformers' forward pass and in ours."""
+    from model import GPT, GPTConfig
+    flags = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--dropout=0.0']
+    if name == 'train_shakespeare_fast':            # as it says itself
+        flags.append('--embedding_norm=True')
+    with script_settings(train, ROOT / 'config' / f'{name}.py', *flags):
+        shape = {name: getattr(train, name) for name in train.MODEL_SETTINGS}
+    spec = TokenizerSpec('char', len(CHARACTERS), chars=CHARACTERS)
+    trained = trained_model(GPTConfig(16, spec.vocab_size, **shape), spec)
+    save_pretrained.write(tmp_path / 'exported', trained)
+
+    model = GPT.from_weights(trained.config, trained.weights)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+    idx = torch.randint(spec.vocab_size, (2, 16))
+    torch.testing.assert_close(reference(idx).logits, model(idx, idx)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('characters', [CHARACTERS, 'ABC'])
+@pytest.mark.parametrize('block_size', [8, 64, 512])
+def test_the_example_of_the_model_card_runs(tmp_path, monkeypatch, block_size, characters):
+    from model import GPTConfig
+    spec = TokenizerSpec('char', len(characters), chars=characters)
+    config = GPTConfig(block_size, spec.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    save_pretrained.write(tmp_path, trained_model(config, spec))
+    monkeypatch.chdir(tmp_path)
+
+    # as somebody copies it
+    example = (tmp_path / 'README.md').read_text(encoding='utf-8').split('```')[1]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(example.removeprefix('python'), {})
+    text = printed.getvalue()[:-1]                     # without print's line end
+    assert len(text) == min(100, block_size)
+    assert set(text) <= set(characters)
+
+    # and without a length, where transformers would take 256 tokens
+    if block_size == 64:
+        generate = transformers.pipeline('text-generation', model='.')
+        assert len(generate(characters[0])[0]['generated_text']) == 64
+
+
+def test_others_may_read_what_was_exported(trained, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export.main([str(trained.folder / 'out-toy'), str(tmp_path / 'exported')])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / 'exported').iterdir()} == {0o644}
+
+
+def test_sigterm_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    def be_stopped(self, folder, **options):
+        folder.mkdir()
+        (folder / 'model.safetensors').write_bytes(b'half')
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, 'save_pretrained', be_stopped)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        export.main([str(trained.folder / 'out-toy'), str(tmp_path / 'exported')])
+    assert stopped.value.code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_export(trained, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'disk')
+    export.main([str(trained.folder / 'out-toy'), str(tmp_path / 'link')])
+    assert (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'disk' / 'config.json').is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['disk', 'link']
+
+
 def test_padding_is_never_generated_and_can_be_cut(language_models):
     workspace, runs = language_models
     if 'out-gpt2' not in runs:
@@ -356,6 +446,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, flags, words):
     (['out'], 'name a run and the folder to write'),
     (['out', 'taken'], 'taken exists already; name a new folder'),
     (['out', 'file'], 'file exists already'),
+    (['out', 'nowhere'], 'nowhere is a link to gone, which does not exist; remove the link'),
     (['out', 'new'], 'ckpt.pt does not exist; train first'),
 ])
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, folders, words):
@@ -363,6 +454,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, folders, word
     (tmp_path / 'taken').mkdir()
     (tmp_path / 'taken' / 'weights').write_text('precious')
     (tmp_path / 'file').write_text('precious')
+    (tmp_path / 'nowhere').symlink_to('gone')
     with pytest.raises(UserError, match=words):
         export.main(folders)
-    assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'taken', 'weights']
+    assert sorted(p.name for p in tmp_path.rglob('*')) == [
+        'file', 'nowhere', 'taken', 'weights']
