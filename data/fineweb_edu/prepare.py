@@ -22,7 +22,7 @@ import configurator
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_tokenizer
 from engine.prepare import text_files
-from engine.prepare.encode import document_pieces
+from engine.prepare.encode import CountingEncoder, document_pieces
 from engine.prepare.shard_writer import DocumentPiece, ShardWriter
 from engine.prepare.text_files import Position
 
@@ -147,7 +147,9 @@ def main():
 
     started = time.monotonic()
     writer = ShardWriter(FOLDER, encoder.spec, key, shard_tokens, number, parts)
-    complete = writer.write(read, encoder.encode_to_numpy, num_proc)
+    counting = CountingEncoder(encoder)
+    complete = writer.write(read, counting.encode, num_proc)
+    counting.log_dropped()
 
     if writer.text_bytes:
         seconds = time.monotonic() - started

@@ -24,7 +24,7 @@ from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_tokenizer
 from engine.prepare import text_files
 from engine.prepare.dataset_writer import Piece, dataset_writer
-from engine.prepare.encode import document_pieces
+from engine.prepare.encode import CountingEncoder, document_pieces
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
                     # them; '' downloads OpenWebText from the Hugging Face hub
@@ -127,7 +127,9 @@ def main():
         if start:
             print0(f'continuing after {start:,} of {total:,} documents')
         pieces = read_pieces(files, counts, start, total, val_documents, encoder)
-        writer.write(pieces, encoder.encode_to_numpy, total, 'documents', num_proc)
+        counting = CountingEncoder(encoder)
+        writer.write(pieces, counting.encode, total, 'documents', num_proc)
+        counting.finish()
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
