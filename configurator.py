@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from console import describe, print0
+from console import describe, print0, report_errors
 
 from engine.errors import UserError, check_range, shorten  # noqa: F401, scripts use check_range
 
@@ -253,14 +253,12 @@ def looks_like_a_setting(name, value):
 
 # Help
 
-def show_help(script, settings, positional, usage):
+def show_help(script, settings, positional):
     """Print a script's docstring, how to call it, and its settings in their groups."""
     typed = os.path.basename(script)
     if sys.argv[0].endswith(typed):
         typed = os.path.relpath(sys.argv[0])
-    arguments = usage
-    if usage is None:
-        arguments = 'CONFIG_FILE ...' if positional is None else 'FOLDER ...'
+    arguments = 'CONFIG_FILE ...' if positional is None else 'FOLDER ...'
     print0(ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8'))))
     print0(f'\nusage: python {typed} {arguments} [--SETTING=VALUE ...]')
 
@@ -275,18 +273,17 @@ def show_help(script, settings, positional, usage):
 
 # What scripts call
 
-def configure(namespace, arguments, positional=None, usage=None):
+def configure(namespace, arguments, positional=None):
     """Apply config files and flags, from left to right, to a script's globals.
 
     namespace: the script's globals(). arguments: the command line without the script's name.
     positional: a list that gets the arguments without dashes; None reads them as config files.
-    usage: what --help calls those, such as 'RUN TARGET'.
     Returns {name: value} of the settings that were named. Raises UserError for what is unknown or
     of the wrong type, before anything changes. --help prints and exits 0.
     """
     settings = read_settings(namespace['__file__'])
     if '--help' in arguments or '-h' in arguments:
-        show_help(namespace['__file__'], settings, positional, usage)
+        show_help(namespace['__file__'], settings, positional)
         raise SystemExit(0)
 
     overrides = {}
@@ -343,3 +340,31 @@ def describe_settings(overrides):
     text = f'settings: {named or "defaults"}'
     return textwrap.fill(text, 110, subsequent_indent='  ',
                          break_long_words=False, break_on_hyphens=False)
+
+
+# Scripts of nanoGPT's kind
+
+def configure_globals(namespace, arguments):
+    """Apply config files and flags to the globals of a script of nanoGPT's kind.
+
+    Such a script does exec(open('configurator.py').read()) below its settings. Those may be
+    computed, so they are found among its globals: numbers, texts, True and False. A mistake ends
+    the script with one line.
+    """
+    settings = {name: Setting(value, '', '') for name, value in namespace.items()
+                if type(value) in TYPE_NAMES and name.islower() and not name.startswith('_')}
+    values = {name: setting.default for name, setting in settings.items()}
+
+    with report_errors():
+        for argument in arguments:
+            if argument.startswith('-'):
+                name, value = read_flag(argument, settings)
+                values[name] = value
+            else:
+                values.update(run_config(find_config(argument), settings, values))
+        namespace.update(values)
+
+
+if __name__ != 'configurator':          # this file is run in the globals of such a script
+    import configurator
+    configurator.configure_globals(globals(), sys.argv[1:])

@@ -159,6 +159,5 @@ def main(folders):
 if __name__ == '__main__':
     with report_errors():
         run_and_target = []
-        configurator.configure(globals(), sys.argv[1:], positional=run_and_target,
-                               usage='RUN TARGET')
+        configurator.configure(globals(), sys.argv[1:], positional=run_and_target)
         main(run_and_target)
