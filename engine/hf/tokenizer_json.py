@@ -25,6 +25,7 @@ from engine.tokenizer import (
 )
 
 END = '<|endoftext|>'
+OWN_BPE = 'bpe'             # tokenizer_name of what train_bpe makes
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model',
                 'tekken.json')
 DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -264,7 +265,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerSpec:
     tokenizer.train_from_iterator(texts, trainer)
 
     config = tokenizer_config('PreTrainedTokenizerFast', END)
-    return hf_spec(tokenizer.to_str(), config, tokenizer.token_to_id(END), 'bpe')
+    return hf_spec(tokenizer.to_str(), config, tokenizer.token_to_id(END), OWN_BPE)
 
 
 # Files of an export

@@ -41,8 +41,8 @@ def test_the_command_says_what_it_wrote_on_stdout_and_the_rest_on_stderr(trained
     assert {path.name for path in (trained.folder / 'exported').iterdir()} == {
         'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
         'tokenizer_config.json', 'README.md'}
-    assert result.stderr.startswith('note: the model has the exact GELU')
-    assert result.stderr.count('\n') == 1
+    assert result.stderr.startswith('note: llama.cpp has no tokenizer of characters')
+    assert result.stderr.count('\n') == result.stderr.count('note: ') == 2
 
 
 def nanogpts_optimizer(model):
@@ -275,6 +275,42 @@ def test_the_example_of_the_model_card_runs(tmp_path, monkeypatch, block_size, c
     if block_size == 64:
         generate = transformers.pipeline('text-generation', model='.')
         assert len(generate(characters[0])[0]['generated_text']) == 64
+
+
+def test_the_model_card_adds_the_special_tokens_that_characters_lack(tmp_path, monkeypatch):
+    from model import GPTConfig
+    spec = TokenizerSpec('char', 3, chars='abc')
+    config = GPTConfig(16, spec.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    notes = save_pretrained.write(tmp_path, trained_model(config, spec))
+    assert 'README.md in the folder has the lines' in notes[-1]
+    monkeypatch.chdir(tmp_path)
+    example = (tmp_path / 'README.md').read_text(encoding='utf-8').split('```')[3]
+    exec(example.removeprefix('python'), {})
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained('with-special-tokens')
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            tokenizer.unk_token_id} == {3}
+    batch = tokenizer(['abca', 'b'], padding=True, return_tensors='pt').input_ids
+    assert sorted(batch[1].tolist()) == [1, 3, 3, 3]
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(folder)
+                     for folder in ('.', 'with-special-tokens'))
+    assert torch.equal(before(batch[:1]).logits, after(batch[:1]).logits[..., :3])
+
+
+def test_own_byte_pairs_have_every_special_token(tmp_path):
+    from model import GPTConfig
+    spec = train_bpe(['some words to make tokens of. ' * 9], 270)
+    config = GPTConfig(16, spec.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    notes = save_pretrained.write(tmp_path, trained_model(config, spec))
+    assert "llama.cpp's converter refuses tokenizers that it does not know" in notes[1]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token,
+            tokenizer.unk_token} == {'<|endoftext|>'}
+    batch = tokenizer(['some words', 'to'], padding=True)
+    assert {len(ids) for ids in batch.input_ids} == {len(batch.input_ids[0])}
+    assert same_tokens(pretrained_spec(str(tmp_path)), spec)
+    assert '```' in (tmp_path / 'README.md').read_text(encoding='utf-8')
 
 
 def test_others_may_read_what_was_exported(trained, tmp_path):
