@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from console import describe, print0
+from console import describe, print0, report_errors
 
 from engine.errors import UserError, check_range, shorten  # noqa: F401, scripts use check_range
 
@@ -340,3 +340,31 @@ def describe_settings(overrides):
     text = f'settings: {named or "defaults"}'
     return textwrap.fill(text, 110, subsequent_indent='  ',
                          break_long_words=False, break_on_hyphens=False)
+
+
+# Scripts of nanoGPT's kind
+
+def configure_globals(namespace, arguments):
+    """Apply config files and flags to the globals of a script of nanoGPT's kind.
+
+    Such a script does exec(open('configurator.py').read()) below its settings. Those may be
+    computed, so they are found among its globals: numbers, texts, True and False. A mistake ends
+    the script with one line.
+    """
+    settings = {name: Setting(value, '', '') for name, value in namespace.items()
+                if type(value) in TYPE_NAMES and name.islower() and not name.startswith('_')}
+    values = {name: setting.default for name, setting in settings.items()}
+
+    with report_errors():
+        for argument in arguments:
+            if argument.startswith('-'):
+                name, value = read_flag(argument, settings)
+                values[name] = value
+            else:
+                values.update(run_config(find_config(argument), settings, values))
+        namespace.update(values)
+
+
+if __name__ != 'configurator':          # this file is run in the globals of such a script
+    import configurator
+    configurator.configure_globals(globals(), sys.argv[1:])

@@ -6,8 +6,11 @@
 """
 
 import dataclasses
+import signal
 import sys
 import tempfile
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from console import describe, print0, report_errors
@@ -105,13 +108,30 @@ def read_folders(folders):
     is_empty_folder = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_empty_folder:
         raise UserError(f'{target} exists already; name a new folder')
-    return source, target
+    if target.is_symlink() and not target.exists():
+        raise UserError(f'{target} is a link to {target.readlink()}, which does not exist; '
+                        f'remove the link, or name a new folder')
+
+    # where a link to an empty folder leads: that folder is replaced, and the link stays
+    return source, target.resolve()
 
 
-def main(folders):
-    check_settings()
-    source, target = read_folders(folders)
+@contextmanager
+def end_on_sigterm():
+    """SIGTERM ends the block with SystemExit, so that its temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield                                       # only the main thread may set a handler
+        return
 
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_whole(source, target):
+    """Write the export of the run `source` to the folder `target`, whole or not at all."""
     # into a temporary folder beside the target, which gets the name when it is whole
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +147,13 @@ def main(folders):
     except Exception as error:                      # safetensors has its own errors for a full disk
         raise RunError(f'{target} was not written ({describe(error)})') from None
 
-    print0(f'wrote {target}')
+
+def main(folders):
+    check_settings()
+    source, target = read_folders(folders)
+    with end_on_sigterm():
+        write_whole(source, target)
+    print0(f'wrote {folders[1]}')
 
 
 if __name__ == '__main__':

@@ -386,11 +386,12 @@ class GPT(nn.Module):
             n_multiplied -= c.vocab_size * c.n_embd
         return 6 * n_multiplied + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def estimate_mfu(self, n_sequences, seconds, peak_flops):
+    def estimate_mfu(self, n_sequences, seconds, peak_flops=312e12):
         """Share of the device's peak that the model's arithmetic uses (model FLOPs utilization).
 
         n_sequences, seconds: how many sequences an iteration reads, and how long it takes.
         peak_flops: operations per second of this device and precision, or None, which gives None.
+            By default it is that of an A100 in bfloat16, as scripts of nanoGPT expect.
         """
         if peak_flops is None:
             return None

@@ -2,6 +2,7 @@
 # depth and width are those of the README's command for a CPU. In the same time it reaches a lower
 # loss; studies/recipe.md has the figures.
 #   python train.py config/train_shakespeare_fast.py
+# Add --embedding_norm=True for a model that export.py can write: transformers has no other.
 out_dir = 'out-shakespeare-fast'
 sample_tokens = 200                 # printed after each evaluation
 dataset = 'shakespeare_char'

@@ -153,6 +153,7 @@ class Tokenizer:
     Attributes: every id is below vocab_size. end_of_text is the id between documents, or None.
     chars has the characters of a vocabulary of characters, and is None in other kinds.
     splits_like_gpt2 is True where engine.prepare.encode.safe_pieces may cut a text.
+    drops_characters is True where a text may have characters that become no token.
 
     Raises UserError for a tokenizer_json that is damaged. Raises RunError where tiktoken cannot
     download GPT-2's encoding, which it does once.
@@ -160,6 +161,7 @@ class Tokenizer:
 
     chars: str | None = None
     splits_like_gpt2 = False
+    drops_characters = False
 
     def __new__(cls, spec: TokenizerSpec = GPT2):
         """Tokenizer(spec) is an instance of a subclass, as with pathlib.Path."""
@@ -180,7 +182,7 @@ class Tokenizer:
         """The ids of a prompt.
 
         Special tokens that the text spells, such as `<|endoftext|>`, count as such, and a tokenizer
-        of Hugging Face adds what it puts around a text. UserError for what cannot be encoded.
+        of Hugging Face adds what it puts before a text. UserError for what cannot be encoded.
         """
         raise NotImplementedError
 
@@ -267,6 +269,7 @@ class HFTokenizer(Tokenizer):
         super().__init__(spec)
         self.file = TokenizerJson(spec.tokenizer_json)
         self.splits_like_gpt2 = self.file.splits_like_gpt2
+        self.drops_characters = self.file.drops_characters
 
         is_same_file = self.file.fingerprint == spec.tokenizer_sha256
         if not is_same_file or self.file.vocab_size != self.vocab_size:
@@ -398,6 +401,7 @@ class TokenizerJson:
     """
 
     def __init__(self, tokenizer_json: str):
+        check_ids(tokenizer_json)
         self.tokenizer = load(tokenizer_json)
         self.ordinary = load(tokenizer_json)            # takes special tokens in a text as text
         self.ordinary.encode_special_tokens = True
@@ -418,23 +422,37 @@ class TokenizerJson:
             self.bytes_of_letters = {letter: byte for byte, letter in enumerate(byte_letters())}
 
     def encode(self, text: str) -> list[int]:
-        """The ids, with special tokens as such, and with what the tokenizer puts around a text."""
-        return self.run(self.tokenizer, text, add_special_tokens=True)
+        """The ids of a prompt, with special tokens as such.
+
+        What the tokenizer puts before a text is there, such as `<s>`. What it puts after one is
+        not: behind `</s>`, a model would not go on with the text.
+        """
+        encoded = self.run(self.tokenizer, text, add_special_tokens=True)
+        return encoded.ids[:len(encoded.ids) - self.count_after(encoded)]
+
+    def count_after(self, encoded):
+        """How many tokens the tokenizer has put after a text."""
+        is_added = encoded.special_tokens_mask
+        if all(is_added):               # the text is empty, so nothing parts before from after
+            is_added = self.run(self.tokenizer, 'a', add_special_tokens=True).special_tokens_mask
+        if all(is_added):
+            return 0
+        return is_added[::-1].index(0)
 
     def encode_ordinary(self, text: str, as_document: bool = False) -> list[int]:
         """The ids, with special tokens as ordinary text.
 
         as_document: with what the tokenizer puts around a text.
         """
-        return self.run(self.ordinary, text, add_special_tokens=as_document)
+        return self.run(self.ordinary, text, add_special_tokens=as_document).ids
 
     def run(self, tokenizer, text, add_special_tokens):
+        """The library's Encoding of a text."""
         # UTF-8 lacks halves of surrogate pairs: U+FFFD stands for each.
         text = text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
         try:
             # 'fast' leaves out positions and takes a third of the time.
-            encoded = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            return encoded[0].ids
+            return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:      # a vocabulary without a token for the unknown
             raise UserError(f'the tokenizer cannot encode this text: {error}') from None
 
@@ -457,7 +475,22 @@ class TokenizerJson:
             return False
         if not all(token['special'] for token in self.parts['added_tokens']):
             return False
-        return not self.encode('')
+        return not self.encode_ordinary('', as_document=True)
+
+    @cached_property
+    def drops_characters(self) -> bool:
+        """True where the tokenizer may leave out characters of a text: it is a BPE that has
+        neither a token for each byte nor one for the unknown."""
+        model = self.parts['model']
+        if model['type'] != 'BPE' or model['unk_token'] is not None:
+            return False
+
+        vocabulary = self.tokenizer.get_vocab()
+        before = json.dumps([self.parts['normalizer'], self.parts['pre_tokenizer']])
+        if '"ByteLevel"' in before:
+            return not vocabulary.keys() >= set(byte_letters())
+        has_bytes = all(f'<0x{byte:02X}>' in vocabulary for byte in range(256))
+        return not (model['byte_fallback'] and has_bytes)
 
     def decode_bytes(self, i: int) -> bytes:
         """The bytes of a token within a text."""
@@ -502,6 +535,36 @@ def load(tokenizer_json):
     except BaseException as error:      # the library's own panics are not Exceptions
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'the tokenizer.json cannot be used: {reason}') from None
+
+
+def check_ids(tokenizer_json: str, name: str = 'tokenizer.json') -> None:
+    """UserError where a tokenizer file has an id that is too large for a vocabulary.
+
+    The tokenizers library counts from 0 to the largest id, which would take hours for 2^31.
+    tokenizer_json: the text of the file. name: tokenizer.json, vocab.json, added_tokens.json, or
+    tokenizer_config.json. A file that is damaged in another way is left to the library.
+    """
+    try:
+        largest = max(ids_of_file(json.loads(tokenizer_json), name), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return
+    if largest >= MAX_VOCAB_SIZE:
+        raise UserError(f'the {name} has the id {largest:,}, and ids should be below '
+                        f'{MAX_VOCAB_SIZE:,}')
+
+
+def ids_of_file(content, name):
+    """The ids in the content of a tokenizer file."""
+    if name == 'tokenizer_config.json':
+        return [int(i) for i in content.get('added_tokens_decoder') or {}]
+    if name != 'tokenizer.json':        # {token: id}
+        return [i for i in content.values() if type(i) is int]
+
+    ids = [token['id'] for token in content.get('added_tokens') or []]
+    vocabulary = content['model']['vocab']
+    if isinstance(vocabulary, dict):    # a list has its ids by the places
+        ids += vocabulary.values()
+    return ids
 
 
 def fingerprint(parts):

@@ -1,8 +1,9 @@
 import dataclasses
+import runpy
 import sys
 
-import harness  # noqa: F401, puts the project on sys.path
 import pytest
+from harness import ROOT
 
 import configurator
 from engine.errors import UserError
@@ -285,3 +286,49 @@ for i in range(3):
 width = twice(N) + _last
 ''')
     assert configurator.configure(script, [path]) == {'width': 130}
+
+
+# Scripts of nanoGPT's kind
+
+OLD_SCRIPT = """
+import os
+batch_size = 6 * 2
+learning_rate = 6e-4
+device = 'cuda' if os.environ.get('NO_SUCH_VARIABLE') else 'cpu'
+compile = True
+config_keys = [k for k, v in globals().items()
+               if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open('configurator.py').read())
+config = {k: globals()[k] for k in config_keys}
+"""
+
+
+def run_old_script(tmp_path, monkeypatch, *arguments):
+    """The `config` of OLD_SCRIPT at the end."""
+    (tmp_path / 'old.py').write_text(OLD_SCRIPT)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['old.py', *arguments])
+    return runpy.run_path(str(tmp_path / 'old.py'), run_name='__main__')['config']
+
+
+def test_a_script_that_runs_the_configurator_gets_its_flags(tmp_path, monkeypatch):
+    file = tmp_path / 'some.py'
+    file.write_text('batch_size = 3\nlearning_rate = 1')
+    defaults = dict(batch_size=12, learning_rate=6e-4, device='cpu', compile=True)
+    assert run_old_script(tmp_path, monkeypatch) == defaults
+
+    arguments = [str(file), '--compile=False', '--device=cuda:1', '--batch_size=5']
+    found = run_old_script(tmp_path, monkeypatch, *arguments)
+    assert found == dict(batch_size=5, learning_rate=1.0, device='cuda:1', compile=False)
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('--bach_size=5', "there is no setting 'bach_size'; did you mean batch_size?"),
+    ('--batch_size=many', "batch_size='many' should be a whole number"),
+])
+def test_a_mistake_in_its_flags_ends_the_script(tmp_path, monkeypatch, capsys, argument, words):
+    with pytest.raises(SystemExit) as stopped:
+        run_old_script(tmp_path, monkeypatch, argument)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1

@@ -196,6 +196,7 @@ def test_flops_count_the_matmuls():
     seconds = model.flops_per_token() * c.block_size * 4 / 1e9
     assert model.estimate_mfu(4, seconds, 1e9) == pytest.approx(1.0)
     assert model.estimate_mfu(4, seconds, None) is None
+    assert model.estimate_mfu(4, seconds) == pytest.approx(1e9 / 312e12)      # an A100's
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -25,7 +25,7 @@ from engine.downloads import Download, download_files, try_three_times
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
-from engine.prepare.encode import document_pieces
+from engine.prepare.encode import CountingEncoder, document_pieces
 from engine.prepare.shard_writer import DocumentPiece, ShardWriter
 from engine.prepare.text_files import Position
 from engine.tokenizer import Tokenizer
@@ -181,7 +181,9 @@ def main():
     encoder = Tokenizer(spec)
     started = time.monotonic()
     writer = ShardWriter(FOLDER, spec, documents.key, shard_tokens, number, parts)
-    complete = writer.write(read, encoder.encode_to_numpy, num_proc)
+    counting = CountingEncoder(encoder)
+    complete = writer.write(read, counting.encode, num_proc)
+    counting.log_dropped()
 
     if writer.text_bytes:
         seconds = time.monotonic() - started

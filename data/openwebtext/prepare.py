@@ -25,7 +25,7 @@ from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
 from engine.prepare.dataset_writer import Piece, dataset_writer
-from engine.prepare.encode import document_pieces
+from engine.prepare.encode import CountingEncoder, document_pieces
 from engine.tokenizer import Tokenizer
 
 input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
@@ -126,7 +126,9 @@ def main():
         if start:
             print0(f'continuing after {start:,} of {total:,} documents')
         pieces = read_pieces(files, counts, start, total, val_documents, encoder)
-        writer.write(pieces, encoder.encode_to_numpy, total, 'documents', num_proc)
+        counting = CountingEncoder(encoder)
+        writer.write(pieces, counting.encode, total, 'documents', num_proc)
+        counting.finish()
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')

@@ -25,7 +25,7 @@ from engine.errors import UserError
 from engine.hf.tokenizer_json import named_spec, train_bpe
 from engine.prepare import text_files
 from engine.prepare.dataset_writer import dataset_writer
-from engine.prepare.encode import safe_pieces
+from engine.prepare.encode import CountingEncoder, safe_pieces
 from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
 
 input = ''              # the file or folder to read; hidden files in a folder are skipped
@@ -188,15 +188,17 @@ def main():
     elif tokenizer == 'char':
         spec = char_spec(chars)
     encoder = Tokenizer(spec)
+    counting = CountingEncoder(encoder)
 
     def encode(text):
         is_end = not text or not encoder.splits_like_gpt2
-        return encoder.encode_to_numpy(text, as_document=is_end)
+        return counting.encode(text, as_document=is_end)
 
     # encode and write
     with dataset_writer(folder, encoder.spec) as writer:
         pieces = read_pieces(read_splits(files, counts, cut), encoder)
         writer.write(pieces, encode, total, cores=num_proc)
+        counting.finish()
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')

@@ -106,7 +106,7 @@ def load_examples(name, path, encoder, limit, core=None):
         record = records[number]
         try:
             if core:
-                shots = [records[j] for j in draw_shots(order, i, core.shots)]
+                shots = [records[j] for j in draw_shots(taken, i, core.shots)]
                 options = core_options(encoder, kind, record, shots, core.delimiter)
             else:
                 options = make_options(encoder, kind, record)

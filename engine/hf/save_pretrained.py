@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError
-from engine.hf.tokenizer_json import tokenizer_files
+from engine.hf.tokenizer_json import OWN_BPE, tokenizer_files
 from engine.hf.weights import to_transformers
 from engine.tokenizer import Tokenizer, TokenizerSpec
 
 MAX_SHARD_SIZE = '5GB'
+CARD_LENGTH = 100           # tokens of the text that the model card's example generates
 CARD = '''---
 library_name: transformers
 pipeline_tag: text-generation
@@ -28,12 +30,31 @@ Trained for {iterations:,} iterations{dataset}.
 
 ```python
 from transformers import pipeline
-print(pipeline('text-generation', model='.')('A', max_new_tokens=100)[0]['generated_text'])
+generate = pipeline('text-generation', model='.')
+print(generate({prompt!r}, max_length={length})[0]['generated_text'])
 ```
-
+{special_tokens}
 | setting | value |
 |---------|-------|
 {settings}
+'''
+
+# of a tokenizer without a token for the end of a text
+CARD_SPECIAL_TOKENS = '''
+The tokenizer has no token for the beginning or the end of a text, for padding, or for what it does
+not know. Some trainers and converters want those. This adds one token for all four, which the model
+has yet to learn:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained('.')
+names = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+tokenizer.add_special_tokens({name: '<|endoftext|>' for name in names})
+model = AutoModelForCausalLM.from_pretrained('.')
+model.resize_token_embeddings(len(tokenizer))
+tokenizer.save_pretrained('with-special-tokens')
+model.save_pretrained('with-special-tokens')
+```
 '''
 
 
@@ -82,6 +103,8 @@ def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
     for settings in (model.config, model.generation_config):
         settings.bos_token_id = tokenizer.end_of_text
         settings.eos_token_id = tokenizer.end_of_text
+    # A GPT-2 of transformers cannot read more, and a pipeline generates 256 tokens by default.
+    model.generation_config.max_length = trained.config.block_size
     if padding:                                     # whose logits were never trained
         model.generation_config.suppress_tokens = list(padding)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
@@ -90,12 +113,18 @@ def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
     # the tokenizer and the card
     tokenizer_config = read_tokenizer_config(files['tokenizer_config.json'])
     tokenizer_config['model_max_length'] = trained.config.block_size
+    if is_own_bpe(trained.spec):                    # transformers then pads batches of texts
+        tokenizer_config['pad_token'] = tokenizer_config['eos_token']
     files['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=2)
     files['README.md'] = model_card(model, trained, dtype)
     for name, text in files.items():
         (folder / name).write_text(text, encoding='utf-8', newline='\n')
 
-    return export_notes(model, padding)
+    # safetensors lets nobody but the owner read its files; they get the mode of the others
+    for path in folder.glob('*.safetensors'):
+        shutil.copymode(folder / 'README.md', path)
+
+    return export_notes(model, trained.spec, padding)
 
 
 def padding_ids(config, tokenizer):
@@ -118,12 +147,28 @@ def trim(trained, vocab_size):
     return dataclasses.replace(trained, config=config, weights=weights)
 
 
-def export_notes(model, padding):
+def is_own_bpe(spec):
+    """True for byte pairs that prepare.py --tokenizer=bpe trained."""
+    return spec.tokenizer_name == OWN_BPE and spec.tokenizer_revision is None
+
+
+def export_notes(model, spec, padding):
     """Lines on what may surprise. padding: the ids that the tokenizer lacks."""
     notes = []
-    if getattr(model.config, 'activation_function', None) == 'gelu':
+    if spec.kind == 'char':
+        notes.append('llama.cpp has no tokenizer of characters, so its converter refuses this one')
+    elif getattr(model.config, 'activation_function', None) == 'gelu':
         notes.append('the model has the exact GELU, which config.json names; llama.cpp computes '
                      'GPT-2 with the tanh approximation, so its numbers differ slightly')
+
+    if is_own_bpe(spec):
+        notes.append("llama.cpp's converter refuses tokenizers that it does not know, such as "
+                     "this one; add the hash that it prints to its get_vocab_base_pre, with "
+                     "res = 'gpt-2'")
+    if spec.end_of_text is None:
+        notes.append('ctranslate2, trl and lm-evaluation-harness refuse a tokenizer without a '
+                     'token for the end of a text, such as this one; README.md in the folder has '
+                     'the lines that add one')
     if padding:
         notes.append(f'{len(padding)} of {model.config.vocab_size:,} ids are padding that the '
                      f'tokenizer lacks; --trim_vocab=True leaves them out')
@@ -165,6 +210,15 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
     if tokenizer is None:
         tokenizer = spec.kind
 
+    # characters may lack the A
+    prompt = 'A'
+    if spec.chars and prompt not in spec.chars:
+        prompt = spec.chars[0]
+
+    special_tokens = ''
+    if spec.end_of_text is None:
+        special_tokens = CARD_SPECIAL_TOKENS
+
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')),
         parameters=model.num_parameters(),
@@ -175,6 +229,9 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
         iterations=trained.iter_num,
         dataset=dataset,
         losses='\n'.join(loss_rows(trained)),
+        prompt=prompt,
+        special_tokens=special_tokens,
+        length=min(CARD_LENGTH, model.config.max_position_embeddings),
         settings='\n'.join(f'| {name} | {cell(value)} |' for name, value in settings.items()),
     )
 

@@ -19,17 +19,22 @@ from engine.tokenizer import (
     TokenizerJson,
     TokenizerSpec,
     byte_letters,
+    check_ids,
     load_gpt2_encoding,
     read_meta,
     same_tokens,
 )
 
 END = '<|endoftext|>'
+OWN_BPE = 'bpe'             # tokenizer_name of what train_bpe makes
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model',
                 'tekken.json')
 SENTENCEPIECE_FILES = {'tokenizer.model', 'spiece.model'}
 DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
               'added_tokens.json', 'config.json')
+
+# Those that name ids
+WITH_IDS = ('tokenizer.json', 'vocab.json', 'added_tokens.json', 'tokenizer_config.json')
 
 # The fingerprint of the tokenizer.json that gpt2_files() makes
 GPT2_FINGERPRINT = '9e11a8b32668ffdedd05cdbba72ae5942ad90fee5e64568f85465be111b1f6f4'
@@ -164,7 +169,7 @@ def spec_of_files(folder, name, revision):
     of those have. name, revision: of the hub. Without a revision the name is the folder's own.
     """
     try:
-        check_regular_files(folder)
+        check_files(folder)
         check_sentencepiece(folder)
         text, config, end = read_with_transformers(folder)
         name, _ = split_revision(name)
@@ -181,11 +186,15 @@ def spec_of_files(folder, name, revision):
         raise UserError(f'the tokenizer of {name} cannot be used: {reason}') from None
 
 
-def check_regular_files(folder):
-    """UserError for a folder or a pipe under the name of a tokenizer file."""
+def check_files(folder):
+    """UserError for a folder or a pipe under the name of a tokenizer file, and for a huge id."""
     for name in DOWNLOADED:
-        if (folder / name).exists() and not (folder / name).is_file():
+        path = folder / name
+        if path.exists() and not path.is_file():
             raise UserError(f'{name} is not a regular file')
+
+        if path.exists() and name in WITH_IDS:
+            check_ids(path.read_text(encoding='utf-8', errors='replace'), name)
 
 
 def check_sentencepiece(folder):
@@ -283,7 +292,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerSpec:
     tokenizer.train_from_iterator(texts, trainer)
 
     config = tokenizer_config('PreTrainedTokenizerFast', END)
-    return hf_spec(tokenizer.to_str(), config, tokenizer.token_to_id(END), 'bpe')
+    return hf_spec(tokenizer.to_str(), config, tokenizer.token_to_id(END), OWN_BPE)
 
 
 # Files of an export

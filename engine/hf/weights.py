@@ -37,7 +37,7 @@ class Kind:
 # Every kind has these options of GPTConfig, or they matter in training alone.
 COMMON_OPTIONS = {
     'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'n_kv_head',
-    'n_inner', 'norm_eps', 'rope_theta', 'tied', 'softcap', 'zero_init'}
+    'n_inner', 'norm_eps', 'rope_theta', 'tied', 'softcap', 'zero_init', 'init_std'}
 
 # What NanoChat, Llama and Qwen3 share
 PLAIN_SETTINGS = dict(
@@ -228,8 +228,12 @@ def kind_of(config) -> str:
     unknown = misfits[nearest] + unknown_options(config, KINDS[nearest])
     if unknown:
         name = unknown[0]
-        raise UserError(f"{name}={getattr(config, name)!r} is not an option of transformers' "
-                        f'{KINDS[nearest].title}')
+        message = (f"{name}={getattr(config, name)!r} is not an option of transformers' "
+                   f'{KINDS[nearest].title}')
+        if name in KINDS[nearest].options:
+            known = ' or '.join(map(repr, KINDS[nearest].options[name]))
+            message += f', which has {known}; train with that for an export to transformers'
+        raise UserError(message)
     return nearest
 
 

@@ -12,6 +12,7 @@ from engine.atomic_files import atomic_write
 from engine.log import log
 
 FILE = 'metrics.jsonl'
+WANDB_NAMES = dict(train_loss='train/loss', val_loss='val/loss')       # nanoGPT's
 
 # The quantities that engine.metrics.health measures, with their titles. Each is a number named
 # health/LAYER/QUANTITY.
@@ -30,7 +31,7 @@ CLIPPED = 'health/clipped'              # share of the last steps whose gradient
 
 
 class MetricsWriter:
-    """Writes numbers to metrics.jsonl and wandb.
+    """Writes numbers to metrics.jsonl and wandb, where they have nanoGPT's names.
 
     If one of them fails, the writer says so once, and training goes on.
 
@@ -68,6 +69,7 @@ class MetricsWriter:
                 import wandb
                 self.wandb = wandb.init(id=self.wandb_id, **arguments)
                 self.wandb_id = self.wandb.id
+                self.wandb.define_metric('*', step_metric='iter')
         except Exception as error:      # missing, not logged in, no network, ...
             log_lost_wandb(error)
 
@@ -103,8 +105,16 @@ class MetricsWriter:
             self.file = None
 
     def write_to_wandb(self, iter_num, numbers):
+        # Its own step would not do: a resumed run begins at an iteration that wandb knows already,
+        # and wandb drops what comes again. nanoGPT logs `iter` too, and mfu in percent.
+        row = dict(iter=iter_num)
+        for name, value in numbers.items():
+            if name == 'mfu' and value is not None:
+                value = 100 * value
+            row[WANDB_NAMES.get(name, name)] = value
+
         try:
-            self.wandb.log(numbers, step=iter_num)
+            self.wandb.log(row)
         except Exception as error:
             log_lost_wandb(error)
             self.wandb = None

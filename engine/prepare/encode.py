@@ -2,12 +2,17 @@
 
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
+
 from engine.errors import UserError
+from engine.log import log
+from engine.tokenizer import Tokenizer
 
 PIECE = 1 << 18             # characters encoded at once: about 20 ms of work for a core
 
@@ -15,6 +20,9 @@ PIECE = 1 << 18             # characters encoded at once: about 20 ms of work fo
 # looks ahead only from whitespace. So no match crosses the place between a non-space and a space or
 # newline, and none depends on what follows. A text that is cut there has the same tokens.
 CUT = re.compile(r'\S[ \n]')
+
+MAX_DROPPED = 0.001         # share of a text's characters that a tokenizer may leave out
+ENOUGH = 100_000            # characters of a text that is long enough to judge the share early
 
 
 class TextPiece(NamedTuple):
@@ -49,6 +57,67 @@ def document_pieces(texts: Iterable[str], tokenizer) -> Iterable[TextPiece]:
     if tokenizer.splits_like_gpt2:
         return safe_pieces(texts)
     return [TextPiece(''.join(texts), True)]
+
+
+class CountingEncoder:
+    """Encodes texts, and counts the characters for which the tokenizer has no token.
+
+    A tokenizer whose `drops_characters` is True leaves these out without a word. White space does
+    not count, as many tokenizers only part words at it. Threads may share an encoder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.has_no_token = {}          # {character: True or False} of the characters so far
+        self.characters = 0             # how many were encoded
+        self.dropped = Counter()        # how often each one that has no token was there
+        self.lock = Lock()
+
+    def encode(self, text: str, as_document: bool = False) -> np.ndarray:
+        """What the tokenizer's encode_to_numpy returns.
+
+        Raises UserError as soon as too many characters have no token, even for ENOUGH characters.
+        """
+        if self.tokenizer.drops_characters:
+            self.count(text)
+            self.check_share(max(self.characters, ENOUGH))
+        return self.tokenizer.encode_to_numpy(text, as_document)
+
+    def count(self, text):
+        found = Counter({character: text.count(character) for character in set(text)
+                         if self.is_dropped(character)})
+        with self.lock:
+            self.characters += len(text)
+            self.dropped += found
+
+    def is_dropped(self, character):
+        if character not in self.has_no_token:
+            ids = self.tokenizer.encode_to_numpy(character)
+            self.has_no_token[character] = not len(ids) and not character.isspace()
+        return self.has_no_token[character]
+
+    def check_share(self, characters: int) -> None:
+        """UserError where the dropped characters are too many for a text of `characters`."""
+        if self.dropped.total() > MAX_DROPPED * characters:
+            raise UserError(f'the tokenizer has no token for {self.describe_dropped()}; '
+                            f'name another --tokenizer=, such as --tokenizer=gpt2')
+
+    def log_dropped(self) -> None:
+        """Say what was left out so far, if anything was."""
+        if self.dropped:
+            log.info(f'note: the tokenizer has no token for {self.describe_dropped()}; '
+                     f'these are left out')
+
+    def finish(self) -> None:
+        """Say what was left out of the whole text. Raises UserError where it is too much."""
+        self.check_share(self.characters)
+        self.log_dropped()
+
+    def describe_dropped(self):
+        dropped = self.dropped.total()
+        (commonest, _), = self.dropped.most_common(1)
+        return (f'{dropped:,} of {self.characters:,} characters '
+                f'({dropped / self.characters:.2%}), such as {commonest!r}')
 
 
 def in_order(function: Callable, items: Iterable, cores: int) -> Iterator:

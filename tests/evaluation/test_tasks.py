@@ -380,7 +380,9 @@ def test_core_is_the_mean_of_centered_accuracies():
     assert mean['protocol'].endswith('; without squad')
 
 
-def test_core_shows_solved_examples_and_scores_from_the_first_difference(tmp_path):
+@pytest.mark.parametrize('limit', [0, 4, 3])
+def test_core_shows_solved_examples_and_scores_from_the_first_difference(tmp_path, limit):
+    """Those are drawn from the others of the first `limit` examples, as nanochat cuts the list."""
     (tmp_path / 'commonsense_reasoning').mkdir()
     (tmp_path / 'world_knowledge').mkdir()
     r = random.Random(1)
@@ -391,17 +393,19 @@ def test_core_shows_solved_examples_and_scores_from_the_first_difference(tmp_pat
     write_records(tmp_path / 'world_knowledge' / 'jeopardy_all.jsonl', jeopardy)
 
     tokenizer = Tokenizer(SPEC)
-    (question, choice), missing = load_tasks('core', tmp_path, tokenizer, 10 ** 4)
+    (question, choice), missing = load_tasks('core', tmp_path, tokenizer, 10 ** 4, limit)
     assert (question.name, choice.name) == ('jeopardy', 'piqa')
     assert len(missing) == 20 and 'squad' in missing
 
     order = list(range(4))
     random.Random(1337).shuffle(order)
+    if limit:
+        order = order[:limit]
     assert [example.number for example in choice.examples] == order
     assert [example.number for example in question.examples] == order
     for i, number in enumerate(order):
-        others = [order[j] for j in range(4) if j != i]
-        drawn = random.Random(1234 + i).sample(others, 3)
+        others = [other for other in order if other != number]
+        drawn = random.Random(1234 + i).sample(others, len(others))
 
         shots = ''
         for j in drawn:

@@ -1,12 +1,17 @@
+import io
 import json
+import os
+import signal
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from harness import CHARACTERS, script_settings
+from harness import CHARACTERS, ROOT, script_settings
 
 import export
+import train
 from engine.errors import RunError, UserError
 from engine.hf import save_pretrained
 from engine.hf.tokenizer_json import pretrained_spec, train_bpe
@@ -36,8 +41,8 @@ def test_the_command_says_what_it_wrote_on_stdout_and_the_rest_on_stderr(trained
     assert {path.name for path in (trained.folder / 'exported').iterdir()} == {
         'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
         'tokenizer_config.json', 'README.md'}
-    assert result.stderr.startswith('note: the model has the exact GELU')
-    assert result.stderr.count('\n') == 1
+    assert result.stderr.startswith('note: llama.cpp has no tokenizer of characters')
+    assert result.stderr.count('\n') == result.stderr.count('note: ') == 2
 
 
 def nanogpts_optimizer(model):
@@ -219,6 +224,127 @@ def test_other_shapes_continue_as_sample_does(workspace, kind, options):
     assert is_same or sampled.startswith(expected + '<|endoftext|>')
 
 
+def trained_model(config, spec, weights=None):
+    """What save_pretrained takes: by default, a new model of a GPTConfig."""
+    from model import GPT
+    if weights is None:
+        torch.manual_seed(0)
+        weights = GPT(config).state_dict()
+    return save_pretrained.TrainedModel(config=config, weights=weights, spec=spec, settings={},
+                                        iter_num=1, best_val_loss=1.0, losses=[])
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'config').glob('*.py')))
+def test_a_model_of_each_config_can_be_exported(tmp_path, name):
+    """A toy one with the config's options, in transformers' forward pass and in ours."""
+    from model import GPT, GPTConfig
+    flags = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--dropout=0.0']
+    if name == 'train_shakespeare_fast':            # as it says itself
+        flags.append('--embedding_norm=True')
+    with script_settings(train, ROOT / 'config' / f'{name}.py', *flags):
+        shape = {name: getattr(train, name) for name in train.MODEL_SETTINGS}
+    spec = TokenizerSpec('char', len(CHARACTERS), chars=CHARACTERS)
+    trained = trained_model(GPTConfig(16, spec.vocab_size, **shape), spec)
+    save_pretrained.write(tmp_path / 'exported', trained)
+
+    model = GPT.from_weights(trained.config, trained.weights)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+    idx = torch.randint(spec.vocab_size, (2, 16))
+    torch.testing.assert_close(reference(idx).logits, model(idx, idx)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('characters', [CHARACTERS, 'ABC'])
+@pytest.mark.parametrize('block_size', [8, 64, 512])
+def test_the_example_of_the_model_card_runs(tmp_path, monkeypatch, block_size, characters):
+    from model import GPTConfig
+    spec = TokenizerSpec('char', len(characters), chars=characters)
+    config = GPTConfig(block_size, spec.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    save_pretrained.write(tmp_path, trained_model(config, spec))
+    monkeypatch.chdir(tmp_path)
+
+    # as somebody copies it
+    example = (tmp_path / 'README.md').read_text(encoding='utf-8').split('```')[1]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(example.removeprefix('python'), {})
+    text = printed.getvalue()[:-1]                     # without print's line end
+    assert len(text) == min(100, block_size)
+    assert set(text) <= set(characters)
+
+    # and without a length, where transformers would take 256 tokens
+    if block_size == 64:
+        generate = transformers.pipeline('text-generation', model='.')
+        assert len(generate(characters[0])[0]['generated_text']) == 64
+
+
+def test_the_model_card_adds_the_special_tokens_that_characters_lack(tmp_path, monkeypatch):
+    from model import GPTConfig
+    spec = TokenizerSpec('char', 3, chars='abc')
+    config = GPTConfig(16, spec.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    notes = save_pretrained.write(tmp_path, trained_model(config, spec))
+    assert 'README.md in the folder has the lines' in notes[-1]
+    monkeypatch.chdir(tmp_path)
+    example = (tmp_path / 'README.md').read_text(encoding='utf-8').split('```')[3]
+    exec(example.removeprefix('python'), {})
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained('with-special-tokens')
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            tokenizer.unk_token_id} == {3}
+    batch = tokenizer(['abca', 'b'], padding=True, return_tensors='pt').input_ids
+    assert sorted(batch[1].tolist()) == [1, 3, 3, 3]
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(folder)
+                     for folder in ('.', 'with-special-tokens'))
+    assert torch.equal(before(batch[:1]).logits, after(batch[:1]).logits[..., :3])
+
+
+def test_own_byte_pairs_have_every_special_token(tmp_path):
+    from model import GPTConfig
+    spec = train_bpe(['some words to make tokens of. ' * 9], 270)
+    config = GPTConfig(16, spec.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    notes = save_pretrained.write(tmp_path, trained_model(config, spec))
+    assert "llama.cpp's converter refuses tokenizers that it does not know" in notes[1]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token,
+            tokenizer.unk_token} == {'<|endoftext|>'}
+    batch = tokenizer(['some words', 'to'], padding=True)
+    assert {len(ids) for ids in batch.input_ids} == {len(batch.input_ids[0])}
+    assert same_tokens(pretrained_spec(str(tmp_path)), spec)
+    assert '```' in (tmp_path / 'README.md').read_text(encoding='utf-8')
+
+
+def test_others_may_read_what_was_exported(trained, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export.main([str(trained.folder / 'out-toy'), str(tmp_path / 'exported')])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / 'exported').iterdir()} == {0o644}
+
+
+def test_sigterm_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    def be_stopped(self, folder, **options):
+        folder.mkdir()
+        (folder / 'model.safetensors').write_bytes(b'half')
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, 'save_pretrained', be_stopped)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        export.main([str(trained.folder / 'out-toy'), str(tmp_path / 'exported')])
+    assert stopped.value.code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_export(trained, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'disk')
+    export.main([str(trained.folder / 'out-toy'), str(tmp_path / 'link')])
+    assert (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'disk' / 'config.json').is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['disk', 'link']
+
+
 def test_padding_is_never_generated_and_can_be_cut(language_models):
     workspace, runs = language_models
     if 'out-gpt2' not in runs:
@@ -356,6 +482,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, flags, words):
     (['out'], 'name a run and the folder to write'),
     (['out', 'taken'], 'taken exists already; name a new folder'),
     (['out', 'file'], 'file exists already'),
+    (['out', 'nowhere'], 'nowhere is a link to gone, which does not exist; remove the link'),
     (['out', 'new'], 'ckpt.pt does not exist; train first'),
 ])
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, folders, words):
@@ -363,6 +490,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, folders, word
     (tmp_path / 'taken').mkdir()
     (tmp_path / 'taken' / 'weights').write_text('precious')
     (tmp_path / 'file').write_text('precious')
+    (tmp_path / 'nowhere').symlink_to('gone')
     with pytest.raises(UserError, match=words):
         export.main(folders)
-    assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'taken', 'weights']
+    assert sorted(p.name for p in tmp_path.rglob('*')) == [
+        'file', 'nowhere', 'taken', 'weights']

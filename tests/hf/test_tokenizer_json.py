@@ -20,6 +20,7 @@ from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import (
     GPT2_FINGERPRINT,
     gpt2_files,
+    hf_spec,
     known_spec,
     last_merge,
     named_spec,
@@ -400,7 +401,7 @@ LARGE_ID = ('{"version": "1.0", "added_tokens": [], "model": '
     ({'tokenizer.json': '[]'}, 'cannot be used'),
     ({'tokenizer.json': ''}, 'cannot be used'),
     ({'vocab.json': '7', 'merges.txt': ''}, 'cannot be used'),
-    ({'tokenizer.json': LARGE_ID}, 'cannot be used: it has'),
+    ({'tokenizer.json': LARGE_ID}, 'has the id 4,294,967,295'),
     ({'meta.json': '{"tokenizer": "hf"}'}, 'vocab_size is None'),
 ])
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, words):
@@ -476,3 +477,95 @@ def test_a_spec_goes_through_meta_json(tmp_path):
     assert again == spec == named_spec(str(tmp_path))
     expected = Tokenizer(spec).encode_to_numpy(TEXT)
     assert np.array_equal(Tokenizer(again).encode_to_numpy(TEXT), expected)
+
+
+@pytest.mark.parametrize('name, content', [
+    ('tokenizer.json', dict(model=dict(type='WordLevel', vocab={'a': 2 ** 31}, unk_token=''))),
+    ('tokenizer.json', dict(added_tokens=[dict(id=2 ** 31, content='a')], model=dict(vocab=[]))),
+    ('vocab.json', {'a': 2 ** 31}),
+    ('added_tokens.json', {'a': 2 ** 31}),
+    ('tokenizer_config.json', dict(added_tokens_decoder={str(2 ** 31): dict(content='a')})),
+])
+def test_a_huge_id_is_refused_before_the_library_counts_to_it(tmp_path, name, content):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}))
+    (tmp_path / 'tokenizer.json').write_text(tokenizer.to_str())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f'the {name} has the id 2,147,483,648, and ids should be'):
+        named_spec(str(tmp_path))
+    if name == 'tokenizer.json':
+        with pytest.raises(UserError, match='the tokenizer.json has the id 2,147,483,648'):
+            TokenizerJson(json.dumps(content))
+
+
+@pytest.mark.parametrize('template, before, after', [
+    ('[CLS] $A [SEP]', ['[CLS]'], ['[SEP]']),
+    ('$A [SEP]', [], ['[SEP]']),
+    ('[CLS] $A', ['[CLS]'], []),
+    ('$A', [], []),
+])
+@pytest.mark.parametrize('text', ['a b a', '', 'b [SEP]'])
+def test_a_prompt_ends_where_its_text_does(template, before, after, text):
+    """What a tokenizer puts after a text would end the text that a model should go on with."""
+    vocabulary = {token: i for i, token in enumerate(['a', 'b', '[CLS]', '[SEP]'])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    tokenizer.add_special_tokens(['[CLS]', '[SEP]'])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[(t, vocabulary[t]) for t in ('[CLS]', '[SEP]')])
+
+    file = TokenizerJson(tokenizer.to_str())
+    assert file.encode(text) == [vocabulary[token] for token in before + text.split()]
+    if '[SEP]' not in text:
+        document = [vocabulary[token] for token in before + text.split() + after]
+        assert file.encode_ordinary(text, as_document=True) == document
+
+
+# Characters without a token
+
+def plain_bpe(characters, **options):
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], **options))
+    return Tokenizer(hf_spec(tokenizer.to_str(), '{}', None, 'plain'))
+
+
+def test_characters_without_a_token_are_counted(monkeypatch):
+    logged = []
+    monkeypatch.setattr(encode.log, 'info', logged.append)
+    counting = encode.CountingEncoder(plain_bpe('abc '))
+    text = 'a b c\n' * 1000 + 'xx' + 'y'
+    assert len(counting.encode(text)) == 5 * 1000
+    counting.finish()
+    assert logged == [f"note: the tokenizer has no token for 3 of {len(text):,} characters "
+                      f"(0.05%), such as 'x'; these are left out"]
+
+
+def test_too_many_characters_without_a_token_are_refused():
+    counting = encode.CountingEncoder(plain_bpe('abc'))
+    counting.encode('abc' * 300 + 'x')
+    with pytest.raises(UserError, match=r"no token for 1 of 901 characters \(0.11%\), such as 'x'"):
+        counting.finish()
+
+    # a long text need not be read to its end
+    with pytest.raises(UserError, match="no token for 201 of 1,101 .* name another --tokenizer="):
+        counting.encode('x' * 200)
+
+
+@pytest.mark.parametrize('options', [
+    dict(characters=byte_letters() + ['<0x41>']),
+    dict(characters=['?', 'a'], unk_token='?'),
+    dict(characters=[f'<0x{byte:02X}>' for byte in range(256)], byte_fallback=True),
+])
+def test_a_tokenizer_that_drops_nothing_costs_no_time(options):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {token: i for i, token in enumerate(options.pop('characters'))}, [], **options))
+    is_byte_level = not options
+    if is_byte_level:
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert not TokenizerJson(tokenizer.to_str()).drops_characters
+    assert len(TokenizerJson(tokenizer.to_str()).encode_ordinary('é')) > 0
+
+    # one byte is missing
+    if is_byte_level:
+        parts = json.loads(tokenizer.to_str())
+        del parts['model']['vocab']['A']
+        assert TokenizerJson(json.dumps(parts)).drops_characters

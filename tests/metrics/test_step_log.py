@@ -115,8 +115,11 @@ def fake_wandb(monkeypatch, fail_at=None):
     class Run:
         id = 'run1'
 
-        def log(self, numbers, step):
-            calls.append((step, numbers))
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ('*', 'iter')
+
+        def log(self, numbers):
+            calls.append(numbers)
             if fail_at is not None and len(calls) > fail_at:
                 raise ConnectionError('the network is gone')
 
@@ -140,9 +143,21 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
     options = dict(wandb_arguments=dict(project='p', resume='allow'), wandb_id='run1')
     writer = write_run(tmp_path, 0, False, 3, **options)
     assert calls[0]['id'] == 'run1'
-    assert calls[1:] == [(0, {'val_loss': 0.0}), (0, {'loss': 0.0}), (1, {'loss': 1.0}),
-                         (2, {'loss': 2.0}), 'finish']
+    assert calls[1:] == [{'iter': 0, 'val/loss': 0.0}, {'iter': 0, 'loss': 0.0},
+                         {'iter': 1, 'loss': 1.0}, {'iter': 2, 'loss': 2.0}, 'finish']
     assert writer.wandb_id == 'run1' and sys.stdin is terminal
+
+
+def test_wandb_gets_the_names_and_units_of_nanogpt(tmp_path, monkeypatch):
+    calls = fake_wandb(monkeypatch)
+    writer = MetricsWriter(tmp_path, 0, False, wandb_arguments=dict(project='p'))
+    writer.write(0, train_loss=4.0, val_loss=4.5)
+    writer.write(0, loss=4.1, mfu=0.25, lr=0.1)
+    writer.write(1, loss=4.0, mfu=None)
+    assert calls[1:] == [{'iter': 0, 'train/loss': 4.0, 'val/loss': 4.5},
+                         {'iter': 0, 'loss': 4.1, 'mfu': 25.0, 'lr': 0.1},
+                         {'iter': 1, 'loss': 4.0, 'mfu': None}]
+    writer.close()
 
 
 @pytest.mark.parametrize('fail_at, words', [(0, 'not logged in'), (2, 'the network is gone')])
