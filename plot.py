@@ -2,10 +2,13 @@
 tasks below. Or draw what one run measured in its layers as heat maps.
 
     python plot.py out-shakespeare-char
-    python plot.py out-a out-b --picture=compare.png --smooth=0.9
+    python plot.py out-a out-b --picture=compare.png --smooth=0.1
     python plot.py out-a --health=True
+
+Losses are in nats per token. Where runs have different tokenizers, they are in bits per byte.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +19,20 @@ import numpy as np
 
 import configurator
 from engine.errors import UserError
-from engine.metrics.metrics_file import FILE, TITLES, health_by_layer, is_number, read_metrics
+from engine.metrics.metrics_file import (
+    CLIPPED,
+    CLIPPED_WINDOW,
+    FILE,
+    LIMITS,
+    TITLES,
+    health_by_layer,
+    is_number,
+    read_metrics,
+)
 
 picture = ''        # file to write; '' is loss.png, or health.png, in the first run's folder
-smooth = 0.9        # of the training loss: share of the average so far in each new point; 0 draws
-                    # it as it is
+smooth = 0.05       # each point of the training loss is a mean over this share of the run's
+                    # iterations; 0 draws the loss as it is
 health = False      # True draws the measurements of a run that was trained with --health_interval
 
 
@@ -37,6 +49,21 @@ GPT2_SCORES = dict(
 )
 
 DOTS = dict(marker='o', ms=3)
+START = 0.05        # share of a run's iterations whose losses may lie above the panel
+
+# What is bad in a heat map. Values over a limit are red.
+WARNINGS = dict(
+    weight_norm='bad: a layer that grows without end',
+    grad_norm='bad: spikes, or a layer far from the others',
+    update_ratio=f'bad: over {LIMITS["update_ratio"].value:g}, drawn in red',
+    activation_rms='bad: a rise without end',
+    activation_max='bad: a rise without end; float16 ends at 65,504',
+    attention_entropy='bad: near 0, attention to a single token',
+    attention_logit=f'bad: over {LIMITS["attention_logit"].value:g}, drawn in red',
+    dead_units='share of the MLP; bad: near 1, where nothing passes',
+)
+LAYERS = dict(wte='tokens', wpe='positions', ln_f='last norm', lm_head='output')
+MAX_TICKS = 16      # names of layers beside a heat map
 
 
 class Abscissa(NamedTuple):
@@ -51,6 +78,13 @@ ABSCISSAS = (
     Abscissa('tokens', 1e6, 'million tokens'),
     Abscissa('seconds', 60, 'minutes'),
 )
+
+
+class DrawnRun(NamedTuple):
+    """A run, ready to draw."""
+    name: str
+    records: list[dict]     # with `tokens` and `smoothed_loss`; losses in the unit of the picture
+    color: str
 
 
 def import_pyplot():
@@ -77,14 +111,20 @@ def find_scores(runs):
             if any(is_number(record.get(name)) for record in records)]
 
 
-def smoothed(values, share):
-    """Exponential moving average of `values`, corrected for its start as in Adam."""
-    average = 0.0                               # arXiv:1412.6980
-    result = []
-    for n, value in enumerate(values, 1):
-        average = share * average + (1 - share) * value
-        result.append(average / (1 - share ** n))
-    return result
+def smoothed(iterations, values, share):
+    """The mean around each value, over `share` of the iterations from the first to the last.
+
+    Near the first iteration the mean reaches less far, and equally far to both sides, so that it
+    follows a steep beginning. iterations: in order.
+    """
+    iterations = np.array(iterations, float)
+    reach = share / 2 * (iterations[-1] - iterations[0])
+    reach = np.minimum(reach, iterations - iterations[0])
+    begin = np.searchsorted(iterations, iterations - reach, side='left')
+    end = np.searchsorted(iterations, iterations + reach, side='right')
+
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return ((sums[end] - sums[begin]) / (end - begin)).tolist()
 
 
 def add_tokens(records):
@@ -93,7 +133,6 @@ def add_tokens(records):
     The records of losses count them after their iteration, and those of evaluations do not count
     them. Where no record counts them, `tokens` is None.
     """
-    records = [record for record in records if is_number(record['iter'])]
     counts = {}                                 # {iteration: tokens before it}
     for record in records:
         if is_number(record.get('tokens')):
@@ -102,8 +141,61 @@ def add_tokens(records):
         return [{**record, 'tokens': None} for record in records]
 
     known, tokens = zip(*sorted({0: 0, **counts}.items()))
-    return [{**record, 'tokens': float(np.interp(record['iter'], known, tokens))}
-            for record in records]
+    iterations = [record['iter'] for record in records]
+    tokens = np.interp(iterations, known, tokens).tolist()
+    return [{**record, 'tokens': count} for record, count in zip(records, tokens)]
+
+
+def add_smoothed_loss(records):
+    """The records, of which those with a `loss` also have its `smoothed_loss`."""
+    losses = [record for record in records if is_number(record.get('loss'))]
+    if not losses:
+        return records
+
+    iterations = [record['iter'] for record in losses]
+    values = iter(smoothed(iterations, [record['loss'] for record in losses], smooth))
+    result = []
+    for record in records:
+        if is_number(record.get('loss')):
+            record = {**record, 'smoothed_loss': next(values)}
+        result.append(record)
+    return result
+
+
+def choose_unit(runs):
+    """(the label of the losses, {label of a run: what its nats per token are multiplied by}).
+
+    runs: {label: records of read_metrics}.
+    """
+    sizes = {}                                  # bytes per token of each run, or None
+    for name, records in runs.items():
+        known = [record['bytes_per_token'] for record in records
+                 if is_number(record.get('bytes_per_token')) and record['bytes_per_token'] > 0]
+        sizes[name] = None
+        if known:
+            sizes[name] = known[-1]
+
+    if None in sizes.values() and len(runs) > 1:
+        label = 'loss, nats per token\n(compare only runs with the same tokenizer)'
+    elif len(set(sizes.values())) == 1:
+        label = 'loss, nats per token'
+    else:
+        factors = {name: 1 / math.log(2) / size for name, size in sizes.items()}
+        return 'loss, bits per byte', factors
+    return label, dict.fromkeys(runs, 1)
+
+
+def prepare_run(name, records, factor, color):
+    """The DrawnRun of a run's records. factor: what the losses are multiplied by."""
+    records = [record for record in records if is_number(record['iter'])]
+    records.sort(key=lambda record: record['iter'])
+
+    drawn = []
+    for record in records:
+        losses = {quantity: record[quantity] * factor for quantity in ('loss', 'val_loss')
+                  if is_number(record.get(quantity))}
+        drawn.append({**record, **losses})
+    return DrawnRun(name, add_smoothed_loss(add_tokens(drawn)), color)
 
 
 def draw(runs, path):
@@ -114,35 +206,48 @@ def draw(runs, path):
     plt = import_pyplot()
     scores = find_scores(runs)
     n_rows = 1 + len(scores)
-    figure, panels = plt.subplots(n_rows, 3, figsize=(14, 4.5 * n_rows), sharey='row',
+    figure, panels = plt.subplots(n_rows, 3, figsize=(14, 1 + 4.5 * n_rows), sharey='row',
                                   layout='constrained', squeeze=False)
 
-    for i, (name, records) in enumerate(runs.items()):
-        records = add_tokens(records)
+    unit, factors = choose_unit(runs)
+    drawn_runs = [prepare_run(name, records, factors[name], f'C{i}')
+                  for i, (name, records) in enumerate(runs.items())]
+    for run in drawn_runs:
         for column, abscissa in zip(panels.T, ABSCISSAS):
-            draw_run(column, abscissa, name, records, scores, color=f'C{i}')
+            draw_run(column, abscissa, run, scores)
 
-    label_panels(panels, scores)
+    limit_losses(panels[0], drawn_runs)
+    label_panels(panels, unit, scores)
+    title = f'Loss of {", ".join(runs)}'
+    if len(title) > 100:
+        title = f'Loss of {len(runs)} runs'
+    figure.suptitle(title, fontsize='x-large')
+    add_legend(figure, panels)
     figure.savefig(path, dpi=100)
 
 
-def draw_run(column, abscissa, name, records, scores, color):
+def draw_run(column, abscissa, run, scores):
     """Draw the curves of one run into a column of panels: its losses, and below them its scores."""
     loss_panel, *score_panels = column
 
-    xs, ys = find_points(records, abscissa, 'loss')
+    xs, ys = find_points(run.records, abscissa, 'smoothed_loss')
     if xs:
-        loss_panel.plot(xs, smoothed(ys, smooth), color=color, label=f'{name} train', lw=0.8,
-                        alpha=0.5)
+        loss_panel.plot(xs, ys, color=run.color, label=f'{run.name}, training', lw=0.8, alpha=0.6)
 
-    xs, ys = find_points(records, abscissa, 'val_loss')
+    # A gap follows the evaluation of the untrained model: a line from it would be no curve.
+    start = [record for record in run.records if record['iter'] == 0]
+    rest = [record for record in run.records if record['iter'] > 0]
+    xs, ys = find_points(rest, abscissa, 'val_loss')
+    start_xs, start_ys = find_points(start, abscissa, 'val_loss')
+    xs = start_xs + start_xs[-1:] + xs
+    ys = start_ys + [math.nan] * len(start_ys[-1:]) + ys
     if xs:
-        loss_panel.plot(xs, ys, color=color, label=f'{name} val', **DOTS)
+        loss_panel.plot(xs, ys, color=run.color, label=f'{run.name}, validation', **DOTS)
 
     for panel, score in zip(score_panels, scores):
-        xs, ys = find_points(records, abscissa, score)
+        xs, ys = find_points(run.records, abscissa, score)
         if xs:
-            panel.plot(xs, ys, color=color, label=name, **DOTS)
+            panel.plot(xs, ys, color=run.color, label=run.name, **DOTS)
 
 
 def find_points(records, abscissa, quantity):
@@ -158,61 +263,173 @@ def find_points(records, abscissa, quantity):
     return xs, ys
 
 
-def label_panels(panels, scores):
-    """Grids, labels, legends, and what GPT-2 reaches."""
+def limit_losses(panels, runs):
+    """Let the beginning of the runs leave the panels at the top, where it would take most of them.
+
+    panels: a row, which shares its axis.
+    """
+    everything = []
+    later = []                                  # without the first share, START, of each run
+    for run in runs:
+        last = run.records[-1]['iter'] if run.records else 0
+        for quantity in ('smoothed_loss', 'val_loss'):
+            iterations, losses = find_points(run.records, ABSCISSAS[0], quantity)
+            everything += losses
+            later += [loss for iteration, loss in zip(iterations, losses)
+                      if iteration > START * last]
+    if not later:
+        return
+
+    lowest = min(everything)
+    height = max(later) - lowest
+    if not 0 < 2 * height < max(everything) - lowest:
+        return
+    panels[0].set_ylim(lowest - 0.05 * height, max(later) + 0.05 * height)
+    panels[0].text(0.97, 0.97, f'begins at up to {max(everything):.3g}, above the picture',
+                   transform=panels[0].transAxes, ha='right', va='top', color='gray')
+
+
+def label_panels(panels, unit, scores):
+    """Grids, labels, and what GPT-2 reaches. unit: the label of the losses."""
     for panel in panels.flat:
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_formatter('{x:,.10g}')
 
     for panel, abscissa in zip(panels[-1], ABSCISSAS):
         panel.set(xlabel=abscissa.label)
 
-    panels[0, 0].set(ylabel='loss, nats per token')
+    panels[0, 0].set(ylabel=unit)
     for row, score in zip(panels[1:], scores):
         row[0].set(ylabel=score)
         for panel in row:
             panel.axhline(GPT2_SCORES[score], color='gray', ls='--',
                           label='GPT-2 124M, published')
 
-    for row in panels:
-        row[0].legend()
+
+def add_legend(figure, panels):
+    """A legend below all panels, where it covers no curve."""
+    lines = list(panels[0, 0].lines)
+    for panel in panels[1:, 0]:
+        lines += [line for line in panel.lines if line.get_label().startswith('GPT-2')][:1]
+
+    entries = {line.get_label(): line for line in lines}
+    if entries:
+        figure.legend(entries.values(), entries, loc='outside lower center',
+                      ncols=min(4, len(entries)))
 
 
 # Heat maps
 
-def draw_health(records, path):
-    """Write heat maps to `path`: one for each quantity, with a row for each layer."""
+def draw_health(name, records, path):
+    """Write heat maps to `path`: one for each quantity, with a row for each layer.
+
+    name: of the run.
+    """
     plt = import_pyplot()
     found = health_by_layer(records)            # {quantity: {layer: {iteration: value}}}
     if not found:
         raise UserError('this run has no measurements of its layers; '
                         'train with --health_interval=100')
 
-    figure, panels = plt.subplots(2, 4, figsize=(20, 9), layout='constrained')
+    figure, panels = plt.subplots(2, 4, figsize=(20, 10), layout='constrained')
     for panel, (quantity, title) in zip(panels.flat, TITLES.items()):
-        panel.set(title=title, xlabel='iterations')
+        panel.set(title=f'{title}\n{WARNINGS[quantity]}', xlabel='iterations')
         if quantity in found:
             draw_map(figure, panel, quantity, found[quantity])
+        else:
+            panel.text(0.5, 0.5, 'not measured', transform=panel.transAxes, ha='center')
+
+    verdict = find_trouble(found, records)
+    color = 'C3'
+    if not verdict:
+        verdict = ['nothing is over its limit']
+        color = 'C2'
+    figure.suptitle('\n'.join([f'The layers of {name}', *verdict]), fontsize='xx-large',
+                    color=color)
     figure.savefig(path, dpi=100)
+
+
+def find_trouble(found, records):
+    """A line for each quantity that is over its limit, where it is worst.
+
+    found: as of health_by_layer(records).
+    """
+    lines = []
+    for quantity in ('update_ratio', 'attention_logit'):
+        limit = LIMITS[quantity].value
+        values = [(value, layer, iteration)
+                  for layer, measured in found.get(quantity, {}).items()
+                  for iteration, value in measured.items()
+                  if not begins_with_zeros(quantity, measured)]
+        value, layer, iteration = max(values, default=(0, '', 0))
+        if value > limit:
+            lines.append(f'{TITLES[quantity]} is {value:.3g} in {layer_title(layer)} at iteration '
+                         f'{iteration:,} (limit {limit:g})')
+
+    clipped = [(record[CLIPPED], record['iter']) for record in records
+               if is_number(record.get(CLIPPED)) and CLIPPED_WINDOW <= record['iter'] < 1e15]
+    share, iteration = max(clipped, default=(0, 0))
+    if share > LIMITS['clipped'].value:
+        lines.append(f'{share:.0%} of the {CLIPPED_WINDOW} steps up to iteration {iteration:,} '
+                     f'were clipped (limit {LIMITS["clipped"].value:.0%})')
+    return lines
+
+
+def begins_with_zeros(quantity, measured):
+    """True where the first step made all of a layer's weights. Its relative steps are large."""
+    return quantity == 'update_ratio' and abs(measured.get(0, 0) - 1) < 1e-3
+
+
+def layer_title(layer):
+    """'h.3' as 'block 3'."""
+    if layer.startswith('h.'):
+        return f'block {layer.removeprefix("h.")}'
+    return LAYERS.get(layer, layer)
 
 
 def draw_map(figure, panel, quantity, layers):
     """Draw the heat map of a quantity. layers: {layer: {iteration: value}}."""
-    from matplotlib.colors import LogNorm
+    import matplotlib
+    from matplotlib.colors import LogNorm, Normalize
     iterations = sorted({iteration for values in layers.values() for iteration in values})
     rows = []
     for values in layers.values():
         rows.append([values.get(iteration, float('nan')) for iteration in iterations])
 
+    # The colors end at the limit, if there is one, so that what is healthy looks so.
+    numbers = [value for values in layers.values() for value in values.values()]
+    lowest = min(numbers)
+    highest = max(numbers)
+    extend = 'neither'
+    if quantity in LIMITS:
+        highest = LIMITS[quantity].value
+        lowest = min(lowest, highest / 10)
+        extend = 'max'
+    elif quantity == 'dead_units':
+        lowest = 0
+        highest = 1
+
     # The scale of colors is logarithmic, except for values of 0 and for entropies, which are
     # logarithms themselves.
-    norm = LogNorm()
-    smallest = min(value for values in layers.values() for value in values.values())
-    if quantity == 'attention_entropy' or smallest <= 0:
-        norm = None
+    if quantity == 'attention_entropy' or lowest <= 0:
+        norm = Normalize(lowest, highest)
+        ticks = np.linspace(lowest, highest, 5)
+    else:
+        norm = LogNorm(lowest, highest)
+        ticks = np.geomspace(lowest, highest, 5)
+    if quantity == 'attention_entropy':
+        norm.vmin = 0                           # where it is bad
+        ticks = np.linspace(0, highest, 5)
 
-    image = panel.pcolormesh(iterations, range(len(layers)), rows, norm=norm, shading='nearest')
-    panel.set_yticks(range(len(layers)), layers, parse_math=False)
-    figure.colorbar(image, ax=panel)
+    colors = matplotlib.colormaps['viridis'].with_extremes(over='red', bad='white')
+    image = panel.pcolormesh(iterations, range(len(layers)), rows, norm=norm, cmap=colors,
+                             shading='nearest')
+    step = math.ceil(len(layers) / MAX_TICKS)
+    panel.set_yticks(range(0, len(layers), step),
+                     [layer_title(layer) for layer in layers][::step], parse_math=False)
+    panel.xaxis.set_major_formatter('{x:,.10g}')
+    bar = figure.colorbar(image, ax=panel, ticks=ticks, format='{x:.3g}', extend=extend)
+    bar.minorticks_off()
 
 
 # The runs
@@ -249,8 +466,8 @@ def main(folders):
 
     runs = read_runs(folders)
     if health:
-        records, = runs.values()
-        draw_health(records, path)
+        (name, records), = runs.items()
+        draw_health(name, records, path)
     else:
         draw(runs, path)
     print0(f'wrote {path}')

@@ -113,9 +113,7 @@ def bytes_per_token(data):
 
     With it, losses can be compared across tokenizers.
     """
-    tokens = data.tokens['val'][:10 ** 6].tolist()
-    text = Tokenizer(data.tokenizer).decode(tokens)
-    return len(text.encode()) / len(tokens)
+    return Tokenizer(data.tokenizer).bytes_per_token(data.tokens['val'][:10 ** 6])
 
 
 # Training

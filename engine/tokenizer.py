@@ -8,8 +8,10 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
+import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -210,6 +212,17 @@ class Tokenizer:
         """The text of `ids`, with U+FFFD for a character that is cut."""
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
+    def bytes_per_token(self, ids: np.ndarray) -> float:
+        """Bytes of text in UTF-8 per token of `ids`, of which end-of-text tokens have none.
+
+        A loss in nats per token, divided by this and by ln 2, is in bits per byte, in which models
+        with different tokenizers can be compared.
+        """
+        text_ids = ids
+        if self.end_of_text is not None:
+            text_ids = ids[ids != self.end_of_text]
+        return len(self.decode_bytes(text_ids.tolist())) / len(ids)
+
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, by tiktoken."""
@@ -306,6 +319,21 @@ def load_gpt2_encoding():
         return try_three_times(partial(tiktoken.get_encoding, 'gpt2'), download)
     finally:
         tiktoken.load.read_file = read_file
+
+
+def gpt2_is_cached() -> bool:
+    """True where tiktoken has GPT-2's two files, so that loading them needs no network."""
+    folder = Path(tempfile.gettempdir(), 'data-gym-cache')
+    for variable in ('DATA_GYM_CACHE_DIR', 'TIKTOKEN_CACHE_DIR'):       # the last one counts
+        if variable in os.environ:
+            folder = Path(os.environ[variable])
+
+    # tiktoken names a file after the hash of its address.
+    for name in ('vocab.bpe', 'encoder.json'):
+        address = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
+        if not (folder / hashlib.sha1(address.encode()).hexdigest()).is_file():
+            return False
+    return True
 
 
 # Meta files

@@ -14,6 +14,7 @@ from engine.tokenizer import (
     Tokenizer,
     TokenizerSpec,
     char_spec,
+    gpt2_is_cached,
     read_meta,
 )
 
@@ -61,6 +62,38 @@ def test_gpt2_tokens_come_back_and_may_end_within_a_character():
 
 
 # Meta files
+
+def test_a_token_has_as_many_bytes_as_its_text_without_those_between_documents():
+    tokenizer = Tokenizer(char_spec('aé'))
+    text = 'aéaaéa'
+    ids = tokenizer.encode_to_numpy(text)
+    assert tokenizer.bytes_per_token(ids) == len(text.encode()) / len(text)
+
+    # as if 'a' were the end-of-text token
+    tokenizer.end_of_text = 0
+    assert tokenizer.bytes_per_token(ids) == len('éé'.encode()) / len(text)
+
+
+def test_gpt2s_files_are_found_where_tiktoken_reads_them(tmp_path, monkeypatch):
+    """Which are those that tiktoken itself puts there."""
+    from tiktoken import load
+    from tiktoken_ext import openai_public
+
+    def read_addresses(vocab_bpe_file, encoder_json_file, **hashes):
+        addresses.extend([vocab_bpe_file, encoder_json_file])
+
+    addresses = []
+    monkeypatch.setattr(openai_public, 'data_gym_to_mergeable_bpe_ranks', read_addresses)
+    openai_public.gpt2()
+
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(load, 'read_file', lambda address: b'')
+    found = [gpt2_is_cached()]
+    for address in addresses:
+        load.read_file_cached(address)
+        found.append(gpt2_is_cached())
+    assert found == [False, False, True]
+
 
 def test_a_dataset_without_a_meta_file_is_gpt2s(tmp_path):
     assert read_meta(tmp_path) == GPT2

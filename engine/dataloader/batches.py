@@ -27,12 +27,20 @@ from engine.dataloader.token_files import (
 from engine.dataloader.window_order import epoch_starts, weyl_starts
 from engine.distributed import Environment
 from engine.errors import RunError, UserError, check_choice
-from engine.tokenizer import GPT2, DatasetMeta, TokenizerSpec, read_meta
+from engine.tokenizer import (
+    GPT2,
+    DatasetMeta,
+    Tokenizer,
+    TokenizerSpec,
+    gpt2_is_cached,
+    read_meta,
+)
 
 CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
 DATA = Path(__file__).resolve().parents[2] / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
 IGNORED = -1                    # a target that does not count in the loss
+SIZE_SAMPLE = 1 << 17           # tokens by which the bytes of a token are counted
 
 
 class BatchRequest(NamedTuple):
@@ -304,6 +312,20 @@ class TokenDataset:
         raise RunError(f'{path} is damaged, or changed while it was read: id {largest} of token '
                        f'{position:,} is beyond the vocabulary of {self.vocab_size}; restore it, '
                        f'and go on with --init_from=resume')
+
+
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text per token of val, by its first tokens; see Tokenizer.bytes_per_token.
+
+        None where that would need a download, or a tokenizer that cannot be read.
+        """
+        if self.tokenizer.kind == 'gpt2' and not gpt2_is_cached():
+            return None
+        try:
+            tokenizer = Tokenizer(self.tokenizer)
+        except (UserError, RunError):
+            return None
+        return tokenizer.bytes_per_token(self.tokens['val'][:SIZE_SAMPLE])
 
 
 def split_of_stream(stream):

@@ -156,6 +156,16 @@ class MixedDataset:
         for part in self.parts:
             part.data.set_block_size(block_size)
 
+    def bytes_per_token(self) -> float | None:
+        """The mean of what the datasets have, by their shares; None where one has none."""
+        mean = 0.0
+        for part in self.parts:
+            size = part.data.bytes_per_token()
+            if size is None:
+                return None
+            mean += part.share * size
+        return mean
+
     def batch(self, seed: int, stream: str, first: int, count: int) -> Batch:
         """`count` sequences of the stream 'train', from number `first` on.
 

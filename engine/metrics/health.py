@@ -31,25 +31,11 @@ from engine.attention import CausalAttention
 from engine.device import evaluation_mode, read_async
 from engine.distributed import Environment
 from engine.log import log
-from engine.metrics.metrics_file import CLIPPED, PREFIX, TITLES
+from engine.metrics.metrics_file import CLIPPED, CLIPPED_WINDOW, LIMITS, PREFIX, TITLES
 
 MAX_TOKENS = 4096           # tokens that the extra forward pass reads, in whole sequences
 MAX_ATTENDED = 2            # sequences of those whose attention is measured
 MAX_QUERIES = 1024          # positions of each, evenly spaced, whose scores are held at once
-CLIPPED_WINDOW = 100        # steps over which clipped ones are counted
-
-
-class Limit(NamedTuple):
-    """Above it, a quantity precedes trouble."""
-    value: float
-    advice: str
-
-
-LIMITS = dict(
-    update_ratio=Limit(0.1, 'a lower --learning_rate or a longer warm-up may help'),
-    attention_logit=Limit(50, 'a lower --learning_rate may help, or --qk_norm=True in a new run'),
-    clipped=Limit(0.5, 'a lower --learning_rate or a longer warm-up may help'),
-)
 
 
 class BeforeStep(NamedTuple):

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.atomic_files import atomic_write
 from engine.log import log
@@ -27,7 +28,21 @@ TITLES = dict(
     dead_units='dead units',
 )
 PREFIX = 'health'
-CLIPPED = 'health/clipped'              # share of the last steps whose gradient was clipped
+CLIPPED = 'health/clipped'      # share of the last CLIPPED_WINDOW steps whose gradient was clipped
+CLIPPED_WINDOW = 100
+
+
+class Limit(NamedTuple):
+    """Above it, a quantity precedes trouble."""
+    value: float
+    advice: str
+
+
+LIMITS = dict(
+    update_ratio=Limit(0.1, 'a lower --learning_rate or a longer warm-up may help'),
+    attention_logit=Limit(50, 'a lower --learning_rate may help, or --qk_norm=True in a new run'),
+    clipped=Limit(0.5, 'a lower --learning_rate or a longer warm-up may help'),
+)
 
 
 class MetricsWriter:

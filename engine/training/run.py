@@ -183,6 +183,7 @@ class Run:
     tokenizer: dict | None = None       # the spec of the dataset's tokenizer
     fingerprint: str | None = None      # of the dataset
     dtype: str | None = None            # precision of the step, such as 'bfloat16'
+    bytes_per_token: float | None = None    # of the text of val, where it is known; on rank 0
     # what it works with
     scorer: Callable | None = None      # scores eval_tasks: an evaluation.results.TaskScorer
     sampler: Callable | None = None     # makes the sample at evaluations: a TextSampler
@@ -264,7 +265,8 @@ class Run:
             progress.best_iter = progress.iter_num
         if self.writer:
             numbers = {f'{name}_loss': loss for name, loss in losses.items()}
-            self.writer.write(progress.iter_num, **numbers, **scores)
+            self.writer.write(progress.iter_num, **numbers, bytes_per_token=self.bytes_per_token,
+                              **scores)
         return improved
 
     # Saving
@@ -390,8 +392,13 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
             saved = sharded.load(saved, model, optimizer, env)
         optim.load_state_dict(optimizer, scaler, saved)
 
+    # for the reader of metrics.jsonl
+    bytes_per_token = None
+    if env.is_main:
+        bytes_per_token = data.bytes_per_token()
+
     return Run(
         model, wrapped_model.train(), optimizer, scaler, batch_schedule,
         grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
         out_dir=settings['out_dir'], settings=settings, tokenizer=data.tokenizer.to_dict(),
-        fingerprint=data.fingerprint, dtype=env.dtype)
+        fingerprint=data.fingerprint, dtype=env.dtype, bytes_per_token=bytes_per_token)

@@ -1,4 +1,6 @@
 import json
+import math
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,7 +9,7 @@ from harness import script_settings
 
 import plot
 from engine.errors import UserError
-from engine.metrics.metrics_file import TITLES
+from engine.metrics.metrics_file import LIMITS, TITLES
 
 
 def write_records(folder, *records):
@@ -33,7 +35,7 @@ def test_curves_are_the_records(drawn):
     """By iterations, tokens and minutes, of two runs."""
     runs = {
         'a': [
-            dict(iter=0, seconds=0, val_loss=3.0),
+            dict(iter=1, seconds=6, val_loss=3.0),
             dict(iter=0, seconds=6, loss=2.5, tokens=2e6),
             dict(iter=1, seconds=12, loss=2.0, tokens=4e6),
         ],
@@ -47,10 +49,70 @@ def test_curves_are_the_records(drawn):
         {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         for axes in figure.axes)
     assert path == 'x.png'
-    assert by_iteration == {'a train': [[0, 2.5], [1, 2.0]], 'a val': [[0, 3.0]],
-                            'b train': [[0, 2.25]]}
-    assert by_token == {'a train': [[0, 2.5], [2, 2.0]], 'a val': [[0, 3.0]]}
-    assert by_minute == {'a train': [[0.1, 2.5], [0.2, 2.0]], 'a val': [[0, 3.0]]}
+    assert by_iteration == {'a, training': [[0, 2.5], [1, 2.0]], 'a, validation': [[1, 3.0]],
+                            'b, training': [[0, 2.25]]}
+    assert by_token == {'a, training': [[0, 2.5], [2, 2.0]], 'a, validation': [[2, 3.0]]}
+    assert by_minute == {'a, training': [[0.1, 2.5], [0.2, 2.0]], 'a, validation': [[0.1, 3.0]]}
+    assert figure.get_suptitle() == 'Loss of a, b'
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(by_iteration)
+
+
+def test_the_evaluation_before_training_takes_no_axis_and_no_line(drawn):
+    """A dot of its own, and the panels begin where the run is after its first iterations."""
+    evaluations = [dict(iter=0, val_loss=11.0), dict(iter=50, val_loss=4.0),
+                   dict(iter=100, val_loss=3.0)]
+    losses = [dict(iter=i, loss=11.0 if i == 0 else 4.0) for i in range(100)]
+    with script_settings(plot, '--smooth=0'):
+        plot.draw({'a': evaluations + losses}, 'x.png')
+    (figure, _), = drawn
+
+    train, val = figure.axes[0].lines
+    np.testing.assert_array_equal(val.get_xydata(), [[0, 11], [0, np.nan], [50, 4], [100, 3]])
+    bottom, top = figure.axes[0].get_ylim()
+    assert 2.9 < bottom < 3 and 4 < top < 4.1
+    assert 'begins at up to 11' in figure.axes[0].texts[0].get_text()
+
+
+def test_a_beginning_that_is_near_the_rest_is_drawn(drawn):
+    """As in finetuning, where the first evaluation is that of a trained model."""
+    evaluations = [dict(iter=0, val_loss=3.4), dict(iter=50, val_loss=3.2),
+                   dict(iter=100, val_loss=3.0)]
+    with script_settings(plot):
+        plot.draw({'a': evaluations}, 'x.png')
+    (figure, _), = drawn
+    assert figure.axes[0].get_ylim()[1] > 3.4 and not figure.axes[0].texts
+
+
+@pytest.mark.parametrize('sizes, unit, losses', [
+    ([None], 'loss, nats per token', [2.0]),
+    ([1.0, 1.0], 'loss, nats per token', [2.0, 2.0]),
+    ([1.0, 4.0], 'loss, bits per byte', [2 / math.log(2), 2 / math.log(2) / 4]),
+    ([1.0, None], 'loss, nats per token\n(compare only runs with the same tokenizer)', [2.0, 2.0]),
+])
+def test_losses_of_different_tokenizers_are_drawn_per_byte_where_it_is_known(
+        drawn, sizes, unit, losses):
+    runs = {f'run {i}': [dict(iter=0, loss=2.0), dict(iter=5, val_loss=2.0, bytes_per_token=size)]
+            for i, size in enumerate(sizes)}
+    with script_settings(plot):
+        plot.draw(runs, 'x.png')
+    (figure, _), = drawn
+
+    assert figure.axes[0].get_ylabel() == unit
+    curves = [line.get_ydata()[0] for line in figure.axes[0].lines]
+    assert curves == pytest.approx(np.repeat(losses, 2))
+
+
+def test_a_log_of_many_lines_is_drawn_in_linear_time(drawn):
+    """train_gpt2's 60,000 iterations: ten times as many lines would take a hundred times as long
+    if each looked at all others."""
+    def seconds(lines):
+        records = [dict(iter=i, seconds=i, loss=3.0, tokens=(i + 1) * 1e6) for i in range(lines)]
+        began = time.process_time()
+        plot.prepare_run('a', records, 1, 'C0')
+        return time.process_time() - began
+    few = min(seconds(2000) for _ in range(3))
+    assert seconds(20000) < 40 * few
 
 
 def test_a_batch_that_grows_moves_the_tokens_of_each_iteration(drawn):
@@ -68,7 +130,7 @@ def test_a_batch_that_grows_moves_the_tokens_of_each_iteration(drawn):
 
     train, val = ([float(x) for x in line.get_xdata()] for line in figure.axes[1].lines)
     assert train == [0, 1, 6]                           # million tokens before the iterations
-    assert val == [0, 1, 3, 6, 9, 9]
+    assert val == [0, 0, 1, 3, 6, 9, 9]                 # the first twice, before a gap
 
 
 def test_scores_are_drawn_below_with_what_gpt2_reaches(drawn):
@@ -93,10 +155,31 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_anything_is_read(picture
             plot.main(['nowhere'])
 
 
-def test_smoothing_averages_what_came_before():
-    assert plot.smoothed([4.0] * 5, 0.9) == pytest.approx([4.0] * 5)
-    assert plot.smoothed([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 3) / 0.75])
-    assert plot.smoothed([1.0, 3.0, 2.0], 0) == [1.0, 3.0, 2.0]
+def slow_mean(iterations, values, share, i):
+    """The mean around value i, by its definition."""
+    reach = share / 2 * (iterations[-1] - iterations[0])
+    reach = min(reach, iterations[i] - iterations[0])
+    return np.mean([value for iteration, value in zip(iterations, values)
+                    if abs(iteration - iterations[i]) <= reach])
+
+
+@pytest.mark.parametrize('share', [0, 0.1, 0.5])
+def test_smoothing_averages_around_each_iteration(share):
+    random = np.random.default_rng(0)
+    iterations = np.sort(random.choice(1000, 50, replace=False)).tolist()
+    values = random.normal(size=50).tolist()
+    expected = [slow_mean(iterations, values, share, i) for i in range(50)]
+    assert plot.smoothed(iterations, values, share) == pytest.approx(expected)
+
+
+def test_smoothing_does_not_depend_on_the_log_interval_and_does_not_lag():
+    """A straight line stays itself but at the end, whether it is logged often or not."""
+    for interval in (1, 10, 40):
+        iterations = list(range(0, 2001, interval))
+        line = [5 - iteration / 1000 for iteration in iterations]
+        smoothed = plot.smoothed(iterations, line, 0.1)
+        inner = [i for i, iteration in enumerate(iterations) if iteration <= 1900]
+        assert [smoothed[i] for i in inner] == pytest.approx([line[i] for i in inner])
 
 
 def test_a_picture_is_written(trained):
@@ -157,15 +240,47 @@ def test_heat_maps_are_the_records(tmp_path, drawn):
         plot.main([folder])
     (figure, _), = drawn
 
-    maps = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    maps = {axes.get_title().split('\n')[0]: axes for axes in figure.axes if axes.get_title()}
     assert list(maps) == list(TITLES.values())
     norms = maps['weight norm']
-    assert [label.get_text() for label in norms.get_yticklabels()] == ['wte', 'h.0']
+    assert [label.get_text() for label in norms.get_yticklabels()] == ['tokens', 'block 0']
     values = norms.collections[0].get_array().reshape(2, 3)
     np.testing.assert_array_equal(np.ma.filled(values.astype(float), np.nan),
                                   [[1.5, np.nan, 2.5], [2.0, 3.0, np.nan]])
     assert maps['dead units'].collections[0].get_array().ravel().tolist() == [0, 0.25, 0.5]
     assert not maps['largest logit'].collections
+
+
+def test_a_heat_map_says_what_is_bad(tmp_path, drawn):
+    """In its title, and in red from the limit on; a layer that began with zeros does not count."""
+    limits = {name: limit.value for name, limit in LIMITS.items()}
+    folder = write_records(
+        tmp_path / 'run',
+        health_record(0, clipped=1.0, **{'wte/update_ratio': 1.0, 'h.0/update_ratio': 0.01}),
+        health_record(1500, clipped=0.75, **{
+            'wte/update_ratio': 0.9, 'h.0/update_ratio': 2 * limits['update_ratio'],
+            'h.0/attention_logit': limits['attention_logit']}))
+    with script_settings(plot, '--health=True', f'--picture={tmp_path / "x.png"}'):
+        plot.main([folder])
+    (figure, _), = drawn
+
+    assert figure.get_suptitle().splitlines() == [
+        'The layers of run',
+        'update / weight is 0.2 in block 0 at iteration 1,500 (limit 0.1)',
+        '75% of the 100 steps up to iteration 1,500 were clipped (limit 50%)']
+    ratios, = (axes for axes in figure.axes if axes.get_title().startswith('update / weight'))
+    image = ratios.collections[0]
+    assert image.norm.vmax == limits['update_ratio']
+    assert image.to_rgba(2 * limits['update_ratio']) == (1, 0, 0, 1)
+    assert image.to_rgba(0.01)[0] < 0.5
+
+
+def test_a_healthy_run_is_called_so(tmp_path, drawn):
+    folder = write_records(tmp_path / 'run', health_record(0, **{'wte/update_ratio': 0.01}))
+    with script_settings(plot, '--health=True', f'--picture={tmp_path / "x.png"}'):
+        plot.main([folder])
+    (figure, _), = drawn
+    assert figure.get_suptitle().splitlines()[1:] == ['nothing is over its limit']
 
 
 def test_a_single_measurement_with_odd_layer_names_is_drawn(tmp_path):

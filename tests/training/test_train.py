@@ -237,6 +237,12 @@ def test_an_evaluation_is_the_mean_loss_of_its_batches(trained, toy):
         assert last[f'{split}_loss'] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
+def test_an_evaluation_tells_how_many_bytes_a_token_has(trained):
+    """One, in a dataset of ASCII characters."""
+    evaluations = [r for r in trained.records('out-toy') if 'val_loss' in r]
+    assert {r['bytes_per_token'] for r in evaluations} == {1}
+
+
 def test_eval_only_writes_nothing_and_agrees_with_the_run(trained):
     before = {p.name: p.read_bytes() for p in (trained.folder / 'out-toy').iterdir()}
     shown = trained.train('out-toy', '--init_from=resume', '--eval_only=True').stdout
