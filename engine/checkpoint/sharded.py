@@ -311,12 +311,16 @@ def joined_size(pieces):
     for offsets, size in sorted(pieces):
         if not size:                                # one number, which is never divided
             return size if pieces == [((), ())] else None
+        if size[0] == 0:                            # of a rank that has no rows of this tensor
+            continue
 
         is_next = offsets == (rows, *[0] * (len(size) - 1))
         if not is_next or width not in (None, size[1:]):
             return None
         rows += size[0]
         width = size[1:]
+    if width is None:
+        return None
     return (rows, *width)
 
 

@@ -19,7 +19,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from harness import script_settings
 
+import train as train_script
 from engine.checkpoint import gathered, run_folder
 from engine.checkpoint import sharded as sharded_checkpoint
 from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
@@ -674,6 +676,19 @@ def test_every_rank_reads_the_state_that_rank_0_chose(tmp_path):
     (tmp_path / 'state.pt').unlink()
     with pytest.raises(UserError, match='state.pt cannot be read: it does not exist'):
         run_folder.open_run(tmp_path, 'auto', False, False, OtherRank(tmp_path / 'state.pt', []))
+
+
+def test_a_resume_that_is_refused_is_refused_on_all_ranks(monkeypatch):
+    """So rank 0 alone prints the line."""
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 2, 'one of two ranks')
+    env.all_gather = lambda value: [value, value]
+    saved = Checkpoint(model_args=SHAPE, config={'strategy': 'fsdp'})
+    opened = run_folder.OpenedRun(saved, [], None)
+    monkeypatch.setattr(run_folder, 'open_run', lambda *arguments: opened)
+    with script_settings(train_script, '--init_from=resume', '--health_interval=5') as overrides:
+        with pytest.raises(UserError, match='health_interval measures whole layers') as refused:
+            train_script.resume_or_begin(overrides, env)
+    assert refused.value.on_all_ranks
 
 
 def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):
