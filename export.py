@@ -53,10 +53,12 @@ def export_nanogpt(source, folder):
     """Write the last state of the run `source` as the ckpt.pt that nanoGPT resumes from."""
     from engine.checkpoint import gathered, run_folder
     from engine.checkpoint import sharded as sharded_checkpoint
+    from model import GPT
 
     saved, _ = run_folder.load_state(source)
     if saved.shards_folder:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)
+    GPT.from_checkpoint(saved)                      # it refuses weights that do not fit
 
     # These two are of the initial weights, which matter no longer.
     arguments = {name: value for name, value in saved.model_args.items()

@@ -43,7 +43,8 @@ repetition_penalty = 1.0    # above 1 makes tokens that the text already has les
 stop = ''                   # text that ends a sample, such as <|endoftext|>; it is not shown
 max_batch = 64              # samples generated at once; lower it where memory is short
 exact_window = False        # True reads the whole context again per token once it is full: slower
-seed = 1337                 # sample i depends on this and i alone
+seed = 1337                 # fixes the random numbers of each sample; sums round differently with
+                            # num_samples and max_batch, which may change a text
 # machine
 device = 'auto'             # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'              # auto, float32, bfloat16 or float16

@@ -1,10 +1,21 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what to do where one cannot be written."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+ADVICE = {
+    errno.ENOSPC: 'make room',
+    errno.EDQUOT: 'make room, as your quota is used up',
+    errno.EFBIG: 'allow larger files, with ulimit -f unlimited',
+    errno.EACCES: 'give yourself the right to write there',
+    errno.EPERM: 'give yourself the right to write there',
+    errno.EROFS: 'mount that disk for writing',
+}
 
 
 @contextmanager
@@ -38,6 +49,26 @@ def atomic_write(path: Path | str, mode: str = 'w', keep_as: str | None = None) 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove(path: Path | str) -> None:
+    """Remove a file, a folder with all that is in it, or a link, if it is there.
+
+    What a link points to stays. Raises OSError where that fails.
+    """
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def advice_on(error: BaseException | None) -> str:
+    """What a person has to do before a write can succeed that failed with `error`.
+
+    error: usually an OSError, whose number decides.
+    """
+    return ADVICE.get(getattr(error, 'errno', None), 'mend that')
 
 
 def sync(file: IO) -> None:

@@ -1,7 +1,7 @@
 """Break training runs on purpose, and compare what is left with an uninterrupted run.
 
     python tests/chaos.py --trials=100
-    python tests/chaos.py --trials=50 --fault=kill --ranks=2
+    python tests/chaos.py --trials=50 --fault=kill --ranks=3
 
 Each trial trains a small model on the CPU with dropout, saving every 5 iterations. It injects one
 fault, starts the run again with --init_from=auto, and compares every tensor of state.pt and ckpt.pt
@@ -10,6 +10,7 @@ anything. The processes and the signals are real.
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -48,7 +49,7 @@ from engine.errors import UserError
 trials = 26             # in all; a mix takes the faults in turn
 fault = 'mix'           # kill, term, int, hup, usr1, full, flip, nan, weights, pipe, cache, freeze,
                         # lost, or mix
-ranks = 1               # processes of a run; freeze and lost always take 2, under torchrun
+ranks = 1               # processes of a run, up to 4; freeze and lost always take 2, under torchrun
 strategy = 'ddp'        # of several ranks: ddp, fsdp or hsdp
 sharded = False         # True saves with --checkpoint=sharded, and omits the faults of single files
 seed = 0                # of where the faults strike
@@ -89,7 +90,8 @@ class Lab(Workspace):
     def __init__(self, folder, ranks=1):
         super().__init__(folder)
         self.ranks = ranks
-        self.micro_steps = ACCUMULATION // ranks
+        # the fewest micro-batches that divide over the ranks
+        self.micro_steps = math.ceil(ACCUMULATION / ranks)
         self.reference = self.folder / 'reference'
         self.stopped = self.folder / 'stopped'
 
@@ -103,7 +105,9 @@ class Lab(Workspace):
 
     def flags(self, out_dir, **changes):
         kind = 'sharded' if sharded else 'gathered'
-        return super().flags(out_dir, strategy=strategy, checkpoint=kind, **changes)
+        micro_batches = self.micro_steps * self.ranks
+        return super().flags(out_dir, strategy=strategy, checkpoint=kind,
+                             gradient_accumulation_steps=micro_batches, **changes)
 
     def new_out_dir(self, start=None):
         """A folder for a trial: one that does not exist yet, or a copy of `start`."""
@@ -601,7 +605,7 @@ def main():
     if fault not in (*FAULTS, 'mix'):
         raise UserError(f'fault={fault!r} is unknown; try {", ".join(FAULTS)} or mix')
     configurator.check_range(globals(), 'trials workers', 1)
-    configurator.check_range(globals(), 'ranks', 1, 2)
+    configurator.check_range(globals(), 'ranks', 1, 4)
 
     plan = plan_trials()
     tally = run_trials(plan)

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from engine import atomic_files
-from engine.atomic_files import atomic_write
+from engine.atomic_files import atomic_write, remove
 
 
 def test_a_file_is_replaced_and_the_one_before_is_kept(tmp_path):
@@ -61,6 +61,24 @@ def test_a_link_planted_at_the_last_moment_is_refused(tmp_path, monkeypatch):
             pass
     assert (tmp_path / 'target').read_bytes() == b'precious'
     assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows asks for a privilege to make links')
+def test_a_file_a_folder_and_a_link_are_removed_alike(tmp_path):
+    """And what a link points to stays."""
+    target = tmp_path / 'target'
+    target.mkdir()
+    (target / 'precious').write_bytes(b'')
+    (tmp_path / 'folder' / 'below').mkdir(parents=True)
+    (tmp_path / 'file').write_bytes(b'')
+    (tmp_path / 'link to a folder').symlink_to(target)
+    (tmp_path / 'link to a file').symlink_to(target / 'precious')
+    (tmp_path / 'link to nothing').symlink_to(tmp_path / 'nothing')
+    for path in [*tmp_path.iterdir(), tmp_path / 'nothing']:
+        if path != target:
+            remove(path)
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target / 'precious').exists()
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='Windows syncs a folder by itself')

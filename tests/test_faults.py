@@ -118,7 +118,7 @@ def test_the_command_counts_its_trials(lab, monkeypatch, capsys):
 
 @pytest.mark.parametrize('flag, words', [
     ('--fault=fire', "fault='fire' is unknown"),
-    ('--ranks=3', 'ranks=3 should be'),
+    ('--ranks=5', 'ranks=5 should be'),
     ('--trials=0', 'trials=0 should be'),
 ])
 def test_the_command_refuses_settings_that_it_does_not_have(flag, words):

@@ -183,7 +183,7 @@ def main():
     writer = ShardWriter(FOLDER, spec, documents.key, shard_tokens, number, parts)
     counting = CountingEncoder(encoder)
     complete = writer.write(read, counting.encode, num_proc)
-    counting.finish()
+    counting.log_dropped()
 
     if writer.text_bytes:
         seconds = time.monotonic() - started

@@ -10,9 +10,10 @@ import torch
 
 from engine.errors import UserError
 
-# What every checkpoint has, and what a state has beside it.
-NEEDED = ('model', 'model_args', 'iter_num', 'best_val_loss')
-STATE_NEEDS = ('optimizer', 'scaler')
+# What every checkpoint has; what a run needs beside it to go on; and what a state has.
+NEEDED = ('model', 'model_args')
+RESUME_NEEDS = ('iter_num', 'best_val_loss')
+STATE_NEEDS = (*RESUME_NEEDS, 'optimizer', 'scaler')
 
 TYPES = dict(
     model_args=dict,
@@ -24,6 +25,7 @@ TYPES = dict(
     dtype=str,
     wandb_id=str,
     last_eval=int,
+    clipped=list,
     activation=str,
 )
 COUNTS = ('sequences', 'tokens', 'best_iter')       # whole numbers, where a checkpoint has them
@@ -47,12 +49,14 @@ class Checkpoint:
     model: dict[str, torch.Tensor] | None = None    # {name: weight}; None where sharded
 
     # how far the run is, as Progress in engine/training/run.py has it
-    iter_num: int                       # optimizer steps
+    iter_num: int | None = None         # optimizer steps
     sequences: int | None = None        # drawn from the training split
     tokens: int | None = None           # in those sequences
-    best_val_loss: float                # nats; infinity before the first evaluation
+    best_val_loss: float | None = None  # nats; infinity before the first evaluation
     best_iter: int | None = None        # iteration of that evaluation
     last_eval: int | None = None        # iteration of the last evaluation, if there was one
+    clipped: list[bool] | None = None   # whether each of the last steps was clipped, the oldest
+                                        # first; of a run that measures its health
     wandb_id: str | None = None         # of the run at wandb, if it is there
 
     # what it was trained with
@@ -110,10 +114,10 @@ class Checkpoint:
     def to_payload(self) -> dict:
         """The dict for a file, {name of a field: value}.
 
-        It has no model, optimizer or scaler where these are None.
+        It has no model, optimizer, scaler or clipped where these are None.
         """
         payload = {name: getattr(self, name) for name in names_in_files()}
-        for name in ('model', 'optimizer', 'scaler'):
+        for name in ('model', 'optimizer', 'scaler', 'clipped'):
             if payload[name] is None:
                 del payload[name]
         return payload
@@ -128,9 +132,13 @@ def names_in_files():
 
 def check_keys(payload, path, also_needed):
     missing = [key for key in (*NEEDED, *also_needed) if payload.get(key) is None]
-    if missing:
-        raise UserError(f'{path} lacks {", ".join(missing)}; '
-                        f'it is not a checkpoint of a training run')
+    if not missing:
+        return
+    if set(missing) <= set(RESUME_NEEDS):
+        fault = 'no run can go on from it; sample.py and export.py need neither'
+    else:
+        fault = 'it is not a checkpoint of a training run'
+    raise UserError(f'{path} lacks {", ".join(missing)}; {fault}')
 
 
 def check_types(payload, path):
@@ -158,14 +166,23 @@ def check_counts(payload, path):
 
 
 def read_progress(payload, path):
-    """(iter_num, best_val_loss) as an int and a float. nanoGPT saves a tensor for the loss."""
+    """(iter_num, best_val_loss) as an int and a float. nanoGPT saves a tensor for the loss.
+
+    Each is None where the file lacks it.
+    """
+    iter_num = payload.get('iter_num')
+    best_val_loss = payload.get('best_val_loss')
     try:
-        iter_num = int(payload['iter_num'])
-        best_val_loss = float(payload['best_val_loss'])
+        if iter_num is not None:
+            iter_num = int(iter_num)
+        if best_val_loss is not None:
+            best_val_loss = float(best_val_loss)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f'{path}: {error}') from None
 
-    if not 0 <= iter_num <= LARGEST_COUNT or math.isnan(best_val_loss):
+    is_count = iter_num is None or 0 <= iter_num <= LARGEST_COUNT
+    is_loss = best_val_loss is None or not math.isnan(best_val_loss)
+    if not is_count or not is_loss:
         raise UserError(f'{path}: iter_num={iter_num} and best_val_loss={best_val_loss} '
                         f'are impossible')
     return iter_num, best_val_loss

@@ -1,4 +1,5 @@
-"""Checkpoint files: written whole or not at all, verified when read, never executed.
+"""Checkpoint files: gathered on rank 0, written whole or not at all, verified when read, never
+executed.
 
 `ckpt.pt` is the model, in nanoGPT's format. `state.pt` is the run, with everything that the next
 step depends on. The state before it stays as `state.prev.pt`.
@@ -6,18 +7,66 @@ step depends on. The state before it stays as `state.prev.pt`.
 
 import os
 import re
+import shlex
+import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from engine.atomic_files import atomic_write
+from engine.atomic_files import advice_on, atomic_write
 from engine.checkpoint.contents import Checkpoint, find_not_finite, tensors_in
+from engine.distributed import is_shard
 from engine.errors import RunError, UserError
 
 MODEL = 'ckpt.pt'
 STATE = 'state.pt'
 PREVIOUS = 'state.prev.pt'
+
+# Formats of struct for the numbers that numpy has, by numpy's names of them
+NUMPY_FORMATS = dict(b1='?', i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q',
+                     f2='e', f4='f', f8='d')
+
+# A program that saves a ckpt.pt anew whose config is an object of some class. A plain object stands
+# for that class, so no code of the file runs.
+SAVE_AGAIN = (
+    "import os, sys, torch; from types import SimpleNamespace as Plain; path = sys.argv[1]; "
+    "torch.serialization.add_safe_globals([(Plain, '{name}')]); "
+    "saved = torch.load(path, 'cpu'); args = vars(saved['config']); saved['config'] = args; "
+    "saved.setdefault('model_args', args); torch.save(saved, path + '.new'); "
+    "os.replace(path + '.new', path)"
+)
+
+
+# Whole tensors from shards
+
+def gather(value: Any) -> Any:
+    """`value` with each sharded tensor in it whole: in CPU memory on rank 0, None on the others.
+
+    value: nested dicts and lists, the same on every rank. A collective, one tensor at a time.
+    """
+    if is_shard(value):
+        whole = value.full_tensor()
+        return whole.cpu() if dist.get_rank() == 0 else None
+    if isinstance(value, dict):
+        return {key: gather(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [gather(item) for item in value]
+    return value
+
+
+def gather_weights(model: nn.Module) -> dict:
+    """model.state_dict() with whole weights, as `gather` has them. Tied weights share memory."""
+    if not any(is_shard(parameter) for parameter in model.parameters()):
+        return model.state_dict()
+
+    parameters = model.state_dict(keep_vars=True)
+    whole = {parameter: gather(parameter.detach())
+             for parameter in dict.fromkeys(parameters.values())}
+    return {name: whole[parameter] for name, parameter in parameters.items()}
 
 
 # Writing
@@ -38,34 +87,50 @@ def write(path: str | Path, payload: dict, keep_as: str | None = None) -> None:
                        f'go on with --init_from=resume and a lower --learning_rate')
 
     try:
-        with atomic_write(path, 'wb', keep_as) as file:
-            torch.save(payload, file)
+        write_unchecked(path, payload, keep_as)
     except (OSError, RuntimeError) as error:
         raise RunError(explain_failed_write(path, error)) from None
 
 
+def write_unchecked(path: Path, payload: dict, keep_as: str | None = None) -> None:
+    """What `write` does, without its check of the numbers, and with PyTorch's and the system's own
+    errors: RuntimeError and OSError."""
+    with atomic_write(path, 'wb', keep_as) as file:
+        torch.save(payload, file)
+
+
 def explain_failed_write(path, error):
     """One line that says why `path` could not be written, and what to do."""
-    cause = error
-    if isinstance(error.__context__, OSError):      # PyTorch's writer wraps the system's error
-        cause = error.__context__
-
+    cause = first_cause(error)
     if path.parent.is_dir():
         advice = (f'the files already in {path.parent} are whole; '
-                  f'make room and go on with --init_from=auto')
+                  f'{advice_on(cause)}, and go on with --init_from=auto')
     else:
         advice = f'{path.parent} was deleted during the run'
     return f'{path} could not be written ({str(cause).splitlines()[0]}); {advice}'
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """The error behind one of PyTorch's: of the first rank that failed, of the system."""
+    failures = getattr(error, 'failures', None)     # of a CheckpointException, {rank: (error, ...)}
+    if failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error.__context__, OSError):
+        return error.__context__
+    return error
+
+
 # Reading
 
-def read_ckpt(out_dir: str | Path) -> Checkpoint:
-    """The contents of out_dir's ckpt.pt. UserError where it is missing or cannot be used."""
+def read_ckpt(out_dir: str | Path, also_needed: tuple[str, ...] = ()) -> Checkpoint:
+    """The contents of out_dir's ckpt.pt. UserError where it is missing or cannot be used.
+
+    also_needed: as Checkpoint.from_payload takes it.
+    """
     path = Path(out_dir) / MODEL
     if not path.exists():
         raise UserError(f'{path} does not exist; train first, or check --out_dir')
-    return Checkpoint.from_payload(read(path), path)
+    return Checkpoint.from_payload(read(path), path, also_needed)
 
 
 def read(path: str | Path) -> dict:
@@ -78,7 +143,8 @@ def read(path: str | Path) -> dict:
     """
     try:
         check_archive(path)
-        payload = torch.load(path, weights_only=True, mmap=True, map_location='cpu')
+        with torch.serialization.safe_globals(NUMPY_NAMES):
+            payload = torch.load(path, weights_only=True, mmap=True, map_location='cpu')
 
         # A hostile tensor can repeat one number a trillion times. A file may rightly hold half of
         # what its tensors take, as a tied weight is stored once and counted twice.
@@ -88,7 +154,7 @@ def read(path: str | Path) -> dict:
         if not isinstance(payload, dict):
             raise UserError(f'it holds a {type(payload).__name__}, not a checkpoint')
     except Exception as error:                      # a damaged file can raise anything
-        raise UserError(f'{path} cannot be read: {describe_fault(error)[:200]}') from None
+        raise UserError(f'{path} cannot be read: {describe_fault(error, path)}') from None
     return payload
 
 
@@ -129,14 +195,56 @@ def count_bytes(payload):
     return total
 
 
-def describe_fault(error):
+def describe_fault(error, path):
     """Why a file cannot be read, in our words: PyTorch's text advises to run the file's code."""
     text = ' '.join(str(error).split())
     code = re.search(r'(?:GLOBAL|[Uu]nsupported class) ([\w.]+)', text)
     if code:
-        return f'it asks to run {code[1]}, which no checkpoint needs'
+        return describe_code(code[1][:100], path)
     if isinstance(error, zipfile.BadZipFile):
-        return f'not a PyTorch checkpoint, or truncated ({text})'
+        return f'not a PyTorch checkpoint, or truncated ({text[:150]})'
     if isinstance(error, (UserError, OSError)):
-        return text
+        return text[:200]
     return 'it is not a PyTorch checkpoint'
+
+
+def describe_code(name, path):
+    """Why a file that names the class or function `name` cannot be read."""
+    if not re.search('Config|Args|Namespace', name):
+        return f'it asks to run {name}, which no checkpoint needs'
+    program = SAVE_AGAIN.format(name=name)
+    return (f'its config is a {name}, which only code can read; to save it again as plain values, '
+            f'type: python -c "{program}" {shlex.quote(str(path))}')
+
+
+# numpy's numbers, such as a best_val_loss of numpy.float64
+
+class NumpyType:
+    """Stands for numpy.dtype, so that nothing of numpy runs on what a file says."""
+
+    def __init__(self, name, *rest):
+        self.name = name
+        self.order = '<'
+
+    def __setstate__(self, state):
+        if state[1] == '>':                         # the bytes of a machine with the other order
+            self.order = '>'
+
+
+def numpy_number(kind, content):
+    """A number of numpy as Python's own. It stands for numpy's function that makes a scalar.
+
+    kind: a NumpyType. content: the bytes of the number.
+    """
+    try:
+        value, = struct.unpack(kind.order + NUMPY_FORMATS[kind.name], content)
+    except (AttributeError, KeyError, TypeError, struct.error):
+        raise UserError('it holds a value of numpy that is not a number') from None
+    return value
+
+
+NUMPY_NAMES = [
+    (NumpyType, 'numpy.dtype'),
+    (numpy_number, 'numpy._core.multiarray.scalar'),
+    (numpy_number, 'numpy.core.multiarray.scalar'),             # before numpy 2
+]

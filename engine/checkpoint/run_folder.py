@@ -3,7 +3,6 @@
 import datetime
 import json
 import os
-import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -13,10 +12,10 @@ from typing import NamedTuple
 import filelock
 import torch
 
-from engine.atomic_files import atomic_write
+from engine.atomic_files import atomic_write, remove
 from engine.checkpoint import gathered
 from engine.checkpoint import sharded as sharded_checkpoint
-from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
+from engine.checkpoint.contents import RESUME_NEEDS, STATE_NEEDS, Checkpoint
 from engine.checkpoint.gathered import MODEL, PREVIOUS, STATE
 from engine.distributed import Environment
 from engine.errors import UserError
@@ -103,7 +102,7 @@ def ckpt_as_state(out_dir):
         raise UserError(f'{out_dir} holds no run to resume (no {STATE}, no {MODEL}); '
                         f'check --out_dir, or start one with --init_from=scratch')
 
-    state = gathered.read_ckpt(out_dir)
+    state = gathered.read_ckpt(out_dir, RESUME_NEEDS)
 
     if state.optimizer is None:
         note = 'without optimizer state, which starts afresh'
@@ -129,7 +128,7 @@ def newest_checkpoint(out_dir: str | Path) -> Checkpoint:
             state, _ = load_state(out_dir)
         except UserError:                           # ckpt.pt is whole, and the states are not
             return saved
-        if state.shards_folder and state.iter_num > saved.iter_num:
+        if state.shards_folder and state.iter_num > (saved.iter_num or 0):
             return with_weights(state)
     return saved
 
@@ -205,7 +204,7 @@ def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bo
 def read_chosen_state(path):
     """The state that rank 0 chose, on another rank. Rank 0 has verified the files of the shards."""
     if path.name == MODEL:
-        return gathered.read_ckpt(path.parent)
+        return gathered.read_ckpt(path.parent, RESUME_NEEDS)
     if path.is_dir():
         return sharded_checkpoint.load_rest(path)
     return read_state(path)
@@ -266,19 +265,11 @@ def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
         move_aside(out_dir, state.stands_in_for)
 
 
-def remove(path):
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def move_aside(out_dir, name):
     """Give a damaged state the name state.damaged, if it is there."""
-    if (out_dir / name).exists():
+    if os.path.lexists(out_dir / name):
         aside = out_dir / name.replace('state', 'state.damaged')
-        shutil.rmtree(aside, ignore_errors=True)    # a folder is not replaced by a rename
+        remove(aside)                               # a folder is not replaced by a rename
         os.replace(out_dir / name, aside)
 
 

@@ -9,9 +9,7 @@ training goes on, and reads them into any number of ranks. Their names in the fi
 """
 
 import json
-import math
 import os
-import shutil
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,14 +22,14 @@ import torch.distributed as dist
 from torch import nn
 
 from engine import distributed
-from engine.atomic_files import atomic_write, sync_folder
+from engine.atomic_files import advice_on, atomic_write, remove, sync_folder
 from engine.checkpoint.contents import (
     STATE_NEEDS,
     Checkpoint,
     check_finite,
     find_not_finite,
 )
-from engine.checkpoint.gathered import read, write
+from engine.checkpoint.gathered import first_cause, read, write_unchecked
 from engine.errors import RunError, UserError
 
 STATE = 'state'
@@ -113,9 +111,12 @@ class ShardedSaver:
         """The temporary folder, which rank 0 makes with `rest` in it, as run.pt."""
         folder = self.out_dir / f'{STATE}.tmp'
         if self.env.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            write(folder / REST, rest)
+            try:
+                remove(folder)
+                folder.mkdir()
+                write_unchecked(folder / REST, rest)
+            except (OSError, RuntimeError) as error:
+                raise self.failed_save(error) from None
         self.env.barrier()
         return folder
 
@@ -129,9 +130,10 @@ class ShardedSaver:
         with atomic_write(folder / CHECKSUMS) as file:
             json.dump(checksums, file)
 
-        # A crash on any line here leaves state/ or state.prev/ whole.
-        if (self.out_dir / STATE).exists():
-            shutil.rmtree(self.out_dir / PREVIOUS, ignore_errors=True)
+        # A crash on any line here leaves state/ or state.prev/ whole. Where one of them is a link,
+        # the folder that it points to stays.
+        if os.path.lexists(self.out_dir / STATE):
+            remove(self.out_dir / PREVIOUS)
             os.replace(self.out_dir / STATE, self.out_dir / PREVIOUS)
         os.replace(folder, self.out_dir / STATE)
         sync_folder(self.out_dir)
@@ -161,16 +163,19 @@ class ShardedSaver:
     def wait(self) -> None:
         """Wait until the last save is on disk. RunError where it failed."""
         error = self.settle()
-        if error is None:
-            return
+        if error is not None:
+            raise self.failed_save(error) from None
 
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+    def failed_save(self, error):
+        """The RunError that says why state/ could not be written, and what to do."""
+        cause = first_cause(error)
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
         if any((self.out_dir / name).exists() for name in (STATE, PREVIOUS)):
             advice = 'go on from the state before it with --init_from=auto'
         else:
             advice = 'start again'
-        raise RunError(f'{self.out_dir / STATE} could not be written ({lines[-1][:200]}); '
-                       f'make room, and {advice}') from None
+        return RunError(f'{self.out_dir / STATE} could not be written ({lines[-1][:200]}); '
+                        f'{advice_on(cause)}, and {advice}')
 
 
 def split_moments(state):
@@ -221,7 +226,8 @@ def checksum(path):
 # Loading
 
 def verify(folder: Path) -> None:
-    """UserError where a file of shards is missing, unknown, or not as it was written.
+    """UserError where a file of shards is missing, unknown, or not as it was written, and where the
+    pieces of a tensor do not join.
 
     It reads every file whole, so one rank does it for all.
     """
@@ -239,6 +245,7 @@ def verify(folder: Path) -> None:
                 raise UserError(f'{name} fails its checksum')
     except (OSError, ValueError, RecursionError) as error:      # UserError is a ValueError
         raise UserError(f'{folder} cannot be read: {error}') from None
+    read_sizes(folder)
 
 
 def checksum_of_file(path):
@@ -278,22 +285,54 @@ def read_sizes(folder):
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        metadata = reader.read_metadata().state_dict_metadata
-        sizes = {name: tuple(found.size) for name, found in metadata.items()}
-        stored = sum(path.stat().st_size for path in Path(folder).glob('*.safetensors'))
-        if sum(math.prod(size) for size in sizes.values()) > stored:
-            raise UserError('its tensors are larger than its files')
-        return reader, sizes
+        tensors = reader.read_metadata().state_dict_metadata
     except Exception as error:                      # a hostile header can raise anything
         text = ' '.join(str(error).split())
-        raise UserError(f'{folder} cannot be read: {text[:200]}') from None
+        raise UserError(f'{folder} cannot be read: its files do not say which part of which '
+                        f'tensor they hold ({type(error).__name__}: {text[:100]})') from None
+
+    sizes = {}
+    for name, tensor in tensors.items():
+        pieces = [(tuple(piece.offsets), tuple(piece.sizes)) for piece in tensor.chunks]
+        sizes[name] = joined_size(pieces)
+        if sizes[name] is None:
+            raise UserError(f'{folder} cannot be read: the pieces of {name[:100]} do not join to '
+                            f'a whole; a file is missing, or was changed')
+    return reader, sizes
+
+
+def joined_size(pieces):
+    """The size of the tensor that the pieces make up, or None where they leave a hole or overlap.
+
+    pieces: [(offsets, size)], in any order. A save divides a tensor by its rows alone.
+    """
+    rows = 0
+    width = None                                    # the size of a row
+    for offsets, size in sorted(pieces):
+        if not size:                                # one number, which is never divided
+            return size if pieces == [((), ())] else None
+        if size[0] == 0:                            # of a rank that has no rows of this tensor
+            continue
+
+        is_next = offsets == (rows, *[0] * (len(size) - 1))
+        if not is_next or width not in (None, size[1:]):
+            return None
+        rows += size[0]
+        width = size[1:]
+    if width is None:
+        return None
+    return (rows, *width)
 
 
 def read_tensors(tensors, reader, alone):
     """Read {name: tensor} in place. A collective, unless `alone`."""
-    from torch.distributed.checkpoint import load
-    with warnings.catch_warnings(action='ignore'):  # PyTorch warns that only one process reads
-        load(tensors, storage_reader=reader, no_dist=alone)
+    from torch.distributed.checkpoint import CheckpointException, load
+    try:
+        with warnings.catch_warnings(action='ignore'):  # PyTorch warns that only one process reads
+            load(tensors, storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        text = ' '.join(str(first_cause(error)).split())
+        raise UserError(f'{reader.path} cannot be read: {text[:200]}') from None
 
 
 def load(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer,
@@ -338,14 +377,20 @@ def check_sizes(tensors, sizes, folder):
     """UserError unless the files have the tensors that are to be read, of the same shapes, and no
     others."""
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    different = [name for name in expected.keys() | sizes.keys()
-                 if expected.get(name) != sizes.get(name)]
-
-    if any(name.startswith('model.') for name in different):
-        raise UserError(f'{folder} cannot be used: the model has another shape; '
-                        f'block_size cannot change with --checkpoint=sharded')
-    if different:
+    if any(parse_name(name).weight is None for name in expected.keys() ^ sizes.keys()):
         raise UserError(f'{folder} cannot be used: the run had another --optimizer')
+
+    for name in sorted(expected.keys() | sizes.keys()):
+        found = sizes.get(name, 'missing')
+        wanted = expected.get(name, 'missing')
+        if found == wanted:
+            continue
+        if name == 'model.transformer.wpe.weight':
+            advice = 'block_size cannot change with --checkpoint=sharded'
+        else:
+            advice = 'move it away, and the state before it is read'
+        raise UserError(f'{folder} cannot be used: {name[:100]} is {found} in its files and '
+                        f'{wanted} in the model; {advice}')
 
 
 def with_moments(saved, moments):

@@ -3,7 +3,8 @@
 Most of a token's time goes into reading the weights from memory. `optimize_for_generation` stores
 the weight of each Linear in a layout that depends only on the precision and the number of
 sequences. So a command gives the same text each time. With another number of sequences at once,
-sums may round differently.
+sums round differently, and a text may change: no layout that is fast for one row multiplies several
+rows with the same sums.
 """
 
 import torch

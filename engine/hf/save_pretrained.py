@@ -22,7 +22,7 @@ pipeline_tag: text-generation
 # {title}
 
 {parameters:,} parameters, {architecture}, weights in {dtype}; {tokens:,} tokens ({tokenizer}).
-Trained for {iterations:,} iterations{dataset}.
+Trained{iterations}{dataset}.
 
 | loss, nats per token | train | validation |
 |----------------------|------:|-----------:|
@@ -69,16 +69,16 @@ class TrainedModel:
     For the model card:
 
     settings: those that the run was trained with, {name: value}.
-    iter_num: the iteration that the weights are of.
-    best_val_loss: the lowest validation loss until then, in nats.
+    iter_num: the iteration that the weights are of, or None where it is not known.
+    best_val_loss: the lowest validation loss until then, in nats, or None.
     losses: (iteration, train loss, val loss) of each evaluation of the run.
     """
     config: object
     weights: dict[str, torch.Tensor]
     spec: TokenizerSpec
     settings: dict
-    iter_num: int
-    best_val_loss: float
+    iter_num: int | None
+    best_val_loss: float | None
     losses: list[tuple[int, float, float]]
 
 
@@ -219,6 +219,10 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
     if spec.end_of_text is None:
         special_tokens = CARD_SPECIAL_TOKENS
 
+    iterations = ''
+    if trained.iter_num is not None:
+        iterations = f' for {trained.iter_num:,} iterations'
+
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')),
         parameters=model.num_parameters(),
@@ -226,7 +230,7 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
         dtype=dtype,
         tokens=spec.vocab_size,
         tokenizer=cell(tokenizer),
-        iterations=trained.iter_num,
+        iterations=iterations,
         dataset=dataset,
         losses='\n'.join(loss_rows(trained)),
         prompt=prompt,
@@ -239,9 +243,12 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
 def loss_rows(trained):
     """Rows of a table: the last evaluation up to the checkpoint, and the best one."""
     rows = [f'| iteration {iteration:,} | {train:.4f} | {val:.4f} |'
-            for iteration, train, val in trained.losses if iteration <= trained.iter_num]
-    best = f'| best evaluation | | {trained.best_val_loss:.4f} |'
-    return [*rows[-1:], best]
+            for iteration, train, val in trained.losses
+            if trained.iter_num is None or iteration <= trained.iter_num]
+    rows = rows[-1:]
+    if trained.best_val_loss is not None:
+        rows.append(f'| best evaluation | | {trained.best_val_loss:.4f} |')
+    return rows
 
 
 def cell(value):

@@ -19,7 +19,6 @@ Large attention logits: Wortsman et al. 2023 (arXiv:2309.14322). Entropy near 0:
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from statistics import median
@@ -75,7 +74,6 @@ class HealthMonitor:
         self.start_nonzero = {name for name, parameters in self.parameters.items()
                               if any(parameter.any() for parameter in parameters)}
 
-        self.clipped = deque(maxlen=CLIPPED_WINDOW)     # True for a step that was clipped
         self.warned = set()             # the quantities that were warned of
         self.before = None              # {layer: BeforeStep} during a step that is measured
         self.unread = {}                # {iteration: UnreadMeasurement}
@@ -185,20 +183,22 @@ class HealthMonitor:
         Every finished step is reported, in order. grad_norm: the norm before clipping.
         """
         limit = self.run.grad_clip
-        self.clipped.append(limit > 0 and math.isfinite(grad_norm) and grad_norm > limit)
+        clipped_steps = self.run.clipped
+        clipped_steps.append(limit > 0 and math.isfinite(grad_norm) and grad_norm > limit)
+        del clipped_steps[:-CLIPPED_WINDOW]
         if iteration not in self.unread:
             return
 
         names, read = self.unread.pop(iteration)
         found = dict(zip(names, read()))
-        clipped = sum(self.clipped) / len(self.clipped)
+        clipped = sum(clipped_steps) / len(clipped_steps)
 
         if self.run.writer:
             numbers = {f'{PREFIX}/{layer}/{quantity}': value
                        for (layer, quantity), value in found.items()}
             self.run.writer.write(iteration, **numbers, **{CLIPPED: clipped})
 
-        for line in format_table(iteration, found, clipped, len(self.clipped)):
+        for line in format_table(iteration, found, clipped, len(clipped_steps)):
             log.info(line)
         for line in self.new_warnings(iteration, found, clipped):
             log.warning(line)
@@ -207,7 +207,7 @@ class HealthMonitor:
         """A line for each quantity that is over its limit for the first time in this process."""
         causes = {}             # {quantity: what is wrong}
 
-        window_is_full = len(self.clipped) == CLIPPED_WINDOW
+        window_is_full = len(self.run.clipped) == CLIPPED_WINDOW
         if window_is_full and clipped > LIMITS['clipped'].value:
             causes['clipped'] = f'{clipped:.0%} of the last {CLIPPED_WINDOW} steps were clipped'
 

@@ -1,4 +1,4 @@
-"""A model on its device and over its ranks: wrapping, sharding, gradients, whole tensors to save.
+"""A model on its device and over its ranks: wrapping, sharding, gradients.
 
 A strategy says what a rank holds. ddp: everything. fsdp: a shard of the weights, gradients and
 moments. hsdp: a shard, the same on each machine.
@@ -7,7 +7,6 @@ Sources: FSDP (Zhao et al. 2023, arXiv:2304.11277), torch.distributed.fsdp.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -201,7 +200,7 @@ def sync_gradients(wrapped_model: nn.Module, enabled: bool) -> AbstractContextMa
     return nullcontext()
 
 
-# Whole tensors and shards
+# Shards
 
 def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`value` with as many rows as `parameter`, and sharded as it is.
@@ -216,29 +215,3 @@ def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh,
                              parameter.placements, src_data_rank=None)
-
-
-def gather(value: Any) -> Any:
-    """`value` with each sharded tensor in it whole: in CPU memory on rank 0, None on the others.
-
-    value: nested dicts and lists, the same on every rank. A collective, one tensor at a time.
-    """
-    if is_shard(value):
-        whole = value.full_tensor()
-        return whole.cpu() if dist.get_rank() == 0 else None
-    if isinstance(value, dict):
-        return {key: gather(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [gather(item) for item in value]
-    return value
-
-
-def gather_weights(model: nn.Module) -> dict:
-    """model.state_dict() with whole weights, as `gather` has them. Tied weights share memory."""
-    if not any(is_shard(parameter) for parameter in model.parameters()):
-        return model.state_dict()
-
-    parameters = model.state_dict(keep_vars=True)
-    whole = {parameter: gather(parameter.detach())
-             for parameter in dict.fromkeys(parameters.values())}
-    return {name: whole[parameter] for name, parameter in parameters.items()}

@@ -4,7 +4,7 @@ import math
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,6 +178,8 @@ class Run:
     seed: int
     progress: Progress
     out_dir: str = ''
+    # whether the gradient was clipped in each of the last steps; a HealthMonitor keeps it
+    clipped: list[bool] = field(default_factory=list)
     # what the run is trained with, for its checkpoints
     settings: dict | None = None        # train.py's, {name: value}
     tokenizer: dict | None = None       # the spec of the dataset's tokenizer
@@ -281,8 +283,8 @@ class Run:
             self.saver.save(self.model, state)
             return
 
-        state.model = parallel.gather_weights(self.model)
-        state.optimizer = parallel.gather(state.optimizer)
+        state.model = gathered.gather_weights(self.model)
+        state.optimizer = gathered.gather(state.optimizer)
         if not env.is_main:
             return
 
@@ -294,9 +296,13 @@ class Run:
 
     def to_checkpoint(self) -> Checkpoint:
         """The run as it is now. Weights and moments are shards where the parameters are."""
+        clipped = None                          # files of most runs have no such field
+        if self.clipped:
+            clipped = self.clipped
         return Checkpoint(
             **self.model.to_checkpoint(),
             **asdict(self.progress),
+            clipped=clipped,
             wandb_id=self.writer.wandb_id if self.writer else None,
             config=self.settings,
             tokenizer=self.tokenizer,
@@ -396,9 +402,13 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
     bytes_per_token = None
     if env.is_main:
         bytes_per_token = data.bytes_per_token()
+    clipped = []
+    if saved and saved.clipped and settings['health_interval']:
+        clipped = [value is True for value in saved.clipped]
 
     return Run(
         model, wrapped_model.train(), optimizer, scaler, batch_schedule,
         grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
-        out_dir=settings['out_dir'], settings=settings, tokenizer=data.tokenizer.to_dict(),
+        out_dir=settings['out_dir'], clipped=clipped,
+        settings=settings, tokenizer=data.tokenizer.to_dict(),
         fingerprint=data.fingerprint, dtype=env.dtype, bytes_per_token=bytes_per_token)

@@ -3,16 +3,25 @@
 Faults while they are written are in test_faults.py.
 """
 
+import errno
 import itertools
 import os
 import pickle
+import shlex
+import struct
+import sys
 import zipfile
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from harness import script_settings
 
+import train as train_script
 from engine.checkpoint import gathered, run_folder
 from engine.checkpoint import sharded as sharded_checkpoint
 from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
@@ -289,6 +298,19 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, value):
         gathered.read_ckpt(tmp_path)
 
 
+@pytest.mark.parametrize('number, advice', [
+    (errno.ENOSPC, 'make room, and go on with'),
+    (errno.EROFS, 'mount that disk for writing, and go on with'),
+    (errno.EIO, 'mend that, and go on with'),
+])
+def test_a_failed_save_says_what_to_do(tmp_path, monkeypatch, number, advice):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(RunError, match=f'{os.strerror(number)}.*; {advice} --init_from=auto'):
+        save_state(tmp_path, *trained_gpt(0))
+
+
 def test_a_folder_that_is_gone_is_one_plain_failure(tmp_path):
     with pytest.raises(RunError, match='nowhere was deleted during the run'):
         save_state(tmp_path / 'nowhere', *trained_gpt(0))
@@ -404,7 +426,6 @@ DAMAGED = {
     'list': (changed(lambda payload: [1, 2]), 'it holds a list, not a checkpoint'),
     'tensor': (changed(lambda payload: torch.zeros(3)), 'it holds a Tensor, not a checkpoint'),
     'no model_args': (without('model_args'), 'lacks model_args'),
-    'no iter_num': (without('iter_num'), 'lacks iter_num'),
     'model_args is None': (with_value('model_args', None), 'lacks model_args'),
     'dtype is a number': (with_value('dtype', 16), 'its dtype is a int, not a str'),
     'model is a list': (with_value('model', [1]), 'its model is not a dict of named weights'),
@@ -413,7 +434,7 @@ DAMAGED = {
     'best_val_loss': (with_value('best_val_loss', float('nan')), 'best_val_loss=nan'),
     'config is text': (with_value('config', 'hello'), 'its config is a str, not a dict'),
     'layers': (with_argument(n_layer=10 ** 9), 'n_layer=1000000000 should be'),
-    'too many layers': (with_argument(n_layer=900), 'the weights have 2 layers, the settings 900'),
+    'too many layers': (with_argument(n_layer=90), 'the weights have 2 layers, the settings 90'),
     'channels': (with_argument(n_embd=2 ** 40), 'n_embd=1099511627776 should be'),
     'positions': (with_argument(block_size=2 ** 62), 'block_size=4611686018427387904 should be'),
     'wider': (with_argument(n_embd=2 ** 17), 'weight lm_head.weight'),
@@ -447,6 +468,23 @@ def test_a_damaged_file_is_refused_and_never_executed(out_dir, load, damage):
     file = {'train': 'state.pt', 'sample': 'ckpt.pt'}[load]
     assert str(out_dir / file) in str(refused.value)
     assert not (out_dir / 'ran').exists()
+
+
+@pytest.mark.parametrize('key', ['iter_num', 'best_val_loss'])
+def test_a_model_needs_no_progress_and_a_run_does(out_dir, key):
+    """Some tools write neither. sample.py and export.py read the model."""
+    without(key)(out_dir)
+    saved = run_folder.newest_checkpoint(out_dir)
+    assert getattr(saved, key) is None
+    assert GPT.from_checkpoint(saved).config.n_layer == 2
+
+    words = f'lacks {key}; no run can go on from it; sample.py and export.py need neither'
+    with pytest.raises(UserError, match=words):
+        run_folder.load_state(out_dir)
+    for name in ('state.pt', 'state.prev.pt'):
+        (out_dir / name).unlink()
+    with pytest.raises(UserError, match=words):         # of ckpt.pt alone
+        run_folder.load_state(out_dir)
 
 
 def test_a_payload_that_contains_itself_is_read(out_dir):
@@ -512,6 +550,98 @@ def test_no_run_is_told_from_a_damaged_one(tmp_path):
         run_folder.load_state(tmp_path)
 
 
+# Numbers of numpy, objects of a class
+
+class BigEndian:
+    """Unpickling it makes a number of numpy from the bytes of a machine with the other order."""
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (np.dtype('>f8'), struct.pack('>d', 2.5))
+
+
+@pytest.mark.parametrize('number', [
+    np.float64(2.5), np.float32(2.5), np.float16(2.5), np.int64(-3), np.uint8(200), np.int32(7),
+    np.bool_(True), BigEndian(),
+], ids=lambda number: type(number).__name__)
+def test_a_number_of_numpy_is_read_as_pythons_own(out_dir, number):
+    with_value('config', {'here': number})(out_dir)
+    found = run_folder.newest_checkpoint(out_dir).config['here']
+    expected = number.item() if isinstance(number, np.generic) else 2.5
+    assert type(found) is type(expected)
+    assert found == expected
+
+
+def test_a_loss_of_numpy_resumes(out_dir):
+    with_value('best_val_loss', np.float64(2.25))(out_dir)
+    assert run_folder.load_state(out_dir)[0].best_val_loss == 2.25
+
+
+class OfNumpy:
+    """Unpickling it calls numpy's function that makes a scalar, with any arguments."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, self.arguments
+
+
+@pytest.mark.parametrize('value', [
+    np.str_('text'),
+    np.complex128(1j),
+    OfNumpy(np.dtype('O'), [1, 2]),
+    OfNumpy(np.dtype('f8'), b'1234'),                   # too short
+    OfNumpy(np.dtype('f8'), 'text'),
+    OfNumpy('f8', bytes(8)),
+    OfNumpy(np.dtype([('a', 'f8')]), bytes(8)),
+], ids=range(7))
+def test_no_other_value_of_numpy_is_read(out_dir, value):
+    with_value('config', {'here': value})(out_dir)
+    with pytest.raises(UserError, match='ckpt.pt cannot be read: it ') as refused:
+        run_folder.newest_checkpoint(out_dir)
+    assert '\n' not in str(refused.value)
+
+
+@dataclass
+class GPTConfig2:
+    """The configuration of a model as other trainers pickle it into their checkpoints."""
+    block_size: int = 16
+    vocab_size: int = 17
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 32
+
+
+@pytest.mark.parametrize('config, has_args', [
+    (GPTConfig2(), False),                              # the shape of the model
+    (SimpleNamespace(dataset='toy', eval_iters=9), True),       # the settings of the run
+])
+def test_the_command_that_saves_a_pickled_config_again(tmp_path, monkeypatch, config, has_args):
+    """It is in the refusal, and it runs no code of the file."""
+    model, _ = trained_gpt()
+    payload = dict(model=model.state_dict(), config=config, val_loss=3.07)
+    if has_args:
+        payload['model_args'] = SHAPE
+    path = tmp_path / 'a run' / 'ckpt.pt'
+    path.parent.mkdir()
+    torch.save(payload, path)
+    with pytest.raises(UserError, match='to save it again as plain values, type: ') as refused:
+        gathered.read_ckpt(path.parent)
+
+    python, option, program, argument = shlex.split(str(refused.value).split('type: ')[1])
+    assert (python, option, argument) == ('python', '-c', str(path))
+    monkeypatch.setattr(sys, 'argv', ['-c', argument])
+    try:
+        exec(program, {})
+    finally:
+        torch.serialization.clear_safe_globals()
+
+    saved = gathered.read_ckpt(path.parent)
+    assert same_weights(model, GPT.from_checkpoint(saved))
+    assert saved.config == vars(config)
+    assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
+
+
 # Several ranks
 
 class OtherRank:
@@ -546,6 +676,19 @@ def test_every_rank_reads_the_state_that_rank_0_chose(tmp_path):
     (tmp_path / 'state.pt').unlink()
     with pytest.raises(UserError, match='state.pt cannot be read: it does not exist'):
         run_folder.open_run(tmp_path, 'auto', False, False, OtherRank(tmp_path / 'state.pt', []))
+
+
+def test_a_resume_that_is_refused_is_refused_on_all_ranks(monkeypatch):
+    """So rank 0 alone prints the line."""
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 2, 'one of two ranks')
+    env.all_gather = lambda value: [value, value]
+    saved = Checkpoint(model_args=SHAPE, config={'strategy': 'fsdp'})
+    opened = run_folder.OpenedRun(saved, [], None)
+    monkeypatch.setattr(run_folder, 'open_run', lambda *arguments: opened)
+    with script_settings(train_script, '--init_from=resume', '--health_interval=5') as overrides:
+        with pytest.raises(UserError, match='health_interval measures whole layers') as refused:
+            train_script.resume_or_begin(overrides, env)
+    assert refused.value.on_all_ranks
 
 
 def test_one_rank_verifies_the_shards_for_all(tmp_path, monkeypatch):

@@ -113,6 +113,23 @@ def test_a_text_depends_on_its_seed_alone(dtype, batch_size, set_threads):
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
+@pytest.mark.parametrize('dtype', PRECISIONS)
+def test_one_sequence_and_many_differ_by_rounding_alone(dtype):
+    """With GPT-2's vocabulary: the logits of each of 12 sequences, alone and with the others."""
+    model = build(n_layer=1, n_embd=64, vocab_size=50304).to(dtype)
+    idx = torch.randint(50304, (12, 1))
+    exact = copy.deepcopy(model).double()(idx)[0]
+    alone = copy.deepcopy(model)
+    optimize_for_generation(alone, 1)
+    optimize_for_generation(model, 12)
+
+    together = model(idx)[0]
+    one_by_one = torch.cat([alone(row)[0] for row in idx.split(1)])
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for logits in (together, one_by_one):
+        assert (logits - exact).norm() < tolerance * exact.norm()
+
+
 def test_a_transposed_weight_keeps_its_text():
     model = build()
     idx = torch.randint(50, (1, 5))
