@@ -146,7 +146,7 @@ def why_no_cuda():
         reason = (f'the NVIDIA driver {driver} is too old for the CUDA {torch.version.cuda} of '
                   f'this PyTorch; update it to {oldest} or later')
         if cuda_major > LEGACY_CUDA and driver_number >= OLDEST_DRIVER[LEGACY_CUDA]:
-            reason += f', or type `{command_to_install(LEGACY_BUILD)}`'
+            reason += f', or for a GPU before Hopper type `{command_to_install(LEGACY_BUILD)}`'
         return reason
 
     return (f'this PyTorch finds no CUDA GPU, although the NVIDIA driver {driver} is there; '
@@ -179,6 +179,8 @@ def check_capability(index):
             return
 
     advice = 'install a later PyTorch'
+    if torch.version.cuda and torch.version.cuda.startswith(f'{LEGACY_CUDA}.'):
+        advice = f'type `{command_to_install("cu130")}`'
     if capability < min(built_for):
         advice = 'no later PyTorch has it either'
         if capability >= LEGACY_CAPABILITY and min(built_for) > (7, 0):
@@ -232,6 +234,13 @@ def find_dtype(device):
     if device.type == 'cpu' and cpu_multiplies_bfloat16():
         reason += '; this CPU has fast --dtype=bfloat16'
     return Choice('float32', reason)
+
+
+def dtype_of_gpu(name: str) -> str:
+    """The precision that 'auto' chooses on a GPU that is known by name only."""
+    if re.search(r'\b(V100|T4)\b', name):
+        return 'float16'
+    return 'bfloat16'
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -357,7 +366,7 @@ def peak_flops(device: torch.device, dtype: str, budget: float = 0.05) -> float 
     return None
 
 
-def data_sheet_flops(name, dtype):
+def data_sheet_flops(name: str, dtype: str) -> float | None:
     """Operations per second of the GPU of this name, or None where PEAK_TFLOPS lacks it."""
     if 'MIG' in name:                   # a slice of a GPU
         return None

@@ -99,7 +99,8 @@ CUDA_12 = ['sm_50', 'sm_60', 'sm_70', 'sm_75', 'sm_80', 'sm_86', 'sm_90']
     ((6, 1), CUDA_13, 'cu126'),
     ((3, 7), CUDA_13, 'no later PyTorch has it either'),
     ((6, 1), CUDA_12, None),
-    ((12, 0), CUDA_12, 'install a later PyTorch'),
+    ((13, 0), CUDA_13, 'install a later PyTorch'),
+    ((12, 0), CUDA_12, 'cu130'),
     ((12, 0), [*CUDA_12, 'compute_90'], None),          # the driver compiles it
     ((9, 4), ['gfx90a', 'gfx942'], None),               # AMD
 ])
@@ -111,11 +112,12 @@ def test_a_gpu_without_code_in_this_pytorch_is_refused(
     monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built_for)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index: 'Tesla V100')
+    monkeypatch.setattr(torch.version, 'cuda', '12.6' if built_for == CUDA_12 else '13.0')
     if advice is None:
         assert devices.choose_device('cuda').value == GPU
         return
 
-    if advice == 'cu126':
+    if advice.startswith('cu'):
         advice = install(advice)
     found = f'Tesla V100 has capability {capability[0]}.{capability[1]}, '
     with pytest.raises(UserError) as refusal:
