@@ -6,6 +6,7 @@
     python bench.py --bench=data --real_data=True       # the same, and reading batches
     python bench.py --profile=True                      # writes a trace for ui.perfetto.dev
     python bench.py --report=figures.md                 # all of these, as a table for this machine
+    python bench.py --plan=H100 --config=train_gpt2     # memory and time of a step, by arithmetic
 """
 
 import json
@@ -13,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,6 +25,7 @@ from console import print0, report_errors  # before torch: see console.py
 import torch
 
 import configurator
+import train  # the one script that another imports: a copy would drift
 from engine import device as devices
 from engine import distributed
 from engine.dataloader.batches import TokenDataset, WeightedBatch, prefetch
@@ -33,11 +36,11 @@ from engine.hf import weights as hf_weights
 from engine.metrics import bench_report
 from engine.prepare.encode import in_order, safe_pieces
 from engine.tokenizer import Tokenizer, padded_vocab_size
-from engine.training import optim, parallel
+from engine.training import optim, parallel, settings_checks
 from engine.training.cpu import keep_freed_memory
+from engine.training.plan import Step, describe_plan
 from engine.training.run import BatchSchedule, Progress, Run
 from model import GPT, GPTConfig
-from train import train_step  # the one script that another imports: a copy would drift
 
 # work
 bench = 'train'                         # what to time: train, sample or data
@@ -66,6 +69,15 @@ steps = 20                              # steps that are timed one by one; sampl
 profile = False                         # True records 5 steps more as bench-trace.json
 report = ''                             # file for a table of everything that this machine can time
 figures = False                         # True prints the figures as a last line of JSON
+# a plan
+plan = ''                               # name of a GPU, such as H100: prints what a step takes
+                                        # there by arithmetic, and times nothing
+config = ''                             # config file of train.py to plan; flags of this script
+                                        # change it
+init_from = 'scratch'                   # scratch, or weights to plan the finetuning of: gpt2,
+                                        # gpt2-medium, gpt2-large or gpt2-xl
+gpus = 1                                # GPUs to plan for, up to 8 in each machine
+assumed_mfu = 0.4                       # share of the GPU's peak that a plan counts on
 # machine
 device = 'auto'                         # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'                          # auto, float32, bfloat16 or float16
@@ -77,6 +89,14 @@ seed = 1337
 
 GIB = 2 ** 30
 TRACE = 'bench-trace.json'
+# Shapes of OpenAI's weights, for a plan of finetuning: layers, heads, channels
+GPT2 = {
+    'gpt2': (12, 12, 768),
+    'gpt2-medium': (24, 16, 1024),
+    'gpt2-large': (36, 20, 1280),
+    'gpt2-xl': (48, 25, 1600),
+}
+GPT2_VOCAB_SIZE = 50257
 
 
 # Timing
@@ -211,11 +231,33 @@ def read_batches(data):
     return batch
 
 
-def project_step(run, batches, env, losses):
-    """One step of train.py, until its loss is read and appended to `losses`."""
-    loss = train_step(run, batches, env)['loss']
-    losses.append(devices.read_async(loss[None])()[0])
-    run.count_iteration()
+class ProjectStep:
+    """The step of train.py. A call runs one.
+
+    As in train.py, a GPU runs a step while the loss of the step before is read. Beside another
+    model each call waits for its own loss, or a step would take time from the other model.
+    """
+
+    def __init__(self, run, batches, env, waits):
+        self.run = run
+        self.batches = batches
+        self.env = env
+        self.losses = []                # those that are read
+        self.unread = deque()           # functions that wait for a loss
+        self.n_unread = 0
+        if devices.is_asynchronous(env.device) and not waits:
+            self.n_unread = 1
+
+    def __call__(self):
+        loss = train.train_step(self.run, self.batches, self.env)['loss']
+        self.unread.append(devices.read_async(loss[None]))
+        self.run.count_iteration()
+        self.read_losses(leave=self.n_unread)
+
+    def read_losses(self, leave=0):
+        """Read all losses but the newest `leave`."""
+        while len(self.unread) > leave:
+            self.losses += self.unread.popleft()()
 
 
 def transformers_step(reference, optimizer, batches, env):
@@ -248,8 +290,7 @@ def bench_train(env):
     reference = build_reference(model, env)
     run = build_run(model, env)
     batches = prefetch(make_batch, batch_requests(env), env.device)
-    losses = []
-    step = partial(project_step, run, batches, env, losses)
+    step = ProjectStep(run, batches, env, waits=reference is not None)
     functions = {'this project': step}
     if reference:
         optimizer = torch.optim.AdamW(
@@ -261,6 +302,7 @@ def bench_train(env):
     n_tokens = n_sequences * env.world_size * block_size
     peaks = [devices.peak_flops(env.device, env.dtype, budget=0.3)]
     times = time_interleaved(functions, warmup_steps, steps)
+    step.read_losses()
     seconds = print_times(times, n_tokens, 'tokens/s')
     peaks.append(devices.peak_flops(env.device, env.dtype, budget=0.3))
 
@@ -270,7 +312,7 @@ def bench_train(env):
         peak = max(peaks)
         peak_tflops = peak / 1e12
     mfu = model.estimate_mfu(n_sequences, seconds, peak)
-    print_step(losses, mfu, peak, env)
+    print_step(step.losses, mfu, peak, env)
     if not reference:
         print_memory(run, env)
     if profile:
@@ -367,11 +409,14 @@ def bench_sample(env, n_sequences):
         reference.model.to(devices.DTYPES[reference.dtype]).eval()
         functions['transformers'] = partial(generate_by_transformers, reference.model, prompt)
 
-    # the times, against the rate at which this machine reads memory
-    bandwidth = devices.memory_bandwidth(env.device)
+    # the times, and the peak of memory before the bandwidth is measured, which takes gigabytes
     n_tokens = new_tokens * n_sequences
     times = time_interleaved(functions, 1, max(2, steps // 4))
+    memory = devices.peak_memory(env.device)
     seconds = print_times(times, n_tokens, 'tokens/s')
+
+    # the rate at which weights were read, against that of this machine
+    bandwidth = devices.memory_bandwidth(env.device)
     read = n_bytes * new_tokens / seconds           # each token reads all weights once
     print0(f'weights      {read / 1e9:.1f} GB/s read, {read / bandwidth:.0%} of the '
            f'{bandwidth / 1e9:.1f} GB/s measured here')
@@ -379,7 +424,7 @@ def bench_sample(env, n_sequences):
     return dict(
         tokens_per_second=n_tokens / seconds,
         bandwidth_share=read / bandwidth,
-        memory_gib=devices.peak_memory(env.device) / GIB,
+        memory_gib=memory / GIB,
     )
 
 
@@ -433,12 +478,94 @@ def bench_encoding():
     return dict(mb_per_second=megabytes / seconds)
 
 
+# A plan
+
+def settings_to_plan(overrides):
+    """train.py's settings of the run that is planned, {name: value}.
+
+    They are those of `config` and what this command changes, or without `config` this script's.
+    """
+    settings = dict(vars(train))
+    known = configurator.read_settings(train.__file__)
+    changes = overrides
+    if config:
+        configurator.configure(settings, [config])
+    else:
+        changes = configurator.snapshot(globals())
+    settings.update({name: value for name, value in changes.items() if name in known})
+    settings_checks.check_training(settings)
+    return settings
+
+
+def model_to_plan(settings, overrides):
+    """The model of train.py's settings, without memory for its weights."""
+    shape = {name: settings[name] for name in train.MODEL_SETTINGS}
+    size = vocab_size
+    source = settings['init_from']
+    if source in GPT2:
+        for name in ('n_layer', 'n_head', 'n_embd', 'bias', 'vocab_size'):
+            if name in overrides:
+                raise UserError(f'init_from={source} decides {name}; leave out --{name}, or add '
+                                f'--init_from=scratch')
+        shape['n_layer'], shape['n_head'], shape['n_embd'] = GPT2[source]
+        shape['bias'] = True
+        size = GPT2_VOCAB_SIZE
+    elif source not in ('scratch', 'auto', 'resume'):
+        raise UserError(f'init_from={source}: a plan knows the shapes of {", ".join(GPT2)}; '
+                        f'add --init_from=scratch and name --n_layer, --n_head and --n_embd')
+
+    with torch.device('meta'):
+        return GPT(GPTConfig(settings['block_size'], size, dropout=settings['dropout'], **shape))
+
+
+def print_plan(overrides):
+    """Print what a step takes on the GPU `plan`, by arithmetic."""
+    settings = settings_to_plan(overrides)
+
+    # precision and compiler as the GPU would choose them
+    planned_dtype = settings['dtype']
+    if planned_dtype == 'auto':
+        planned_dtype = devices.dtype_of_gpu(plan)
+    peak = devices.data_sheet_flops(plan, planned_dtype)
+    if peak is None:
+        raise UserError(f'plan={plan!r} is no GPU whose peak is known here; '
+                        f"try H100, A100, L40S, 'RTX 4090' or T4")
+
+    # how the GPUs share the batch
+    batch = BatchSchedule(settings['gradient_accumulation_steps'], settings['batch_size'],
+                          settings['block_size'], gpus)
+    ranks = distributed.Environment(
+        torch.device('cuda'), planned_dtype, bool(settings['compile']), 0, 0, gpus, '')
+    parallel.check_strategy(
+        settings['strategy'], settings['reduce_dtype'], ranks, settings['optimizer'])
+
+    step = Step(
+        micro_batch_size=batch.full_share.micro_batch_size,
+        micro_steps=batch.full_share.micro_steps,
+        gpus=gpus,
+        strategy=settings['strategy'],
+        dtype=planned_dtype,
+        compile=bool(settings['compile']),
+        recompute=settings['recompute'],
+        optimizer=settings['optimizer'],
+    )
+    max_iters = settings['max_iters'] if config else None
+    model = model_to_plan(settings, overrides)
+    for line in describe_plan(model, step, plan, assumed_mfu * peak, max_iters):
+        print0(line)
+
+
 # The command
 
-def check_settings():
+def check_settings(overrides):
     """Raise UserError for an impossible setting."""
     counts = 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens'
     configurator.check_range(globals(), counts, 1, 2 ** 20)
+    configurator.check_range(globals(), 'gpus', 1, 2 ** 17)
+    configurator.check_range(globals(), 'assumed_mfu', above=0, below=1)
+    for name in ('config', 'init_from', 'gpus', 'assumed_mfu'):
+        if name in overrides and not plan:
+            raise UserError(f'{name} is for a plan; try --plan=H100, or another GPU')
 
     choices = dict(
         bench=('train', 'sample', 'data'),
@@ -466,32 +593,37 @@ def check_comparison(env):
         raise UserError('compare=transformers runs in one process; start it without torchrun')
 
 
-def write_report(env):
+def write_report():
     """Time everything in processes of their own, and write the table to the file `report`."""
+    summary, kind = bench_report.describe_machine(device, dtype, compile, backend)
+    print0(f'{summary}, PyTorch {torch.__version__}')
     with tempfile.TemporaryDirectory() as folder:
-        on_cpu = env.device.type == 'cpu'
-        rows = bench_report.rows(configurator.ROOT, device, on_cpu, f'{folder}/run')
-        bench_report.write(report, f'Benchmarks on {env.summary}', rows)
+        rows = bench_report.rows(configurator.ROOT, device, kind == 'cpu', f'{folder}/run')
+        bench_report.write(report, f'Benchmarks on {summary}', rows)
     print0(f'wrote {report}')
 
 
 def main(overrides):
-    # settings and machine
-    check_settings()
+    check_settings(overrides)
+    print0(configurator.describe_settings(overrides))
+
+    # what this process leaves to arithmetic, or to other processes
+    if plan:
+        print_plan(overrides)
+        return
+    if report:
+        write_report()
+        return
+
+    # the machine
     env = start_environment(device, dtype, compile, backend)
     if env.device.type == 'cpu':
         keep_freed_memory()
     parallel.check_strategy(strategy, 'float32', env)
     check_comparison(env)
-    print0(configurator.describe_settings(overrides))
     print0(f'{env.summary}, PyTorch {torch.__version__}')
 
-    # everything, each in a process of its own
-    if report:
-        write_report(env)
-        return
-
-    # one of them, here
+    # the work
     if bench == 'train':
         results = bench_train(env)
     elif bench == 'sample':

@@ -117,9 +117,15 @@ def report_errors():
 
 
 def is_out_of_memory(error):
-    """True for Python's MemoryError, and for what PyTorch raises on a GPU and on a CPU."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
-            or 'DefaultCPUAllocator' in str(error))
+    """True for Python's MemoryError, and for what PyTorch and NVIDIA's libraries raise."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, (UserError, RunError, OSError)):
+        return False
+    # PyTorch has a class of its own for its allocator alone. The driver, cuBLAS, cuDNN, NCCL and
+    # the compiler say it in the text of other errors.
+    words = ('out of memory', '_ALLOC_FAILED', 'ALLOCATION_FAILED', 'DefaultCPUAllocator')
+    return type(error).__name__ == 'OutOfMemoryError' or any(word in str(error) for word in words)
 
 
 def print_error(line, error):

@@ -2,7 +2,10 @@
 
 import hashlib
 import math
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,26 +20,40 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 PYTORCH = tuple(int(n) for n in re.findall(r'\d+', torch.__version__)[:3])      # (2, 13, 0)
 
 # Dense tensor-core TFLOP/s from NVIDIA's data sheets: (bfloat16 and float16, float32 as TF32).
-# Volta and Turing have no TF32, so their second number is plain float32. The pattern matches the
-# device's name, and the first match counts.
+# Volta and Turing have no TF32, so their second number is plain float32. A sheet for eight GPUs, or
+# for the two of a GB200, is divided by their number, and one with sparsity by two. The pattern
+# matches the device's name, and the first match counts.
 PEAK_TFLOPS = {
-    r'B200': (2250, 1125),
+    r'GB[23]00': (2500, 1250),
+    r'B[23]00': (2250, 1125),
     r'H200 NVL': (835.5, 417.8),
     r'G?H200': (989.4, 494.7),
-    r'H100 PCIe': (756, 378),
+    r'H[18]00 PCIe': (756, 378),
     r'H100 NVL': (835.5, 417.8),
-    r'H100': (989.4, 494.7),
-    r'A100': (312, 156),
+    r'H[18]00': (989.4, 494.7),
+    r'H20': (148, 74),
+    r'A[18]00': (312, 156),
     r'A40': (149.7, 74.8),
     r'A10': (125, 62.5),
+    r'A10G': (70, 35),
     r'L40S': (362, 183),
+    r'L40': (181, 90.5),
     r'L4': (121, 60),
+    r'RTX 5090': (209.5, 104.8),
     r'RTX 4090': (165.2, 82.6),
     r'RTX 3090': (71, 35.6),
     r'V100-SXM2': (125, 15.7),
     r'V100-PCIE': (112, 14),
     r'T4': (65, 8.1),
 }
+
+# The oldest NVIDIA driver for each major version of CUDA, by the notes on CUDA's releases.
+OLDEST_DRIVER = {12: 525, 13: 580}
+# PyTorch 2.11 to 2.13 is also built for CUDA 12.6. Only this build has code for GPUs of capability
+# 5.0 to 7.0, such as Pascal and Volta (pytorch#175253).
+LEGACY_BUILD = 'cu126'
+LEGACY_CUDA = 12
+LEGACY_CAPABILITY = (5, 0)
 
 
 # Choices: each raises UserError where this machine cannot do what was asked for
@@ -69,12 +86,13 @@ def choose_device(device: str, local_rank: int = 0) -> Choice:
 
     # Which GPU
     if not torch.cuda.is_available():
-        raise UserError(f'device={device}: this PyTorch finds no CUDA GPU; try --device=auto')
+        raise UserError(f'device={device}: {why_no_cuda()}; or try --device=auto')
     index = int(index or local_rank)
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(f'local rank {local_rank} would use GPU {index}, and this machine has '
                         f'{count}; try --nproc_per_node={count}')
+    check_capability(index)
     torch.cuda.set_device(index)
     return Choice(torch.device('cuda', index), reason)
 
@@ -85,7 +103,92 @@ def find_device():
         return Choice('cuda', torch.cuda.get_device_name())
     if torch.backends.mps.is_available() and PYTORCH >= (2, 12):
         return Choice('mps', 'no CUDA')
+    if nvidia_driver():
+        return Choice('cpu', 'PyTorch cannot use the NVIDIA GPU; --device=cuda says why')
     return Choice('cpu', 'no GPU found')
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, such as '580.65.06', or None without one."""
+    program = shutil.which('nvidia-smi')            # it comes with the driver, on Windows too
+    if program is None:
+        return None
+
+    command = [program, '--query-gpu=driver_version', '--format=csv,noheader']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    versions = re.findall(r'^\d+\.[\d.]+', done.stdout, re.MULTILINE)
+    return versions[0] if versions else None
+
+
+def why_no_cuda():
+    """Why PyTorch finds no CUDA GPU, and what to do, as the middle of a sentence."""
+    driver = nvidia_driver()
+    if driver is None or torch.version.hip:
+        return 'this PyTorch finds no CUDA GPU'
+    if os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
+        return 'CUDA_VISIBLE_DEVICES hides every GPU; unset it'
+
+    # PyTorch without CUDA
+    driver_number = int(driver.partition('.')[0])
+    if torch.version.cuda is None:
+        build = 'cu130'
+        if driver_number < OLDEST_DRIVER[13]:
+            build = LEGACY_BUILD
+        return f'this PyTorch is built without CUDA; type `{command_to_install(build)}`'
+
+    # a driver that is older than PyTorch's CUDA
+    cuda_major = int(torch.version.cuda.partition('.')[0])
+    oldest = OLDEST_DRIVER.get(cuda_major, 0)
+    if driver_number < oldest:
+        reason = (f'the NVIDIA driver {driver} is too old for the CUDA {torch.version.cuda} of '
+                  f'this PyTorch; update it to {oldest} or later')
+        if cuda_major > LEGACY_CUDA and driver_number >= OLDEST_DRIVER[LEGACY_CUDA]:
+            reason += f', or for a GPU before Hopper type `{command_to_install(LEGACY_BUILD)}`'
+        return reason
+
+    return (f'this PyTorch finds no CUDA GPU, although the NVIDIA driver {driver} is there; '
+            f'`python -c "import torch; torch.cuda.init()"` prints why')
+
+
+def command_to_install(build):
+    """What to type for this version of PyTorch, built for another CUDA, such as 'cu126'."""
+    version = torch.__version__.partition('+')[0]
+    return (f'pip install torch=={version}+{build} '
+            f'--index-url https://download.pytorch.org/whl/{build}')
+
+
+def check_capability(index):
+    """UserError where this PyTorch has no code for the GPU of this index.
+
+    Code for sm_86 runs on GPUs of capability 8.6 and of later ones of the same major version. Code
+    for compute_86 is compiled by the driver, for any later GPU.
+    """
+    names = re.findall(r'\b(sm|compute)_(\d+)(\d)', ' '.join(torch.cuda.get_arch_list()))
+    if not names:                       # AMD's GPUs have other names
+        return
+
+    capability = torch.cuda.get_device_capability(index)
+    built_for = []
+    for kind, major, minor in names:
+        oldest = (int(major), int(minor))
+        built_for.append(oldest)
+        if capability >= oldest and (kind == 'compute' or capability[0] == oldest[0]):
+            return
+
+    advice = 'install a later PyTorch'
+    if torch.version.cuda and torch.version.cuda.startswith(f'{LEGACY_CUDA}.'):
+        advice = f'type `{command_to_install("cu130")}`'
+    if capability < min(built_for):
+        advice = 'no later PyTorch has it either'
+        if capability >= LEGACY_CAPABILITY and min(built_for) > (7, 0):
+            advice = f'type `{command_to_install(LEGACY_BUILD)}`'
+    found = '.'.join(map(str, capability))
+    known = ', '.join(f'{major}.{minor}' for major, minor in sorted(set(built_for)))
+    raise UserError(f'{torch.cuda.get_device_name(index)} has capability {found}, and this PyTorch '
+                    f'{torch.__version__} has code for {known} only; {advice}, or try --device=cpu')
 
 
 def check_mps():
@@ -133,6 +236,13 @@ def find_dtype(device):
     return Choice('float32', reason)
 
 
+def dtype_of_gpu(name: str) -> str:
+    """The precision that 'auto' chooses on a GPU that is known by name only."""
+    if re.search(r'\b(V100|T4)\b', name):
+        return 'float16'
+    return 'bfloat16'
+
+
 def cpu_multiplies_bfloat16() -> bool:
     """True where the CPU has instructions for bfloat16 products.
 
@@ -172,8 +282,9 @@ def choose_compile(compile: bool | str, device: torch.device) -> Choice:
 
 def try_compiler(device):
     """Compile a small function. Returns None, or in a line why that failed."""
+    number = torch.zeros(1, device=device)      # a full GPU is not the compiler's fault
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        torch.compile(lambda x: x + 1)(number)
         return None
     except Exception as error:          # Triton, a C compiler or Python support may be missing
         return ' '.join(str(error).split())[:120] or type(error).__name__
@@ -255,7 +366,7 @@ def peak_flops(device: torch.device, dtype: str, budget: float = 0.05) -> float 
     return None
 
 
-def data_sheet_flops(name, dtype):
+def data_sheet_flops(name: str, dtype: str) -> float | None:
     """Operations per second of the GPU of this name, or None where PEAK_TFLOPS lacks it."""
     if 'MIG' in name:                   # a slice of a GPU
         return None

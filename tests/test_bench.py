@@ -1,8 +1,10 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
-from harness import script_settings
+import torch
+from harness import ROOT, script_settings
 
 import bench
 from engine.errors import RunError, UserError
@@ -84,6 +86,91 @@ def test_batches_and_encoding_are_timed(toy, monkeypatch, capsys):
     assert shown.count('MB/s of text') == 2
 
 
+def run_here(*flags):
+    """bench.py's main with these flags, in this process."""
+    with script_settings(bench, *flags) as overrides:
+        bench.main(overrides)
+
+
+def test_the_memory_of_generation_leaves_out_the_probe_of_the_bandwidth(monkeypatch, capsys):
+    peaks = [3 * 2 ** 30]
+
+    def probe(device):
+        peaks.append(5 * 2 ** 30)
+        return 1e9
+    monkeypatch.setattr(bench.devices, 'memory_bandwidth', probe)
+    monkeypatch.setattr(bench.devices, 'peak_memory', lambda device: max(peaks))
+    run_here(*SMALL, '--bench=sample', '--prompt_tokens=2', '--new_tokens=2', '--figures=True')
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['memory_gib'] == 3
+
+
+@pytest.mark.parametrize('waits, unread', [(False, 1), (True, 0)])
+def test_a_gpu_runs_while_the_loss_before_is_read(monkeypatch, waits, unread):
+    """As in train.py's log; but beside another model each step waits for its own loss."""
+    losses = iter(range(10))
+    monkeypatch.setattr(bench.train, 'train_step',
+                        lambda *arguments: dict(loss=torch.tensor(float(next(losses)))))
+    env = SimpleNamespace(device=torch.device('cuda'))
+    step = bench.ProjectStep(SimpleNamespace(count_iteration=lambda: None), None, env, waits)
+    for i in range(4):
+        step()
+        assert step.losses == list(range(i + 1 - unread))
+    step.read_losses()
+    assert step.losses == [0, 1, 2, 3]
+
+
+# A plan
+
+def plan(capsys, *flags):
+    """(GB at the most, tokens/s, all that is printed) of a plan."""
+    run_here(*flags)
+    shown = capsys.readouterr().out
+    gigabytes = float(re.search(r'memory +([\d.]+) GB', shown)[1])
+    rate = float(re.search(r'speed +([\d,]+) tokens/s', shown)[1].replace(',', ''))
+    return gigabytes, rate, shown
+
+
+def test_a_plan_is_that_of_the_config_and_the_flags(capsys):
+    flags = ['--plan=H100', '--config=train_gpt2_1558m', '--gpus=8']
+    gigabytes, rate, shown = plan(capsys, *flags)
+    assert gigabytes == pytest.approx(39.9, rel=0.01)
+    assert 'a GPU of 48 GB has room' in shown
+    assert 'calculated, not measured' in shown
+    assert 'each GPU takes 32 times 4 x 1,024 tokens' in shown
+    # 6 N + 12 layers x width x context operations for each token
+    operations = 6 * (1_556_840_000 - 1024 * 1600) + 12 * 48 * 1600 * 1024
+    assert rate == pytest.approx(8 * 0.4 * 989.4e12 / operations, rel=1e-3)
+    assert max(map(len, shown.splitlines()[1:])) < 80
+
+    smaller, slower, shown = plan(capsys, *flags, '--recompute=True', '--assumed_mfu=0.2')
+    assert smaller == pytest.approx(31.6, rel=0.01)
+    assert slower == pytest.approx(rate / 2, rel=1e-3)
+
+
+def test_without_a_config_a_plan_is_of_the_step_that_is_timed(capsys):
+    shown = plan(capsys, '--plan=T4', '--batch_size=6')[2]
+    assert '1 x T4, float16' in shown
+    assert 'each GPU takes 1 times 6 x 1,024 tokens' in shown
+
+
+@pytest.mark.parametrize('name, gigabytes', [
+    ('gpt2', 3), ('gpt2-medium', 8), ('gpt2-large', 16), ('gpt2-xl', 32)])
+def test_finetuning_openai_s_weights_is_planned_by_their_name(capsys, name, gigabytes):
+    found = plan(capsys, '--plan=A100', '--config=finetune_shakespeare', f'--init_from={name}')[0]
+    assert gigabytes - 1 < found < gigabytes
+
+
+def test_the_table_of_memory_is_what_a_plan_prints(capsys):
+    """A row of docs/scaling.md has the flags, the GB at the most, and the GPU that has room."""
+    text = (ROOT / 'docs' / 'scaling.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `(--config=[^`]+)` +\| .* \| +([\d.]+) \| +(\d+) GB \|$', text, re.M)
+    assert len(rows) >= 8
+    for flags, gigabytes, room in rows:
+        found, _, shown = plan(capsys, '--plan=H100', *flags.split())
+        assert f'{found:.1f}' == gigabytes, flags
+        assert f'a GPU of {room} GB has room' in shown, flags
+
+
 def test_the_trace_is_one_that_a_browser_opens(workspace):
     # a Python of its own, whose PyTorch prints at its start
     result = workspace.run_python('bench.py', *SMALL, '--profile=True')
@@ -104,6 +191,14 @@ def test_the_trace_is_one_that_a_browser_opens(workspace):
     ('--bench=everything', "bench='everything' should be one of"),
     ('--batchsize=1', 'did you mean batch_size?'),
     ('--real_data=True --dataset=nowhere', "dataset 'nowhere' has no train.bin"),
+    ('--plan=abacus', "plan='abacus' is no GPU whose peak is known here; try H100"),
+    ('--gpus=8', 'gpus is for a plan; try --plan=H100'),
+    ('--plan=H100 --gpus=0', 'gpus=0 should be at least 1'),
+    ('--plan=H100 --config=train_gpt', 'did you mean train_gpt2'),
+    ('--plan=H100 --config=train_gpt2 --gpus=7', 'try --gradient_accumulation_steps=42'),
+    ('--plan=H100 --config=train_gpt2_fast --gpus=8 --strategy=fsdp', 'try --strategy=ddp'),
+    ('--plan=H100 --init_from=gpt2-xl --n_layer=2', 'leave out --n_layer'),
+    ('--plan=H100 --init_from=a/b', 'add --init_from=scratch'),
     ('--compare=gpt4', "compare='gpt4' should be one of"),
     ('--compare_dtype=float32', 'compare_dtype needs --compare=transformers'),
     ('--compare=transformers --bench=sample --new_tokens=1000',

@@ -7,6 +7,7 @@ import sys
 import console
 
 import pytest
+import torch
 from harness import ROOT
 
 from engine.errors import RunError, UserError
@@ -17,7 +18,14 @@ from engine.errors import RunError, UserError
     (RunError('a full disk'), 1, 'a full disk'),
     (OSError(errno.ENOSPC, 'No space left', 'a.bin'), 1, "No space left: 'a.bin'"),
     (MemoryError(), 1, 'out of memory; a smaller batch, or a smaller model, may fit'),
-    (RuntimeError('DefaultCPUAllocator: can not allocate'), 1, 'out of memory'),
+    (RuntimeError('DefaultCPUAllocator: can not allocate'), 1, 'out of memory; a smaller batch'),
+    (torch.OutOfMemoryError('Tried to allocate 2 GiB'), 1, 'out of memory; a smaller batch'),
+    (torch.AcceleratorError('CUDA error: out of memory'), 1, 'out of memory; a smaller batch'),
+    (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), 1,
+     'out of memory; a smaller batch'),
+    (RuntimeError('NCCL error: Failed to CUDA calloc; CUDA failure 2 out of memory'), 1,
+     'out of memory; a smaller batch'),
+    (RunError('the disk says out of memory'), 1, ': the disk says out of memory'),
     (KeyboardInterrupt(), 130, ''),
     (BrokenPipeError(), 141, ''),
 ])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ def test_an_unknown_device_is_refused(name):
 
 
 @without_gpu
-def test_a_missing_gpu_is_refused_and_auto_does_without():
-    words = 'device=cuda: this PyTorch finds no CUDA GPU; try --device=auto'
+def test_a_missing_gpu_is_refused_and_auto_does_without(monkeypatch):
+    monkeypatch.setattr(devices, 'nvidia_driver', lambda: None)
+    words = 'device=cuda: this PyTorch finds no CUDA GPU; or try --device=auto'
     with pytest.raises(UserError, match=words):
         devices.choose_device('cuda')
 
@@ -36,12 +38,109 @@ def test_a_missing_gpu_is_refused_and_auto_does_without():
         assert devices.choose_device('auto') == (CPU, 'no GPU found')
 
 
+def install(build):
+    version = torch.__version__.partition('+')[0]
+    return (f'pip install torch=={version}+{build} --index-url '
+            f'https://download.pytorch.org/whl/{build}')
+
+
+@without_gpu
+@pytest.mark.parametrize('driver, cuda, hidden, words, command', [
+    ('570.86.15', '13.0', None, 'driver 570.86.15 is too old.*update it to 580', 'cu126'),
+    ('470.57.02', '13.0', None, 'driver 470.57.02 is too old.*update it to 580', None),
+    ('470.57.02', '12.6', None, 'driver 470.57.02 is too old.*update it to 525', None),
+    ('570.86.15', '12.6', None, r'although the NVIDIA driver .*torch\.cuda\.init', None),
+    ('580.65.06', '13.0', None, r'although the NVIDIA driver .*torch\.cuda\.init', None),
+    ('580.65.06', '13.0', '', 'CUDA_VISIBLE_DEVICES hides every GPU', None),
+    ('580.65.06', None, None, 'built without CUDA', 'cu130'),
+    ('535.104.05', None, None, 'built without CUDA', 'cu126'),
+])
+def test_a_driver_without_a_usable_gpu_gets_its_reason(
+        monkeypatch, driver, cuda, hidden, words, command):
+    monkeypatch.setattr(devices, 'nvidia_driver', lambda: driver)
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if hidden is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
+
+    with pytest.raises(UserError, match=words) as refusal:
+        devices.choose_device('cuda')
+    assert ('pip install' in str(refusal.value)) == bool(command)
+    if command:
+        assert install(command) in str(refusal.value)
+    if not torch.backends.mps.is_available():
+        assert '--device=cuda says why' in devices.choose_device('auto').reason
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='the program is a shell script')
+@pytest.mark.parametrize('script, expected', [
+    ('echo 570.86.15; echo 570.86.15', '570.86.15'),
+    ('echo Failed to initialize NVML; exit 18', None),
+])
+def test_the_driver_is_the_one_that_nvidia_smi_names(monkeypatch, tmp_path, script, expected):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert devices.nvidia_driver() is None
+    program = tmp_path / 'nvidia-smi'
+    program.write_text(f'#!/bin/sh\n{script}\n')
+    program.chmod(0o755)
+    assert devices.nvidia_driver() == expected
+
+
+CUDA_13 = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120']
+CUDA_12 = ['sm_50', 'sm_60', 'sm_70', 'sm_75', 'sm_80', 'sm_86', 'sm_90']
+
+
+@pytest.mark.parametrize('capability, built_for, advice', [
+    ((7, 5), CUDA_13, None),
+    ((8, 9), CUDA_13, None),                            # by the code for 8.6
+    ((12, 1), CUDA_13, None),
+    ((10, 3), CUDA_13, None),
+    ((7, 0), CUDA_13, 'cu126'),
+    ((6, 1), CUDA_13, 'cu126'),
+    ((3, 7), CUDA_13, 'no later PyTorch has it either'),
+    ((6, 1), CUDA_12, None),
+    ((13, 0), CUDA_13, 'install a later PyTorch'),
+    ((12, 0), CUDA_12, 'cu130'),
+    ((12, 0), [*CUDA_12, 'compute_90'], None),          # the driver compiles it
+    ((9, 4), ['gfx90a', 'gfx942'], None),               # AMD
+])
+def test_a_gpu_without_code_in_this_pytorch_is_refused(
+        monkeypatch, capability, built_for, advice):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda index: None)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: built_for)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index: 'Tesla V100')
+    monkeypatch.setattr(torch.version, 'cuda', '12.6' if built_for == CUDA_12 else '13.0')
+    if advice is None:
+        assert devices.choose_device('cuda').value == GPU
+        return
+
+    if advice.startswith('cu'):
+        advice = install(advice)
+    found = f'Tesla V100 has capability {capability[0]}.{capability[1]}, '
+    with pytest.raises(UserError) as refusal:
+        devices.choose_device('cuda')
+    assert found in str(refusal.value)
+    assert advice in str(refusal.value)
+
+
+def test_a_full_gpu_is_not_a_broken_compiler(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(torch, 'zeros', full)
+    with pytest.raises(torch.OutOfMemoryError):
+        devices.choose_compile('auto', GPU)
+
+
 def test_each_rank_takes_its_own_gpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a GPU')
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: [])
 
     second = torch.device('cuda', 1)
     assert devices.choose_device('auto', local_rank=1) == (second, 'a GPU')
@@ -74,6 +173,7 @@ def test_a_broken_compiler_means_eager_or_a_reason(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError('no C compiler\nwas found')
     monkeypatch.setattr(torch, 'compile', broken)
+    monkeypatch.setattr(torch, 'zeros', lambda n, device: None)     # it would be on the GPU
 
     chosen, reason = devices.choose_compile('auto', GPU)
     assert chosen is False
@@ -136,9 +236,18 @@ def test_a_result_is_read_later():
     ('NVIDIA A10', 125, 62.5),
     ('NVIDIA L4', 121, 60),
     ('NVIDIA GeForce RTX 4090', 165.2, 82.6),
+    ('NVIDIA A10G', 70, 35),
+    ('NVIDIA L40', 181, 90.5),
+    ('NVIDIA L40S', 362, 183),
+    ('NVIDIA H800', 989.4, 494.7),
+    ('NVIDIA A800-SXM4-80GB', 312, 156),
+    ('NVIDIA H20', 148, 74),
+    ('NVIDIA B200', 2250, 1125),
+    ('NVIDIA GB200', 2500, 1250),
+    ('NVIDIA B300 SXM6 AC', 2250, 1125),
+    ('NVIDIA GeForce RTX 5090', 209.5, 104.8),
     # other devices with similar names
-    ('NVIDIA A10G', None, None),
-    ('NVIDIA L40', None, None),
+    ('NVIDIA GeForce RTX 5090 D', None, None),
     ('NVIDIA A1000', None, None),
     ('NVIDIA GeForce RTX 4090 Laptop GPU', None, None),
     ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None, None),

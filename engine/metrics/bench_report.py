@@ -5,6 +5,7 @@ Each command runs in a process of its own, so that its peak memory is its own to
 
 import datetime
 import json
+import multiprocessing
 import platform
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ import torch
 
 from engine.atomic_files import atomic_write
 from engine.device import DTYPES
+from engine.distributed import start_environment
 from engine.log import log
 
 FORMATS = dict(
@@ -46,6 +49,22 @@ class Row(NamedTuple):
     what: str                   # is timed
     command: list[str]          # what follows `python`
     read_figures: Callable      # (stdout, seconds) to {name: number}, or None where it has none
+
+
+def describe_machine(*choices: str | bool) -> tuple[str, str]:
+    """(a line about the machine, the kind of its device), for arguments of start_environment.
+
+    It is asked in another process: CUDA takes hundreds of megabytes of the GPU in each process that
+    uses it, and this one lives as long as the commands. Raises UserError as start_environment does.
+    """
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(start_and_describe, *choices).result()
+
+
+def start_and_describe(*choices):
+    env = start_environment(*choices)
+    return env.summary, env.device.type
 
 
 def rows(folder: Path, device: str, on_cpu: bool, out_dir: str) -> list[Row]:
