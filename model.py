@@ -183,7 +183,7 @@ class GPT(nn.Module):
     """Token ids to the logits of the next token. Its weights are drawn from torch's generator."""
 
     # Training changes these two, to save memory.
-    keep_logits = True      # False: loss_fn may return None for logits, and hold few at a time
+    keep_logits = True      # False: loss_fn returns None for the logits
     recompute = False       # True: the backward pass computes each block again, a third more work
 
     def __init__(self, config):
@@ -278,12 +278,14 @@ class GPT(nn.Module):
         if not self.keep_logits:
             from engine.training.chunked_loss import chunked_cross_entropy, is_worth_chunking
             weight = self.lm_head.weight
-            if is_worth_chunking(targets.numel(), len(weight)):
+            if is_worth_chunking(targets.numel(), weight):
                 return None, chunked_cross_entropy(x, weight, targets, self.config.softcap)
 
         # logits of all positions at once
         logits = self.logits(x)                                 # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if not self.keep_logits:
+            logits = None       # a compiled model would take gradients for logits that it returns
         return logits, loss
 
     # Generation

@@ -18,9 +18,47 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     """
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
+
     is_grouped = k.size(1) < q.size(1)                  # several heads of queries share one of keys
+    if is_grouped and not has_grouped_kernel(q, mask):
+        if q.size(2) == 1 and not is_causal:
+            return attention_of_one_query(q, k, v, mask, dropout)
+        times = q.size(1) // k.size(1)
+        k = k.repeat_interleave(times, dim=1)                           # (B, H, S, D)
+        v = v.repeat_interleave(times, dim=1)                           # (B, H, S, D)
+        is_grouped = False
+
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal,
                                           enable_gqa=is_grouped)
+
+
+def attention_of_one_query(q, k, v, mask, dropout):
+    """The same for T = 1. The heads of a group take the place of the T queries, so that no key or
+    value is repeated."""
+    B, H, _, D = q.shape
+    G = k.size(1)
+    q = q.reshape(B, G, H // G, D)
+    if mask is not None and mask.dim() == 4 and mask.size(1) == H:
+        mask = mask.reshape(-1, G, H // G, mask.size(3))
+    y = attention(q, k, v, mask, dropout=dropout)                       # (B, G, H / G, D)
+    return y.reshape(B, H, 1, D)
+
+
+def has_grouped_kernel(q, mask):
+    """True where PyTorch has a fast kernel for fewer heads of keys than of queries.
+
+    On a GPU that is FlashAttention alone, which takes 16 bits, no mask, and capability 8.0. Without
+    it, PyTorch 2.11 to 2.13 computes grouped queries by plain products, and holds all the scores.
+    """
+    if q.device.type != 'cuda':
+        return True
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    return is_half and mask is None and has_flash_attention()
+
+
+@torch.compiler.assume_constant_result                  # torch.compile cannot trace the question
+def has_flash_attention():
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 class CausalAttention:

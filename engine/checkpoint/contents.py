@@ -236,13 +236,8 @@ def find_not_finite(model: dict | None, optimizer: dict | None = None) -> str | 
     model: {name: weight}. optimizer: the state_dict of an optimizer.
     """
     parts = {'model': model, 'optimizer': optimizer}
-    tensors = [(keys, tensor) for keys, tensor in tensors_in(parts) if tensor.is_floating_point()]
-    if not tensors:
-        return None
-
-    # A GPU is waited for once, here, and not once for each tensor.
-    finite = torch.stack([tensor.isfinite().all() for _, tensor in tensors]).tolist()
-    for (keys, _), is_finite in zip(tensors, finite):
-        if not is_finite:
+    # Each flag is read by itself, as the tensors may lie on several devices.
+    for keys, tensor in tensors_in(parts):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             return ' '.join(str(key) for key in keys)
     return None

@@ -44,13 +44,15 @@ SAVE_AGAIN = (
 # Whole tensors from shards
 
 def gather(value: Any) -> Any:
-    """`value` with each sharded tensor in it whole: in CPU memory on rank 0, None on the others.
+    """`value` with each tensor in it whole: in CPU memory on rank 0, None on the others.
 
     value: nested dicts and lists, the same on every rank. A collective, one tensor at a time.
     """
-    if is_shard(value):
-        whole = value.full_tensor()
-        return whole.cpu() if dist.get_rank() == 0 else None
+    if isinstance(value, torch.Tensor):
+        if is_shard(value):
+            value = value.full_tensor()
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        return value.cpu() if is_main else None
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -60,9 +62,6 @@ def gather(value: Any) -> Any:
 
 def gather_weights(model: nn.Module) -> dict:
     """model.state_dict() with whole weights, as `gather` has them. Tied weights share memory."""
-    if not any(is_shard(parameter) for parameter in model.parameters()):
-        return model.state_dict()
-
     parameters = model.state_dict(keep_vars=True)
     whole = {parameter: gather(parameter.detach())
              for parameter in dict.fromkeys(parameters.values())}

@@ -491,9 +491,9 @@ def prefetch(
             ready = ahead
             ahead = thread.submit(fetch, request)
             if ready:
-                yield mover.receive(ready.result())
+                yield mover.receive(*ready.result())
         if ahead:
-            yield mover.receive(ahead.result())
+            yield mover.receive(*ahead.result())
 
 
 class BatchMover:
@@ -515,20 +515,26 @@ class BatchMover:
             torch.cuda.set_device(self.device)
 
     def send(self, batch):
-        """Start the copy of a batch to the device, in the background thread."""
+        """Start the copy of a batch to the device, in the background thread.
+
+        Returns it with the event of its arrival, which is None where the device is no GPU.
+        """
         if not self.copy_stream:
-            return batch._replace(x=batch.x.to(self.device), y=batch.y.to(self.device))
+            moved = batch._replace(x=batch.x.to(self.device), y=batch.y.to(self.device))
+            return moved, None
 
         with torch.cuda.stream(self.copy_stream):
             x, y = (tensor.contiguous().pin_memory() for tensor in batch[:2])
-            return batch._replace(x=x.to(self.device, non_blocking=True),
-                                  y=y.to(self.device, non_blocking=True))
+            moved = batch._replace(x=x.to(self.device, non_blocking=True),
+                                   y=y.to(self.device, non_blocking=True))
+            return moved, self.copy_stream.record_event()
 
-    def receive(self, batch):
+    def receive(self, batch, arrival):
         """Return a batch that was sent, for use in the thread that computes."""
-        if self.copy_stream:
+        if arrival:
+            # The stream may already copy the next batch, which this one need not wait for.
             computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self.copy_stream)
+            computing.wait_event(arrival)
             # The allocator must not reuse their memory before this stream is done.
             for tensor in (batch.x, batch.y):
                 tensor.record_stream(computing)

@@ -7,14 +7,17 @@ PyTorch's own operations hold (positions, vocabulary) numbers several times over
 import torch
 
 # Logits held at once in float32, and four times as many in lower precision: at GPT-2's vocabulary
-# 83 and 333 positions on a CPU, 1,334 and 5,336 on a GPU.
+# 83 and 333 positions on a CPU, 1,334 and 5,336 on a GPU. Other devices take no chunks.
 CHUNK_LOGITS = {'cpu': 2 ** 22, 'cuda': 2 ** 26}
 MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 
 
-def is_worth_chunking(n_positions: int, vocab_size: int) -> bool:
-    """Whether there are so many logits that chunked_cross_entropy is the better choice."""
-    return n_positions * vocab_size >= MIN_LOGITS
+def is_worth_chunking(n_positions: int, weight: torch.Tensor) -> bool:
+    """Whether chunked_cross_entropy is the better choice for so many positions and the weight
+    (V, C) of the head."""
+    if torch.compiler.is_compiling():
+        return False
+    return weight.device.type in CHUNK_LOGITS and n_positions * len(weight) >= MIN_LOGITS
 
 
 def chunked_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
@@ -88,7 +91,7 @@ def product_dtype(x):
 
 def positions_in_a_chunk(weight, dtype):
     """How many positions a chunk has, for a weight (V, C) whose products are computed in dtype."""
-    n_logits = CHUNK_LOGITS.get(weight.device.type, 2 ** 25)
+    n_logits = CHUNK_LOGITS[weight.device.type]
     if dtype != weight.dtype:
         # add_product then takes one more pass over (V, C) for each chunk, so they should be fewer.
         n_logits *= 4

@@ -7,6 +7,7 @@ PyTorch's flag that makes a step change nothing.
 import math
 
 import torch
+import torch.distributed as dist
 
 from engine import distributed
 from engine.checkpoint.contents import Checkpoint
@@ -17,7 +18,7 @@ from engine.training import parallel
 FIRST_MOMENTUM = 0.85
 MOMENTUM_WARMUP = 300                           # iterations until the momentum is muon_momentum
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)        # factors of x, x^3 and x^5
-PRECISION = torch.bfloat16                      # of the Newton-Schulz steps
+PRECISION = torch.bfloat16                      # of the Newton-Schulz steps; see precision_on
 
 MOMENTS_OF_ADAMW = ('exp_avg', 'exp_avg_sq')
 MOMENTS_OF_MUON = ('momentum_buffer',)
@@ -65,7 +66,7 @@ class Muon(torch.optim.AdamW):
     bfloat16, the rate times sqrt(rows / columns) where that is above 1, decoupled weight decay.
     Two things differ. Where one weight holds several matrices (queries, keys and values; the gate
     and the value of SwiGLU), each is updated by itself. And matrices of one shape go through
-    Newton-Schulz together, which is faster. Under DDP every rank does the same.
+    Newton-Schulz together, which is faster. Under DDP each rank takes a share of the matrices.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
 
@@ -112,7 +113,7 @@ class Muon(torch.optim.AdamW):
                 moves.setdefault(move.shape, []).append((matrix, move))
 
         for pairs in moves.values():
-            updates = orthogonalize(torch.stack([move for _, move in pairs]))
+            updates = orthogonalize_on_ranks(torch.stack([move for _, move in pairs]))
             for (matrix, _), update in zip(pairs, updates):
                 if update.shape != matrix.shape:
                     update = update.t()
@@ -143,17 +144,49 @@ def rows_of_matrices(model):
     return rows
 
 
+def orthogonalize_on_ranks(x):
+    """orthogonalize(x), of which each rank computes an equal part. A collective.
+
+    x: (N, rows, columns), the same on all ranks, as their gradients are.
+    """
+    if not dist.is_initialized():
+        return orthogonalize(x)
+
+    n_ranks = dist.get_world_size()
+    size = math.ceil(len(x) / n_ranks)
+    first = dist.get_rank() * size
+    own = x.new_zeros(size, *x.shape[1:])           # zeros, where a rank has fewer matrices
+    given = x[first:first + size]
+    own[:len(given)] = given
+
+    own = orthogonalize(own)
+    whole = own.new_empty(n_ranks * size, *x.shape[1:])
+    dist.all_gather_into_tensor(whole, own)
+    return whole[:len(x)]
+
+
 def orthogonalize(x):
     """Each of the matrices x (N, rows, columns), rows <= columns, with all singular values moved
-    to within about 0.3 of 1, by five steps of a Newton-Schulz iteration in PRECISION."""
+    to within about 0.3 of 1, by five steps of a Newton-Schulz iteration."""
     a, b, c = NEWTON_SCHULZ
-    x = x.to(PRECISION)
+    precision = precision_on(x.device)
+    if precision == torch.float16:                  # small gradients would become zero
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    x = x.to(precision)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT                                             # (N, rows, rows)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def precision_on(device):
+    """PRECISION, or float16 on a GPU that has no bfloat16. That one's range is smaller, which
+    suffices: no number here is much above 1."""
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return PRECISION
 
 
 # One step

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.distributed import Environment, is_shard
 from engine.errors import UserError
@@ -88,18 +89,27 @@ def wrap(model: nn.Module, env: Environment, strategy: str = 'ddp', recompute: b
                             'own, and a resumed run would not be exact; '
                             'try --compile=False, --recompute=False or --dropout=0')
         model.recompute = True
+    model.keep_logits = False                   # a training step reads the loss alone
     if is_sharded(strategy, env):
         return shard(model, env, strategy, reduce_dtype)
 
     model.to(env.device)
-    if env.compile:
+    if env.compile and env.world_size > env.local_world_size:
+        # Gradients start on their way to other machines while earlier blocks are computed. Those
+        # of a whole compiled model come at the end of its backward pass, all at once.
+        compile_blocks(model)
+    elif env.compile:
         # Static shapes: evaluation at another batch size compiles once more, and stays as fast.
         model = torch.compile(model, dynamic=False)
-    elif env.device.type in ('cpu', 'cuda'):
-        model.keep_logits = False               # a compiler would fuse the loss by itself
     if env.world_size > 1:
         model = distribute(model, env, reduce_dtype)
     return model
+
+
+def compile_blocks(model):
+    """Compile each block by itself, in place."""
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def distribute(model, env, reduce_dtype):
@@ -107,13 +117,44 @@ def distribute(model, env, reduce_dtype):
     if env.compile:
         # DDP would split the graph at each gradient bucket, and nothing would fuse across parts.
         torch._dynamo.config.optimize_ddp = False
+
     devices = [env.device.index] if env.device.type == 'cuda' else None
-    model = nn.parallel.DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     if reduce_dtype == 'bfloat16':
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-        model.register_comm_hook(None, bf16_compress_hook)
-    return model
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    lay_out_buckets(ddp, env.device)
+    return ddp
+
+
+def lay_out_buckets(ddp, device):
+    """Give DDP the buckets of gradients that it keeps, before the first step.
+
+    DDP sums gradients in buckets. It starts with one for all, and makes others at the second
+    forward pass, in the order in which the first backward pass had the gradients ready. With three
+    ranks or more, a sum is rounded by its place in a bucket. So the first iteration of a process
+    would be rounded differently from all later ones, and a resumed run would not be exact.
+
+    Two passes over a sum of all parameters, with gradients of zero, settle this. They visit the
+    parameters from the last to the first, as the model's backward pass does. After the second pass
+    the gradients lie in the buckets.
+    """
+    model = ddp.module
+    ddp.module = ParameterSum(model)
+    for _ in range(2):
+        ddp(torch.zeros((), device=device)).backward()
+    ddp.module = model
+
+
+class ParameterSum(nn.Module):
+    """The sum of all parameters of a model, times a factor, which is then their gradient."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, factor):
+        return factor * sum(parameter.sum() for parameter in self.model.parameters())
 
 
 def shard(model, env, strategy, reduce_dtype):
@@ -126,16 +167,13 @@ def shard(model, env, strategy, reduce_dtype):
     mesh = device_mesh(strategy, env)
     block_precision, rest_precision = precisions(reduce_dtype, env)
 
+    if env.compile:
+        compile_blocks(model)
     for block in model.transformer.h:
         copy_from_rank_0(block, env.device)
-        if env.compile:
-            block.forward = torch.compile(block.forward, dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=block_precision)
 
-    # Only the blocks are compiled here, so no compiler fuses the loss.
     copy_from_rank_0(model, env.device)
-    if env.device.type == 'cuda':
-        model.keep_logits = False
     return fully_shard(model, mesh=mesh, mp_policy=rest_precision)
 
 
@@ -192,12 +230,24 @@ def broadcast_from_rank_0(parameter, device):
 
 
 def sync_gradients(wrapped_model: nn.Module, enabled: bool) -> AbstractContextManager:
-    """The context of a forward and backward pass; it averages gradients over ranks if `enabled`."""
-    if hasattr(wrapped_model, 'set_requires_gradient_sync'):        # FSDP
-        wrapped_model.set_requires_gradient_sync(enabled)
+    """The context of a forward and backward pass of one micro-step.
+
+    enabled: whether ddp averages the gradients over the ranks, and hsdp over the machines. Until
+    then they add up on each rank. fsdp averages them over its ranks in every pass, and hsdp within
+    a machine, so that a rank never holds more than its shard of them.
+    """
+    if hasattr(wrapped_model, 'set_requires_all_reduce'):           # FSDP
+        wrapped_model.set_requires_all_reduce(enabled)
     elif not enabled and hasattr(wrapped_model, 'no_sync'):         # DDP
         return wrapped_model.no_sync()
     return nullcontext()
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer, wrapped_model: nn.Module):
+    """Forget the gradients of a step. Their memory is freed, but under DDP they become zero where
+    they lie: in the buckets, beside which DDP would otherwise hold them a second time."""
+    in_buckets = isinstance(wrapped_model, DistributedDataParallel)
+    optimizer.zero_grad(set_to_none=not in_buckets)
 
 
 # Shards

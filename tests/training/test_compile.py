@@ -8,7 +8,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
 from harness import take_step
+from torch._dynamo.backends.common import aot_autograd
 
 from engine.distributed import Environment
 from engine.training import optim, parallel
@@ -33,8 +36,13 @@ def tiny_gpt(**changes):
     return GPT(GPTConfig(**{**shape, **changes}))
 
 
-def environment(compile):
-    return Environment(torch.device('cpu'), 'float32', compile, 0, 0, 1, '')
+def environment(compile, world_size=1):
+    return Environment(torch.device('cpu'), 'float32', compile, 0, 0, world_size, '')
+
+
+def boxed(graph, inputs):
+    """A compiled graph that runs as it is."""
+    return make_boxed_func(graph)
 
 
 def train_and_evaluate(compile):
@@ -63,6 +71,59 @@ def test_training_compiles_to_one_graph_and_evaluation_to_another(counters):
     assert counters['stats']['unique_graphs'] == 2
     assert not counters['graph_break']
     assert compiled == pytest.approx(train_and_evaluate(False), rel=1e-4)
+
+
+def test_a_compiled_step_returns_the_loss_alone(monkeypatch, counters):
+    """Autograd would fill a gradient of zeros for each logit that it returns."""
+    torch_compile = torch.compile
+    returned = []
+
+    def backend(graph, inputs):
+        returned.append([node.meta['example_value'].shape
+                         for node in graph.graph.output_node().all_input_nodes])
+        return graph
+    monkeypatch.setattr(torch, 'compile', lambda model, **options: torch_compile(
+        model, backend=backend, **options))
+
+    idx = torch.randint(50, (2, 16))
+    logits, expected = tiny_gpt()(idx, idx)
+    assert logits.shape == (2, 16, 50)
+    found = parallel.wrap(tiny_gpt(), environment(True))(idx, idx)
+    assert found == (None, expected)
+    assert returned == [[()]]
+
+
+def test_gradients_go_to_other_machines_before_the_backward_pass_ends(
+        tmp_path, monkeypatch, counters):
+    """A block of 1.2 MB fills the first bucket of gradients, and is sent before the next block."""
+    torch_compile = torch.compile
+    events = []
+
+    def compile_backward(graph, inputs):
+        def backward(*arguments):
+            gradients = graph(*arguments)
+            events.append('backward of a block')
+            return gradients
+        return make_boxed_func(backward)
+
+    backend = aot_autograd(fw_compiler=boxed, bw_compiler=compile_backward)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: torch_compile(
+        function, backend=backend, **options))
+
+    def send(_, bucket):
+        events.append('send')
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')         # of 4 ranks, so there are 2 machines
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    ddp = parallel.wrap(tiny_gpt(n_embd=160), environment(True, world_size=4))
+    ddp.register_comm_hook(None, send)
+    idx = torch.randint(50, (2, 16))
+    ddp(idx, idx)[1].backward()
+    dist.destroy_process_group()
+    assert events[:3] == ['backward of a block', 'send', 'backward of a block']
 
 
 def test_generation_compiles_once_and_never_per_token(counters):

@@ -366,8 +366,11 @@ def test_muon_agrees_with_pytorchs_where_a_weight_is_one_matrix():
                 q.copy_(p)
 
 
-def test_newton_schulz_brings_singular_values_near_one():
-    x = torch.randn(4, 24, 96) * torch.tensor([1e-3, 1.0, 30.0, 1e-20])[:, None, None]
+@pytest.mark.parametrize('precision, smallest', [(torch.bfloat16, 1e-3), (torch.float16, 1e-9)])
+def test_newton_schulz_brings_singular_values_near_one(precision, smallest, monkeypatch):
+    """In float16 too, where gradients below 6e-8 would be zero."""
+    monkeypatch.setattr(optim, 'precision_on', lambda device: precision)
+    x = torch.randn(4, 24, 96) * torch.tensor([smallest, 1.0, 30.0, 1e-20])[:, None, None]
     found = optim.orthogonalize(x).float()
     values = torch.linalg.svdvals(found[:3])
     assert values.min() > 0.6
@@ -381,6 +384,33 @@ def test_newton_schulz_brings_singular_values_near_one():
     # tiny and zero matrices
     assert found.isfinite().all()
     assert optim.orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
+
+
+def test_a_gpu_without_bfloat16_takes_float16(monkeypatch):
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert optim.precision_on(torch.device('cuda')) == torch.float16
+    assert optim.precision_on(torch.device('cpu')) == torch.bfloat16
+    capability = (8, 0)
+    assert optim.precision_on(torch.device('cuda')) == torch.bfloat16
+
+
+@pytest.mark.parametrize('ranks', [2, 3])
+def test_each_rank_takes_an_equal_part_of_the_matrices(ranks, monkeypatch):
+    """4 matrices over 3 ranks are 2, 2 and none."""
+    x = torch.randn(4, 8, 12)
+    expected = optim.orthogonalize(x)
+    parts = []
+    dist = optim.dist
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: ranks)
+    monkeypatch.setattr(dist, 'all_gather_into_tensor', lambda whole, own: parts.append(own))
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, 'get_rank', lambda rank=rank: rank)
+        assert optim.orthogonalize_on_ranks(x).shape == x.shape
+
+    assert [len(part) for part in parts] == [2] * ranks
+    torch.testing.assert_close(torch.cat(parts)[:4], expected)
 
 
 def train_rank(rank, ranks, folder, changes):
