@@ -135,8 +135,7 @@ class TokenDataset:
         Raises UserError where a split is shorter, where block_size does not fit the records, and
         with documents='whole' where train has no end-of-text token.
         """
-        for split in SPLITS:
-            self.check_length(split, block_size)
+        self.check_length(block_size)
         if self.record:
             self.check_records(block_size)
 
@@ -148,16 +147,20 @@ class TokenDataset:
                                 f"{SEARCHED_TOKENS:,}, so documents='whole' finds no document to "
                                 f'start at; leave --documents=any')
 
-    def check_length(self, split, block_size):
+    def check_length(self, block_size):
         """UserError where a split has no window of block_size tokens and the one after."""
+        split = min(SPLITS, key=lambda split: len(self.tokens[split]))
         tokens = self.tokens[split]
         if len(tokens) > block_size:
             return
         file = f'{split}.bin'
         if len(tokens.names) > 1:
             file = f'the shards of {split}'
+        tries = f'--block_size={len(tokens) - 1}, or more text'
+        if len(tokens) < 2:
+            tries = 'more text'
         raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
-                        f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
+                        f'{block_size + 1}; try {tries}')
 
     def check_records(self, block_size):
         """UserError where the records do not fit the settings."""
@@ -280,8 +283,9 @@ class TokenDataset:
         accept_change: accept another text.
         """
         if tokenizer and not self.has_tokens_of(tokenizer):
-            raise UserError(f'{self.folder.name} has another vocabulary than the run, so its '
-                            f'tokens mean other text; resume with the dataset of the run')
+            raise UserError(f'{self.folder.name} has another vocabulary than the run that would '
+                            f'go on, so its tokens mean other text; restore the dataset of the '
+                            f'run, or train a new model in another --out_dir')
 
         if fingerprint and fingerprint != self.fingerprint and not accept_change:
             raise UserError(f'{self.folder.name} is not what the run was trained on (fingerprint '

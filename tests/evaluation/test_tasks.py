@@ -444,6 +444,17 @@ def test_examples_that_a_model_cannot_read_are_counted(folder, tmp_path):
         load('exact', tmp_path)
 
 
+def test_a_task_that_a_model_cannot_read_is_left_out(folder, tmp_path, logged):
+    write_records(tmp_path / 'exact.jsonl', [dict(prompt='ab=', answer='c')])
+    write_records(tmp_path / 'foreign.jsonl', [dict(prompt='é=', answer='c')])
+    (tmp_path / 'story.txt').write_text('é', encoding='utf-8')
+    tasks = load('foreign,exact,story', tmp_path)
+    assert [task.name for task in tasks] == ['exact']
+    assert len(logged) == 2
+    assert 'a task is left out: ' in logged[0] and 'foreign.jsonl' in logged[0]
+    assert 'a task is left out: ' in logged[1] and 'story.txt' in logged[1]
+
+
 CHOICE = dict(query='a', choices=['b', 'c'], gold=1)
 
 
