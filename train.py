@@ -280,7 +280,8 @@ def build_model(saved, data, overrides):
 
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
-                        f'and the model only {model.config.vocab_size}')
+                        f'and the model only {model.config.vocab_size}; restore what it was '
+                        f'trained on, or train a new model in another --out_dir')
     settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
