@@ -15,6 +15,7 @@ from engine.errors import RunError, UserError
 from engine.evaluation import scoring, task_files
 from engine.evaluation.results import evaluate_tasks, summarize, summarize_core
 from engine.evaluation.tasks import Example, Task, load_tasks, text_pairs, windows
+from engine.log import log
 from engine.tokenizer import Tokenizer, char_spec
 from model import GPT, GPTConfig
 
@@ -444,7 +445,9 @@ def test_examples_that_a_model_cannot_read_are_counted(folder, tmp_path):
         load('exact', tmp_path)
 
 
-def test_a_task_that_a_model_cannot_read_is_left_out(folder, tmp_path, logged):
+def test_a_task_that_a_model_cannot_read_is_left_out(folder, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(log, 'info', logged.append)
     write_records(tmp_path / 'exact.jsonl', [dict(prompt='ab=', answer='c')])
     write_records(tmp_path / 'foreign.jsonl', [dict(prompt='é=', answer='c')])
     (tmp_path / 'story.txt').write_text('é', encoding='utf-8')
