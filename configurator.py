@@ -17,14 +17,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from console import describe, print0, report_errors
+from console import describe, print0, report_errors, terminal_width, wrap
 
 from engine.errors import UserError, check_range, shorten  # noqa: F401, scripts use check_range
 
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 CONSTANTS = {'None': None, 'True': True, 'False': False, 'true': True, 'false': False}
-HELP_COLUMN = 38
+HELP_COLUMN = 30        # where the comments of --help begin
+
+# What other programs call our settings, {their name: ours}.
+OTHER_NAMES = dict(
+    lr='learning_rate', epochs='max_iters', num_train_epochs='max_iters', steps='max_iters',
+    max_steps='max_iters', context_length='block_size', max_seq_len='block_size',
+    seq_len='block_size', data_dir='dataset', data_path='dataset', output_dir='out_dir',
+    save_dir='out_dir', checkpoint_dir='out_dir', model='init_from', resume='init_from',
+    resume_from_checkpoint='init_from', prompt='start', max_length='max_new_tokens')
 
 
 class Setting(NamedTuple):
@@ -175,21 +183,58 @@ def parse(setting, text):
 # Config files
 
 def unknown_setting(name, settings):
-    close = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
-    advice = f'did you mean {close[0]}?' if close else '--help lists them all'
-    return UserError(f'there is no setting {name!r}; {advice}')
+    """The UserError about the name of no setting."""
+    advice = '--help lists them all'
+    meant = nearest_setting(name, settings)
+    if meant:
+        advice = f'did you mean {meant}?'
+    return UserError(f'there is no setting {shorten(name)}; {advice}')
 
 
-def find_config(name):
-    """A path as typed, or the bare name of a file in config/."""
+def nearest_setting(name, settings):
+    """The setting that `name` is likely to mean, or None.
+
+    It is spelled nearly so, or other programs call it so, or it is the only one whose words are all
+    in `name`, as patience is in early_stopping_patience.
+    """
+    close = difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    if OTHER_NAMES.get(name) in settings:
+        return OTHER_NAMES[name]
+
+    words = set(name.split('_'))
+    contained = [known for known in settings if words >= set(known.split('_'))]
+    if len(contained) == 1:
+        return contained[0]
+    return None
+
+
+def find_config(name, path_setting=None):
+    """A path as typed, or the bare name of a file in config/.
+
+    path_setting: the setting that the name of a folder would set, for the message.
+    """
     for path in (Path(name), ROOT / 'config' / name, ROOT / 'config' / f'{name}.py'):
         with suppress(OSError, ValueError):         # too long a name, or a NUL in it
             if path.is_file():
                 return path
+
+    if os.path.isdir(name):
+        raise UserError(f'{shorten(name)} is a folder, and a config file is expected here; name '
+                        f'the setting of a folder, such as --out_dir={name}')
+
+    what = 'config file'
+    if path_setting:
+        what = 'folder or config file'
     known = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     close = difflib.get_close_matches(Path(name).stem, known, n=1)
-    advice = f'did you mean {close[0]}?' if close else f'config/ has {", ".join(known)}'
-    raise UserError(f'there is no config file {shorten(name)}; {advice}')
+    advice = f'config/ has {", ".join(known)}'
+    if close:
+        advice = f'did you mean {close[0]}?'
+    elif path_setting:
+        advice = f'check the name, or see --help for {path_setting}'
+    raise UserError(f'there is no {what} {shorten(name)}; {advice}')
 
 
 def run_config(path, settings, values):
@@ -253,50 +298,110 @@ def looks_like_a_setting(name, value):
 
 # Help
 
-def show_help(script, settings, positional):
-    """Print a script's docstring, how to call it, and its settings in their groups."""
+def show_help(script, settings, usage):
+    """Print a script's docstring, how to call it, and its settings in their groups.
+
+    usage: the arguments that it takes before its settings.
+    """
+    width = terminal_width()
     typed = os.path.basename(script)
     if sys.argv[0].endswith(typed):
         typed = os.path.relpath(sys.argv[0])
-    arguments = 'CONFIG_FILE ...' if positional is None else 'FOLDER ...'
-    print0(ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8'))))
-    print0(f'\nusage: python {typed} {arguments} [--SETTING=VALUE ...]')
+    words = ['usage: python', typed, usage, '[--SETTING=VALUE ...]']
 
+    # what it is for
+    docstring = ast.get_docstring(ast.parse(Path(script).read_text('utf-8')))
+    if docstring:
+        for paragraph in docstring.split('\n\n'):
+            print0(fit_paragraph(paragraph, width) + '\n')
+    print0(' '.join(word for word in words if word))
+
+    # its settings
     group = None
     for name, setting in settings.items():
         if setting.group != group:
             group = setting.group
-            print0(f'\n{group}' if group else '')
-        flag = f'--{name}={setting.default!r}'
-        print0(f'  {flag:<{HELP_COLUMN}}  {setting.comment}'.rstrip())
+            print0(f'\n{textwrap.fill(group, width)}' if group else '')
+        print0(describe_setting(f'  --{name}={setting.default!r}', setting.comment, width))
+
+
+def fit_paragraph(paragraph, width):
+    """A paragraph of a docstring, in lines of `width` columns.
+
+    Commands are indented and stay whole; the comment behind one may move to the line below it.
+    """
+    if not paragraph.startswith(' '):
+        return textwrap.fill(' '.join(paragraph.split()), width)
+
+    lines = []
+    for line in paragraph.splitlines():
+        command, separator, comment = line.partition('  # ')
+        if separator and len(line) > width:
+            line = f'{command.rstrip()}\n        # {comment}'
+        lines.append(line)
+    return '\n'.join(lines)
+
+
+def describe_setting(flag, comment, width):
+    """The lines of a setting in --help: the flag, and beside it the comment in a column."""
+    lines = textwrap.wrap(comment, max(width - HELP_COLUMN, 20))
+    if not lines:
+        return flag
+    first = textwrap.fill(flag, width, subsequent_indent='    ', break_on_hyphens=False)
+    if len(flag) <= HELP_COLUMN - 2:                # otherwise the comment begins below the flag
+        first = flag.ljust(HELP_COLUMN) + lines.pop(0)
+    return '\n'.join([first, *(' ' * HELP_COLUMN + line for line in lines)])
+
+
+def usage_of(script, positional, path_setting):
+    """The arguments of a script before its settings, where it does not name them itself."""
+    if positional is not None:
+        return 'FOLDER ...'
+    if path_setting:
+        return f'[{path_setting.upper()}]'
+    if Path(script).resolve().parent == ROOT:       # config/ lies beside it
+        return '[CONFIG_FILE ...]'
+    return None
 
 
 # What scripts call
 
-def configure(namespace, arguments, positional=None):
-    """Apply config files and flags, from left to right, to a script's globals.
+def configure(namespace, arguments, positional=None, path_setting=None, usage=None):
+    """Apply config files and flags, from left to right, to the defaults of a script's settings.
 
     namespace: the script's globals(). arguments: the command line without the script's name.
     positional: a list that gets the arguments without dashes; None reads them as config files.
+    path_setting: the setting that an argument without dashes sets where it is an existing path and
+    no config file. usage: the arguments without dashes, for --help.
     Returns {name: value} of the settings that were named. Raises UserError for what is unknown or
     of the wrong type, before anything changes. --help prints and exits 0.
     """
-    settings = read_settings(namespace['__file__'])
+    script = namespace['__file__']
+    settings = read_settings(script)
     if '--help' in arguments or '-h' in arguments:
-        show_help(namespace['__file__'], settings, positional)
+        show_help(script, settings, usage or usage_of(script, positional, path_setting))
         raise SystemExit(0)
 
+    defaults = {name: setting.default for name, setting in settings.items()}
     overrides = {}
+    paths = []
     for argument in arguments:
         if argument.startswith('-'):
             name, value = read_flag(argument, settings)
             overrides[name] = value
         elif positional is not None:
             positional.append(argument)
+        elif path_setting and os.path.exists(argument) and not argument.endswith('.py'):
+            paths.append(argument)
+            overrides[path_setting] = argument
         else:
-            values = {name: setting.default for name, setting in settings.items()}
-            values.update(overrides)
-            overrides.update(run_config(find_config(argument), settings, values))
+            path = find_config(argument, path_setting)
+            overrides.update(run_config(path, settings, {**defaults, **overrides}))
+    if len(paths) > 1:
+        raise UserError(f'{" and ".join(map(shorten, paths))} both name {path_setting}; name one')
+
+    # A program may configure a script more than once, as a notebook does.
+    namespace.update(defaults)
     namespace.update(overrides)
     return overrides
 
@@ -335,11 +440,9 @@ def restore_settings(namespace, saved, overrides, keep):
 
 
 def describe_settings(overrides):
-    """The settings that were named, as a wrapped line for the log."""
+    """The settings that were named, as lines that fit the terminal."""
     named = ', '.join(f'{name}={value!r}' for name, value in overrides.items())
-    text = f'settings: {named or "defaults"}'
-    return textwrap.fill(text, 110, subsequent_indent='  ',
-                         break_long_words=False, break_on_hyphens=False)
+    return wrap(f'settings: {named or "defaults"}')
 
 
 # Scripts of nanoGPT's kind

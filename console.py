@@ -6,7 +6,9 @@ prints: it logs, and the handler below prints its lines.
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 from contextlib import contextmanager, suppress
 
@@ -14,6 +16,7 @@ from engine.errors import RunError, UserError
 from engine.log import is_main_process, log, progress_bar  # noqa: F401, scripts import it from here
 
 IS_MAIN = is_main_process()
+WIDEST = 100                # columns that lines of text fill at most
 
 
 # Lines
@@ -29,8 +32,34 @@ def print0(line='', end='\n', file=None):
             print(line, end=end, file=file, flush=True)
 
 
+def terminal_width():
+    """The columns that lines of text may fill: those of the terminal, 80 where there is none."""
+    return min(shutil.get_terminal_size().columns, WIDEST)
+
+
+def wrap(text):
+    """A paragraph in lines that fit the terminal; all but the first are indented."""
+    return textwrap.fill(text, terminal_width(), subsequent_indent='  ',
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def print_text(text, file=None):
+    """Print lines of prose on rank 0: on a terminal so that they fit it, elsewhere as they are.
+
+    A line that begins with a space, as a command does, is never broken.
+    """
+    is_terminal = False
+    with suppress(ValueError):                      # the stream is closed
+        is_terminal = (file or sys.stdout).isatty()
+
+    for line in text.split('\n'):
+        if is_terminal and not line.startswith(' '):
+            line = wrap(line)
+        print0(line, file=file)
+
+
 class PlainHandler(logging.Handler):
-    """Prints the lines that engine/ logs as they are, on rank 0.
+    """Prints the lines that engine/ logs, on rank 0.
 
     stream: 'stdout' or 'stderr'. Each line looks it up in `sys`, as a program may replace it.
     """
@@ -40,7 +69,7 @@ class PlainHandler(logging.Handler):
         self.stream = stream
 
     def emit(self, record):
-        print0(record.getMessage(), file=getattr(sys, self.stream))
+        print_text(record.getMessage(), file=getattr(sys, self.stream))
 
 
 def log_to(stream):
@@ -159,6 +188,8 @@ def hide_interrupt(kind, error, trace):
 
 # Importing torch takes seconds. Ctrl-C meanwhile should end a script without a traceback.
 sys.excepthook = hide_interrupt
+# A progress bar follows its terminal when that is made narrower.
+os.environ.setdefault('TQDM_DYNAMIC_NCOLS', '1')
 # When a rank is lost, PyTorch's C++ code prints 40 lines of stack frames.
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
 # PyTorch's profiler prints lines that begin with USDT at any level below this one.

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from console import log_to, print0, report_errors  # before torch: see console.py
+from console import log_to, print0, print_text, report_errors  # before torch: see console.py
 
 import torch
 
@@ -103,7 +103,7 @@ def main(overrides):
     if env.dtype == 'float32':
         torch.set_float32_matmul_precision('highest')   # training takes TF32: 11 bits
     print0(configurator.describe_settings(overrides), file=sys.stderr)
-    print0(env.summary, file=sys.stderr)
+    print_text(env.summary, file=sys.stderr)
 
     # the model and the tasks
     with env.raise_on_all_ranks():
@@ -114,9 +114,14 @@ def main(overrides):
 
     # the scores
     lines = []                                          # of the file of examples
+    listed = ', '.join(f'{task.name} ({len(task.examples):,} examples)' for task in loaded)
+    print_text(f'scoring {listed}', file=sys.stderr)
+    started = time.perf_counter()
 
     def keep_examples(task, scores):
         lines.extend(example_lines(task, scores))
+        seconds = time.perf_counter() - started
+        print0(f'{task.name} is scored, after {seconds:.0f} s', file=sys.stderr)
     results = evaluate_tasks(model, loaded, env, batch_size, missing, on_scores=keep_examples)
 
     # the table and the files
@@ -140,4 +145,4 @@ def main(overrides):
 
 if __name__ == '__main__':
     with hard_exit(), report_errors(), report_first_failure():
-        main(configurator.configure(globals(), sys.argv[1:]))
+        main(configurator.configure(globals(), sys.argv[1:], path_setting='out_dir'))

@@ -161,5 +161,5 @@ def main(folders):
 if __name__ == '__main__':
     with report_errors():
         run_and_target = []
-        configurator.configure(globals(), sys.argv[1:], positional=run_and_target)
+        configurator.configure(globals(), sys.argv[1:], run_and_target, usage='RUN TARGET')
         main(run_and_target)

@@ -476,5 +476,5 @@ def main(folders):
 if __name__ == '__main__':
     with report_errors():
         run_folders = []
-        configurator.configure(globals(), sys.argv[1:], positional=run_folders)
+        configurator.configure(globals(), sys.argv[1:], run_folders, usage='RUN ...')
         main(run_folders)

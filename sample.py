@@ -1,8 +1,8 @@
 """Generate text from a trained model, or from GPT-2.
 
-    python sample.py --out_dir=out-shakespeare-char
-    python sample.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5
-    python sample.py --start=FILE:prompt.txt > out.txt
+    python sample.py out-shakespeare-char
+    python sample.py --init_from=gpt2-xl --start="The answer is" --num_samples=5
+    python sample.py --out_dir=out --start=FILE:prompt.txt > out.txt
 
 The text goes to stdout, everything else to stderr.
 """
@@ -11,7 +11,7 @@ import codecs
 import sys
 from pathlib import Path
 
-from console import log_to, print0, report_errors  # before torch: see console.py
+from console import log_to, print0, print_text, report_errors  # before torch: see console.py
 
 import torch
 from tqdm import tqdm
@@ -167,10 +167,10 @@ def main(overrides):
     prompt = read_prompt(start)
     ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.block_size:
-        print0(f'note: the prompt has {len(ids):,} tokens, the model reads its last '
-               f'{model.config.block_size:,}', file=sys.stderr)
+        print_text(f'note: the prompt has {len(ids):,} tokens, the model reads its last '
+                   f'{model.config.block_size:,}', file=sys.stderr)
     print0(configurator.describe_settings(overrides), file=sys.stderr)
-    print0(env.summary, file=sys.stderr)
+    print_text(env.summary, file=sys.stderr)
 
     # the model on its device
     model.to(env.device, DTYPES[env.dtype]).eval()
@@ -178,7 +178,8 @@ def main(overrides):
         optimize_for_generation(model, min(num_samples, max_batch))
 
     # samples, max_batch at a time
-    sys.stdout.reconfigure(errors='replace')            # a pipe on Windows lacks some characters
+    if hasattr(sys.stdout, 'reconfigure'):              # a notebook has another kind of stdout
+        sys.stdout.reconfigure(errors='replace')        # a pipe on Windows lacks some characters
     is_live = sys.stdout.isatty() and num_samples == 1
     disable = True if is_live else None         # tqdm: None shows the bar on a terminal only
     bar = tqdm(total=num_samples * max_new_tokens, unit='token', disable=disable)
@@ -198,4 +199,4 @@ def main(overrides):
 if __name__ == '__main__':
     log_to('stderr')
     with report_errors():
-        main(configurator.configure(globals(), sys.argv[1:]))
+        main(configurator.configure(globals(), sys.argv[1:], path_setting='out_dir'))

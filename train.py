@@ -1,7 +1,7 @@
-"""Train or finetune a GPT.
+"""Train or finetune a GPT: in one process, or with torchrun on several GPUs.
 
-    python train.py config/train_shakespeare_char.py                        # one process
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py  # on 8 GPUs
+    python train.py config/train_shakespeare_char.py
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Everything random depends only on the seed, the iteration and the index in it. So a stopped run
 goes on exactly (--init_from=resume), and several ranks draw the batches that one would.
@@ -10,17 +10,18 @@ goes on exactly (--init_from=resume), and several ranks draw the batches that on
 import math
 import signal
 import sys
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from typing import Literal
 
-from console import print0, report_errors, status  # before torch: see console.py
+from console import print0, print_text, report_errors, status  # before torch: see console.py
 
 import torch
 
 import configurator
 from engine.checkpoint import run_folder
-from engine.dataloader.batches import eval_batches, train_batches
+from engine.dataloader.batches import train_batches
 from engine.dataloader.open_dataset import open_dataset
 from engine.device import derive_seed
 from engine.distributed import hard_exit, report_first_failure, start_environment
@@ -28,17 +29,29 @@ from engine.errors import UserError
 from engine.evaluation.results import TaskScorer
 from engine.generation.generate import TextSampler
 from engine.hf.tokenizer_json import check_same_tokens, download_pretrained
-from engine.log import progress_bar
 from engine.metrics.health import HealthMonitor
 from engine.metrics.step_log import StepLog
 from engine.tokenizer import padded_vocab_size
 from engine.training import optim, parallel, settings_checks
 from engine.training.cpu import keep_freed_memory
+from engine.training.mean_loss import mean_loss
 from engine.training.run import start_run
 from model import GPT, GPTConfig
 
-# input and output
+# what most runs set
 out_dir = 'out'          # folder of the model, the state and the metrics of the run
+init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
+                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME, a folder
+dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled; or a mixture, by
+                         # shares of the sequences: openwebtext:0.7,mine:0.3
+n_layer = 12             # blocks; loaded weights keep their own shape
+n_head = 12              # heads of attention in each block
+n_embd = 768             # channels, a multiple of n_head
+block_size = 1024        # tokens of context; loaded weights with more are cut to it
+batch_size = 12          # sequences per micro-batch, at most; fewer take less memory
+learning_rate = 6e-4     # the highest, after warm-up
+max_iters = 600000       # optimizer steps in all
+# evaluation, log and checkpoints
 eval_interval = 2000     # iterations between evaluations; each one saves
 log_interval = 1         # iterations between log lines
 eval_iters = 200         # batches of batch_size per split and evaluation
@@ -46,8 +59,6 @@ eval_only = False        # evaluate once, write nothing, and end
 checkpoint = 'gathered'  # gathered: rank 0 writes ckpt.pt and state.pt;
                          # sharded: each rank writes to state/ while training goes on
 always_save_checkpoint = True   # False keeps the ckpt.pt of the best val loss
-init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
-                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME, a folder
 overwrite = False        # True replaces the run that out_dir holds
 # at evaluations; none of these changes the weights, but patience may end the run
 sample_tokens = 0        # length of a sample at each evaluation; 0: none
@@ -64,32 +75,22 @@ wandb_log = False        # True sends the metrics to wandb as well
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled; or a mixture such as
-                         # openwebtext:0.7,mine:0.3
 accept_dataset_change = False   # True goes on with another dataset
 sampling = 'windows'     # windows: spread evenly, they may overlap; epoch: each window
                          # once, and the next epoch cuts the text elsewhere
 documents = 'any'        # any: sequences start anywhere; whole: where documents do
 gradient_accumulation_steps = 40    # an iteration reads so many times batch_size sequences
-batch_size = 12          # sequences per micro-batch, at most; fewer take less memory
-block_size = 1024        # tokens of context; loaded weights with more are cut to it
 batch_ramp_start = 0     # tokens of the first batch, which then grows; 0 is no ramp
 batch_ramp_tokens = 0    # tokens until the batch is full; with a ramp, warmup_iters and
                          # lr_decay_iters count full batches
-# model; loaded weights keep their own shape
-n_layer = 12             # blocks
-n_head = 12              # heads of attention in each block
-n_embd = 768             # channels, a multiple of n_head
+# model; what follows bias comes from GPTConfig in model.py
 dropout = 0.0            # 0 for pretraining; 0.1 or more for small data
 bias = False             # biases in Linears and LayerNorms; GPT-2 has them
-# model beyond GPT-2; model.py has the names and comments, and configurator.py reads them there
 OPTIONS = configurator.add_options(globals(), GPTConfig, leave_out=('vocab_size',))
 # optimizer
 optimizer = 'adamw'      # adamw; or muon, for the matrices of the blocks
-learning_rate = 6e-4     # the highest, after warm-up
 muon_lr = 0.02           # the highest learning rate of Muon's matrices
 muon_momentum = 0.95     # Muon's momentum; it rises from 0.85 over 300 iterations
-max_iters = 600000       # optimizer steps in all
 weight_decay = 0.1       # it acts on matrices and embeddings only
 beta1 = 0.9              # AdamW's decay of the mean of gradients
 beta2 = 0.95             # AdamW's decay of the mean of their squares
@@ -195,38 +196,13 @@ def estimate_loss(run, data, env):
     losses = dict(train=0.0, val=0.0)
     for split in ('train', 'val'):
         for part in data.parts:
-            loss = mean_loss(run, part.data, split, env)
+            loss = mean_loss(run.wrapped_model, part.data, split, eval_iters, batch_size, env)
             if loss is None:
                 return None
             losses[split] += part.share * loss
             if len(data.parts) > 1 and split == 'val':
                 losses[f'val/{part.name}'] = loss
     return losses
-
-
-@torch.no_grad()
-def mean_loss(run, data, split, env):
-    """The mean over eval_iters batches of a dataset, which the ranks share; None after a signal."""
-    n_batches = math.ceil(eval_iters / env.world_size)          # of each rank
-    n_counted = len(range(env.rank, eval_iters, env.world_size))    # without repeats
-    total = torch.zeros(2, device=env.device)           # of the losses, and of their weights
-    batches = eval_batches(data, split, eval_iters, batch_size, env)
-    bar = progress_bar(f'evaluating on {split}', batches, n_batches, at_once=env.compile)
-    for i, (x, y, weight) in enumerate(bar):
-        with env.autocast():
-            loss = run.wrapped_model(x, y)[1]
-        if i < n_counted:
-            total[0] += loss * weight
-            total[1] += weight
-        # on every rank, or on none; several ranks wait for one another, so they ask seldom
-        if (env.world_size == 1 or i % 10 == 0) and env.stop_signal():
-            return None
-
-    loss_sum, weight_sum = env.all_reduce(total).tolist()
-    if not weight_sum:
-        raise UserError(f'no target counts in the {eval_iters} batches that evaluate the {split} '
-                        f'split of {data.name}; try --eval_iters={10 * eval_iters}')
-    return loss_sum / weight_sum
 
 
 def evaluate(run, data, env):
@@ -272,8 +248,8 @@ def is_out_of_patience(progress):
 # Start-up
 
 def resume_or_begin(overrides, env):
-    """(the saved state to go on from or None, the lock of out_dir). Takes over a run's settings."""
-    saved, notes, run_lock = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)
+    """The saved state to go on from, or None. Takes over the settings of a saved run."""
+    saved, notes = run_folder.open_run(out_dir, init_from, overwrite, eval_only, env)
     if saved:
         changes = configurator.restore_settings(
             globals(), saved.config or {}, overrides, NOT_RESTORED)
@@ -282,8 +258,8 @@ def resume_or_begin(overrides, env):
         settings_checks.check_training(globals())
         settings_checks.check_ranks(globals(), env)
     for note in notes + settings_checks.training_notes(globals(), saved, env):
-        print0(f'note: {note}')
-    return saved, run_lock
+        print_text(f'note: {note}')
+    return saved
 
 
 def build_model(saved, data, overrides):
@@ -301,16 +277,17 @@ def build_model(saved, data, overrides):
 
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
-                        f'and the model only {model.config.vocab_size}')
+                        f'and the model only {model.config.vocab_size}; restore what it was '
+                        f'trained on, or train a new model in another --out_dir')
     settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
     context = model.config.block_size
     is_wanted = 'block_size' in overrides or (not saved and block_size < context)
     if block_size != context and is_wanted:
-        print0(f'note: the weights have read contexts of {context} tokens, '
-               f'and now read {block_size}')
         model.crop_block_size(block_size)
+        print_text(f'note: the weights have read contexts of {context} tokens, '
+                   f'and now read {block_size}')
     return model
 
 
@@ -321,13 +298,14 @@ def main(overrides):
     env = start_environment(device, dtype, compile, backend, rank_timeout)
     if env.device.type == 'cpu':
         keep_freed_memory()                     # fewer page faults, the same numbers
-    run_lock = None
-    try:
+    with ExitStack() as at_exit:
         env.catch_signals(signal.SIGTERM)       # Ctrl-C still ends the start-up
+        at_exit.callback(env.restore_signals)   # for a program that called main, and goes on
         print0(configurator.describe_settings(overrides))
-        print0(env.summary)
+        print_text(env.summary)
 
-        saved, run_lock = resume_or_begin(overrides, env)
+        at_exit.enter_context(run_folder.locked(out_dir, init_from, eval_only, env))
+        saved = resume_or_begin(overrides, env)
         data = open_dataset(dataset, env, sampling, documents)
 
         # the model, its optimizer, and where the run goes on
@@ -344,17 +322,13 @@ def main(overrides):
             run.open_out_dir(saved, sys.argv, env)
         del saved, build                        # unmaps the checkpoint file
 
-        print0(run.summary(data, max_iters, env))
+        print_text(run.summary(data, max_iters, env))
         env.catch_signals()             # from here on, Ctrl-C saves too
         if eval_only:
             evaluate(run, data, env)
             run.finish(env.stop_signal(), env)
         else:
             train(run, data, overrides, env)
-    finally:
-        env.restore_signals()                   # for a program that called main, and goes on
-        if run_lock:
-            run_lock.release()
 
 
 def train(run, data, overrides, env):

@@ -6,6 +6,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -115,6 +116,9 @@ class Environment:
 
     # The number of the first stop signal that this rank received, or 0
     received_signal: int = 0
+    # How many times Ctrl-C was pressed, and what answers it
+    interrupts: int = 0
+    interrupt_watcher: 'InterruptWatcher | None' = None
     # {number of a signal: its handler before catch_signals}
     replaced_handlers: dict[int, Any] = field(default_factory=dict)
 
@@ -197,12 +201,16 @@ class Environment:
     def catch_signals(self, *names: int) -> None:
         """From now on, note these signals instead of dying of them.
 
+        The first Ctrl-C is answered by a line on stderr, and a second one ends a single process:
+        InterruptWatcher. With several ranks a second one is ignored, as torchrun may pass on what
+        the terminal has sent already.
+
         names: numbers of signals; all STOP_SIGNALS by default. SIGHUP stays ignored where it was
-        ignored at the start, as under nohup.
+        ignored at the start, as under nohup. In a thread this does nothing, as only the main
+        thread of a program may handle signals.
         """
-        def note(number, frame):
-            if not self.received_signal:
-                self.received_signal = number
+        if threading.current_thread() is not threading.main_thread():
+            return
 
         for number in names or STOP_SIGNALS:
             before = signal.getsignal(number)
@@ -210,7 +218,18 @@ class Environment:
                 continue
             # None is a handler that C code set, which Python cannot put back.
             self.replaced_handlers.setdefault(number, before or signal.SIG_DFL)
-            signal.signal(number, note)
+            signal.signal(number, self.note_signal)
+            if number == signal.SIGINT and not self.interrupt_watcher:
+                self.interrupt_watcher = InterruptWatcher(self.is_main, self.world_size == 1)
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        """The handler of signals that are caught."""
+        if not self.received_signal:
+            self.received_signal = number
+        if number == signal.SIGINT:
+            self.interrupts += 1
+            if self.interrupts > 1 and self.world_size == 1:
+                raise KeyboardInterrupt         # InterruptWatcher ends no notebook
 
     def restore_signals(self) -> None:
         """Put back the handlers that catch_signals replaced, for a program that goes on.
@@ -220,6 +239,9 @@ class Environment:
         """
         if self.world_size > 1:
             return
+        if self.interrupt_watcher:
+            self.interrupt_watcher.close()
+            self.interrupt_watcher = None
         for number, handler in self.replaced_handlers.items():
             signal.signal(number, handler)
         self.replaced_handlers.clear()
@@ -237,6 +259,56 @@ class Environment:
         if self.world_size == 1:
             return self.received_signal
         return signal_number(self.all_reduce(self.stop_flags()).tolist())
+
+
+class InterruptWatcher:
+    """Answers Ctrl-C at once: the first by a line on stderr, the second by the end of the process.
+
+    Python runs the handler of a signal between two of its own instructions, and a backward pass of
+    a minute is one of them. But it passes the signal's number at once to a socket, from which a
+    thread reads it here.
+
+    answers: whether this rank prints the line. ends: whether a second Ctrl-C ends the process,
+    unless a person types Python in it, as in a notebook.
+    """
+
+    def __init__(self, answers: bool, ends: bool):
+        self.answers = answers
+        self.ends = ends and not hasattr(sys, 'ps1')    # the prompt of interactive sessions
+        self.text = 'stopping after this iteration'
+        if ends:
+            self.text += '; press Ctrl-C again to stop at once'
+
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.fd_before = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        """Read the numbers of signals until the socket is closed."""
+        interrupts = 0
+        with self.reader:
+            while number := self.reader.recv(1):
+                if number[0] != signal.SIGINT:
+                    continue
+                interrupts += 1
+                if interrupts == 1 and self.answers:
+                    self.answer()
+                elif interrupts > 1 and self.ends:
+                    os._exit(128 + signal.SIGINT)
+
+    def answer(self):
+        """Print the line, without Python's streams and their locks, which the run may hold."""
+        start = ''
+        with suppress(OSError):
+            if os.isatty(2):
+                start = '\n'                    # after the ^C that the terminal shows
+            os.write(2, f'{start}{self.text}\n'.encode())
+
+    def close(self) -> None:
+        """Leave Ctrl-C to the handlers that come back."""
+        signal.set_wakeup_fd(self.fd_before)
+        self.writer.close()                     # which ends the thread
 
 
 def on_all_ranks(error: UserError) -> UserError:

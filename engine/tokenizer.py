@@ -91,6 +91,11 @@ class TokenizerSpec:
 
         return cls(kind, size, **{key: found.get(key) for key in KEYS[kind]})
 
+    @property
+    def label(self) -> str:
+        """Its name for people: 'gpt2', 'char', 'bpe', or the name of a foreign tokenizer."""
+        return self.tokenizer_name or self.kind
+
     def to_dict(self) -> dict[str, Any]:
         """The dict of a checkpoint, from which `from_dict` makes the spec again."""
         fields = dict(tokenizer=self.kind, vocab_size=self.vocab_size)

@@ -78,6 +78,7 @@ def test_a_flag_means_what_it_spells(script, flag, name, value):
 
 @pytest.mark.parametrize('flag, words', [
     ('--widht=3', "there is no setting 'widht'; did you mean width"),
+    ('--padding_side=3', "there is no setting 'padding_side'; --help lists them all"),
     ('--width=3.5', 'width=3.5 should be a whole number'),
     ('--width=None', 'width=None should be a whole number'),
     ('--width=wide', "width='wide' should be a whole number"),
@@ -159,6 +160,44 @@ def test_every_option_of_the_model_is_a_setting_of_train_py():
     assert all(settings[name].comment for name in fields - {'vocab_size'})
 
 
+@pytest.mark.parametrize('script, typed, meant', [
+    ('train.py', 'early_stopping_patience', 'patience'),
+    ('train.py', 'data_dir', 'dataset'),
+    ('train.py', 'lr', 'learning_rate'),
+    ('train.py', 'output_dir', 'out_dir'),
+    ('train.py', 'n_layers', 'n_layer'),
+    ('sample.py', 'prompt', 'start'),
+    ('sample.py', 'data_dir', None),
+    ('train.py', 'gradient_checkpointing', None),
+    ('train.py', 'padding_side', None),
+])
+def test_a_guess_is_near_or_is_not_made(script, typed, meant):
+    settings = configurator.read_settings(configurator.ROOT / script)
+    assert configurator.nearest_setting(typed, settings) == meant
+
+
+def test_a_second_configuration_begins_with_the_defaults(script):
+    configurator.configure(script, ['--width=6', '--quiet=True'])
+    assert configurator.configure(script, ['--rate=0.5']) == {'rate': 0.5}
+    assert configurator.snapshot(script) == dict(
+        width=4, rate=0.5, name='a=b', fast='auto', quiet=False)
+
+
+def test_an_existing_path_is_a_setting_where_a_script_says_so(script, tmp_path):
+    folder = tmp_path / 'out-mine'
+    folder.mkdir()
+    config = write_config(script, 'width = 7')
+    overrides = configurator.configure(script, [str(folder), config], path_setting='name')
+    assert overrides == dict(name=str(folder), width=7)
+
+    with pytest.raises(UserError, match='both name name; name one'):
+        configurator.configure(script, [str(folder), str(tmp_path)], path_setting='name')
+    with pytest.raises(UserError, match="no folder or config file 'out-none'"):
+        configurator.configure(script, ['out-none'], path_setting='name')
+    with pytest.raises(UserError, match='is a folder, and a config file is expected here'):
+        configurator.configure(script, [str(folder)])
+
+
 def test_positional_arguments_are_folders_where_a_script_takes_them(script):
     folders = []
     arguments = ['out-a', '--width=5', 'out-b']
@@ -233,12 +272,13 @@ def test_saved_settings_come_back_but_for_overrides_and_those_of_this_command(sc
     assert 'unknown' not in script
 
 
-def test_the_settings_are_told_in_lines_of_a_terminal():
+def test_the_settings_are_told_in_lines_of_a_terminal(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '60')
     assert configurator.describe_settings({}) == 'settings: defaults'
 
     lines = configurator.describe_settings({f'setting_{i}': i for i in range(20)}).splitlines()
     assert len(lines) > 1
-    assert all(len(line) <= 110 for line in lines)
+    assert all(len(line) <= 60 for line in lines)
     together = ', '.join(f'setting_{i}={i}' for i in range(20))
     assert ' '.join(line.strip() for line in lines) == 'settings: ' + together
 
@@ -253,24 +293,51 @@ def test_help_shows_every_setting_with_its_comment(script, capsys):
     places = [shown.index(text) for text in (
         '\nsize\n', '--width=4', '\nnames\n', "--name='a=b'")]
     assert places == sorted(places)
-    assert 'channels; more is slower and better' in shown
+    assert ' '.join(shown.split()).count('channels; more is slower and better') == 1
     assert 'hidden' not in shown
     assert 'python script.py' in shown
 
 
 @pytest.mark.parametrize('script, lines', [
     ('train.py', ['--learning_rate=0.0006', '--max_iters=600000',
-                  'usage: python train.py CONFIG_FILE ... [--SETTING=VALUE ...]']),
-    ('sample.py', ['--top_k=200']),
+                  'usage: python train.py [CONFIG_FILE ...] [--SETTING=VALUE ...]']),
+    ('sample.py', ['--top_k=200', 'usage: python sample.py [OUT_DIR] [--SETTING=VALUE ...]']),
     ('bench.py', ['--profile=False']),
-    ('plot.py', ["--picture=''", 'usage: python plot.py FOLDER ...']),
-    ('export.py', ['usage: python export.py FOLDER ...']),
-    ('data/stdlib_char/prepare.py', ['usage: python data/stdlib_char/prepare.py']),
+    ('plot.py', ["--picture=''", 'usage: python plot.py RUN ...']),
+    ('export.py', ['usage: python export.py RUN TARGET [--SETTING=VALUE ...]']),
+    ('data/stdlib_char/prepare.py',
+     ['usage: python data/stdlib_char/prepare.py [--SETTING=VALUE ...]']),
+    ('data/text/prepare.py', ['usage: python data/text/prepare.py [INPUT] [--SETTING=VALUE ...]']),
 ])
 def test_the_real_scripts_show_their_settings(workspace, script, lines):
     shown = workspace.run(script, '--help').stdout
     assert all(line in shown for line in lines), shown
     assert workspace.run(script, '--no_such_setting=1', code=2).stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('columns', [60, 80, 100])
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'evaluate.py', 'scaling.py'])
+def test_help_fits_the_terminal(name, columns, monkeypatch, capsys):
+    """But for commands and long defaults, which fit 80 columns."""
+    monkeypatch.setenv('COLUMNS', str(columns))
+    with pytest.raises(SystemExit):
+        configurator.configure({'__file__': str(configurator.ROOT / name)}, ['--help'])
+    lines = capsys.readouterr().out.splitlines()
+    texts = [line for line in lines if not line.startswith(('    ', '  --', 'usage'))
+             or line.startswith(' ' * configurator.HELP_COLUMN)]
+    assert len(texts) > 10
+    assert max(map(len, texts)) <= columns
+    assert max(map(len, lines)) <= max(columns, 80)
+
+
+def test_help_begins_with_what_most_runs_set(capsys):
+    with pytest.raises(SystemExit):
+        configurator.configure({'__file__': str(configurator.ROOT / 'train.py')}, ['--help'])
+    groups = capsys.readouterr().out.split('usage:')[1].split('\n\n')
+    flags = [line for line in groups[1].splitlines() if line.startswith('  --')]
+    assert groups[1].startswith('what most runs set\n')
+    assert len(flags) == 10
+    assert {'  --dataset', '  --out_dir', '  --max_iters'} <= {f.partition('=')[0] for f in flags}
 
 
 def test_a_config_is_an_ordinary_python_file(script):

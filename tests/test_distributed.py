@@ -1,9 +1,13 @@
 """Ranks: how they meet, collectives, signals, failures."""
 
+import hashlib
 import json
 import os
 import signal
+import sys
 import threading
+import time
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -158,6 +162,7 @@ def get_handlers():
 def restored_handlers():
     before = get_handlers()
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -187,6 +192,67 @@ def test_a_closed_terminal_stops_a_run_but_for_nohup(restored_handlers):
     env.catch_signals()
     os.kill(os.getpid(), signal.SIGHUP)
     assert env.stop_signal() == signal.SIGHUP
+
+
+def wait_for(is_true):
+    """Wait until is_true() is, ten seconds at most. Returns whether it is."""
+    deadline = time.monotonic() + 10
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return is_true()
+
+
+def test_ctrl_c_is_answered_while_pytorch_computes(restored_handlers, monkeypatch):
+    """A handler of Python's would wait for the end of such a call."""
+    answered = []
+    monkeypatch.setattr(distributed.InterruptWatcher, 'answer',
+                        lambda self: answered.append(time.monotonic()))
+    env = distributed.start_environment(device='cpu')
+    env.catch_signals()
+    timer = threading.Timer(0.02, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    hashlib.pbkdf2_hmac('sha256', b'', b'', 500_000)    # one call that runs no handlers
+    ended = time.monotonic()
+    assert wait_for(lambda: answered and env.received_signal)
+    assert answered[0] < ended
+    env.restore_signals()
+
+
+@pytest.mark.parametrize('ranks, text, codes', [
+    (1, 'stopping after this iteration; press Ctrl-C again to stop at once\n', [130]),
+    (2, 'stopping after this iteration\n', []),         # torchrun may repeat what the terminal sent
+])
+def test_a_second_ctrl_c_ends_a_single_process(
+        restored_handlers, monkeypatch, capfd, ranks, text, codes):
+    found = []
+    monkeypatch.setattr(distributed.os, '_exit', found.append)
+    monkeypatch.delattr(sys, 'ps1', raising=False)
+    env = distributed.start_environment(device='cpu')
+    env.world_size = ranks
+    env.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    shown = []
+    assert wait_for(lambda: shown.append(capfd.readouterr().err) or ''.join(shown) == text)
+    assert env.received_signal == signal.SIGINT
+
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+    assert wait_for(lambda: found == codes)
+    env.world_size = 1
+    env.restore_signals()
+
+
+def test_a_second_ctrl_c_in_a_notebook_ends_the_cell_alone(restored_handlers, monkeypatch):
+    monkeypatch.setattr(sys, 'ps1', 'In : ', raising=False)
+    monkeypatch.setattr(distributed.InterruptWatcher, 'answer', lambda self: None)
+    env = distributed.start_environment(device='cpu')
+    env.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    env.restore_signals()
 
 
 def test_only_the_named_signals_are_caught(restored_handlers):

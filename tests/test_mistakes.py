@@ -182,10 +182,11 @@ def test_a_mistake_is_one_line_from_a_new_python(workspace, script, flag, words)
 
 
 def test_a_run_in_use_is_left_alone(place):
-    with run_folder.lock(place.folder / 'out-run'):
-        for flags in (RESUME, ['--out_dir=out-run', '--overwrite=True']):
-            expect_refusal(place, 'out-run is in use by another training process', 'train.py',
-                           *TRAIN, *flags)
+    run_lock = run_folder.RunLock(place.folder / 'out-run')
+    for flags in (RESUME, ['--out_dir=out-run', '--overwrite=True']):
+        expect_refusal(place, 'out-run is in use by another training process', 'train.py',
+                       *TRAIN, *flags)
+    run_lock.release()
 
 
 @pytest.mark.skipif(not CAN_FORK, reason='two ranks are started by fork')

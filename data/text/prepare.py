@@ -1,7 +1,7 @@
 """A dataset from text of your own: a UTF-8 file, or a folder of them, to data/NAME.
 
-    python data/text/prepare.py --input=book.txt                        # to data/book
-    python data/text/prepare.py --input=notes --name=diary --tokenizer=char --val_fraction=0.05
+    python data/text/prepare.py book.txt                # to data/book
+    python data/text/prepare.py notes --name=diary --tokenizer=char
     python data/text/prepare.py --input=notes --tokenizer=bpe --vocab_size=4096
 
 Except with characters, each file is a document, followed by the tokenizer's end-of-text token.
@@ -39,6 +39,8 @@ vocab_size = 4096       # how many tokens --tokenizer=bpe trains, at least 257
 val_fraction = 0.1      # share of all characters, the last ones, that is held out as val.bin
 num_proc = 0            # how many cores encode, 0 for all; the result is the same
 
+LONGEST_NAME = 200      # bytes; a file system takes 255, and endings such as .tmp are added
+
 
 # Settings
 
@@ -59,7 +61,8 @@ def check_settings():
         raise UserError(f'val_fraction={val_fraction} should be between 0 and 1; try '
                         f'--val_fraction=0.1')
     if not input:
-        raise UserError('no text is named; type --input=PATH, a UTF-8 file or a folder of them')
+        raise UserError('no text is named; type python data/text/prepare.py PATH, the path of a '
+                        'UTF-8 file or of a folder of them')
 
 
 def dataset_folder():
@@ -68,6 +71,9 @@ def dataset_folder():
     folder = FOLDER.parent / chosen
     if not chosen or chosen.startswith('.') or set(chosen) & set('\\/:\0'):
         raise UserError(f'name={chosen!r} should be a plain folder name, such as --name=mytext')
+    if len(chosen.encode()) > LONGEST_NAME:
+        raise UserError(f'a name of {len(chosen)} letters is too long for a folder, such as '
+                        f'--name={chosen[:10]}')
     if (folder / 'prepare.py').exists() or folder.is_file():
         raise UserError(f'name={chosen!r} is taken by {folder}; try --name=my_{chosen}')
     return folder
@@ -208,5 +214,5 @@ def main():
 
 if __name__ == '__main__':
     with report_errors():
-        configurator.configure(globals(), sys.argv[1:])
+        configurator.configure(globals(), sys.argv[1:], path_setting='input')
         main()

@@ -7,9 +7,11 @@ from torch import nn
 
 from engine.checkpoint import run_folder
 from engine.checkpoint.contents import Checkpoint
+from engine.checkpoint.gathered import MODEL
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
 from engine.hf.tokenizer_json import pretrained_spec
+from engine.log import log
 from engine.tokenizer import GPT2, TokenizerJson, TokenizerSpec
 
 
@@ -39,6 +41,9 @@ def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
 
 def load_run(GPT, out_dir):
     saved = run_folder.newest_checkpoint(out_dir)
+    if not (Path(out_dir) / MODEL).exists():
+        log.info(f'note: no {MODEL}: the last model of {Path(saved.path).name}, '
+                 f'iteration {saved.iter_num}')
     model = GPT.from_checkpoint(saved)
     spec = checkpoint_spec(saved)
 

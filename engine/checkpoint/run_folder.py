@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,35 +159,27 @@ class OpenedRun(NamedTuple):
 
     state: the state to resume from, or None for a new run.
     notes: lines on what was wrong with other states.
-    lock: the lock of out_dir on rank 0, else None. Dropping it releases it.
     """
     state: Checkpoint | None
     notes: list[str]
-    lock: filelock.BaseFileLock | None
 
 
 def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bool,
              env: Environment) -> OpenedRun:
-    """Lock out_dir, and read the state to resume from. Every rank calls it.
+    """Read the state to resume from. Every rank calls it, after it has locked out_dir.
 
-    Rank 0 locks out_dir before it looks at what it holds, chooses the state, and verifies its
-    checksums; the other ranks read the same one.
-    read_only: take no lock, and accept any out_dir.
-    Raises UserError where out_dir is in use, where it holds a run that the command does not
-    mean to continue or to replace, or where no state can be loaded.
+    Rank 0 chooses the state, and verifies its checksums; the other ranks read the same one.
+    read_only: accept any out_dir.
+    Raises UserError where out_dir holds a run that the command does not mean to continue or to
+    replace, or where no state can be loaded.
     """
-    run_lock = None
     state = None
     path = None
     notes = []
 
-    # rank 0: lock and choose
+    # rank 0: choose
     with env.raise_on_all_ranks():
         if env.is_main:
-            # Resuming what does not exist should not create a folder.
-            if not read_only and (init_from != 'resume' or holds_run(out_dir)):
-                run_lock = lock(out_dir)
-
             if goes_on(out_dir, init_from):
                 state, notes = load_state(out_dir)
                 path = state.path
@@ -198,7 +191,7 @@ def open_run(out_dir: str | Path, init_from: str, overwrite: bool, read_only: bo
     with env.raise_on_all_ranks():
         if path and not env.is_main:
             state = read_chosen_state(Path(path))
-    return OpenedRun(state, notes, run_lock)
+    return OpenedRun(state, notes)
 
 
 def read_chosen_state(path):
@@ -224,20 +217,58 @@ def refuse_to_replace(out_dir):
                         f'another --out_dir, or replace it with --overwrite=True')
 
 
-def lock(out_dir: str | Path) -> filelock.BaseFileLock:
-    """Create out_dir and lock it until this process ends. UserError if another process has it."""
+@contextmanager
+def locked(out_dir: str | Path, init_from: str, read_only: bool,
+           env: Environment) -> Iterator[None]:
+    """Rank 0 holds the lock of out_dir while the block runs. Every rank enters it.
+
+    read_only: take no lock.
+    Raises UserError, on all ranks, where another process has the lock.
+    """
+    run_lock = None
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        run_lock = filelock.FileLock(Path(out_dir) / '.lock')
-        run_lock.acquire(blocking=False)
-        return run_lock
-    except filelock.Timeout:
-        raise UserError(f'{out_dir} is in use by another training process; '
-                        f'wait for it, or choose another --out_dir') from None
-    except (OSError, ValueError) as error:          # ValueError: NUL or half a surrogate pair
-        reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'{out_dir!r} cannot be written ({reason}); '
-                        f'choose another --out_dir') from None
+        with env.raise_on_all_ranks():
+            if env.is_main and not read_only:
+                # Resuming what does not exist should not create a folder.
+                if init_from != 'resume' or holds_run(out_dir):
+                    run_lock = RunLock(out_dir)
+        yield
+    finally:
+        if run_lock:
+            run_lock.release()
+
+
+class RunLock:
+    """The lock of out_dir, which is created if it does not exist.
+
+    Raises UserError if another process has it.
+    """
+
+    def __init__(self, out_dir: str | Path):
+        self.folder = Path(out_dir)
+        try:
+            self.is_new_folder = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path = self.folder / '.lock'
+            self.is_new_file = not self.path.exists()
+            self.file_lock = filelock.FileLock(self.path)
+            self.file_lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UserError(f'{out_dir} is in use by another training process; '
+                            f'wait for it, or choose another --out_dir') from None
+        except (OSError, ValueError) as error:      # ValueError: NUL or half a surrogate pair
+            reason = getattr(error, 'strerror', None) or error
+            raise UserError(f'{out_dir!r} cannot be written ({reason}); '
+                            f'choose another --out_dir') from None
+
+    def release(self) -> None:
+        """Release the lock. A run that was refused leaves nothing of it behind."""
+        with suppress(OSError, UserError):          # the disk may be gone
+            if self.is_new_file and not holds_run(self.folder):
+                self.path.unlink(missing_ok=True)
+            if self.is_new_folder:
+                self.folder.rmdir()                 # fails unless it is empty
+        self.file_lock.release()
 
 
 # Cleaning and describing

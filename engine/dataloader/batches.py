@@ -175,8 +175,7 @@ class TokenDataset:
         Raises UserError where a split is shorter, and with documents='whole' where train has no
         end-of-text token, or consists of records.
         """
-        for split in SPLITS:
-            self.check_length(split, block_size)
+        self.check_length(block_size)
         if self.stride > 1 and self.documents == 'whole':
             raise UserError(f'the windows of {self.folder.name} start at its records; leave '
                             f'--documents=any')
@@ -189,16 +188,20 @@ class TokenDataset:
                                 f"{SEARCHED_TOKENS:,}, so documents='whole' finds no document to "
                                 f'start at; leave --documents=any')
 
-    def check_length(self, split, block_size):
+    def check_length(self, block_size):
         """UserError where a split has no window of block_size tokens and the one after."""
+        split = min(SPLITS, key=lambda split: len(self.tokens[split]))
         tokens = self.tokens[split]
         if len(tokens) > block_size:
             return
         file = f'{split}.bin'
         if len(tokens.names) > 1:
             file = f'the shards of {split}'
+        tries = f'--block_size={len(tokens) - 1}, or more text'
+        if len(tokens) < 2:
+            tries = 'more text'
         raise UserError(f'{self.folder / file} has {len(tokens):,} tokens, and a block takes '
-                        f'{block_size + 1}; try --block_size={len(tokens) - 1}, or more text')
+                        f'{block_size + 1}; try {tries}')
 
     # Batches
 
@@ -312,7 +315,6 @@ class TokenDataset:
         raise RunError(f'{path} is damaged, or changed while it was read: id {largest} of token '
                        f'{position:,} is beyond the vocabulary of {self.vocab_size}; restore it, '
                        f'and go on with --init_from=resume')
-
 
     def bytes_per_token(self) -> float | None:
         """Bytes of text per token of val, by its first tokens; see Tokenizer.bytes_per_token.

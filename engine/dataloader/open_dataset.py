@@ -40,8 +40,9 @@ def check_same_dataset(
     accept_change: accept another text.
     """
     if tokenizer and not has_tokens_of(data, tokenizer):
-        raise UserError(f'{data.name} has another vocabulary than the run, so its tokens mean '
-                        f'other text; resume with the dataset of the run')
+        raise UserError(f'{data.name} has another vocabulary than the run that would go on, so '
+                        f'its tokens mean other text; restore the dataset of the run, or train a '
+                        f'new model in another --out_dir')
 
     if fingerprint and fingerprint != data.fingerprint and not accept_change:
         raise UserError(f'{data.name} is not what the run was trained on (fingerprint '

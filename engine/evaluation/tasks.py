@@ -56,8 +56,9 @@ def load_tasks(names: str, folder: Path, tokenizer: Tokenizer, block_size: int,
                limit: int = 0) -> tuple[list[Task], list[str]]:
     """The tasks of a comma-separated list of names, and the names of CORE's tasks without a file.
 
-    Raises UserError for an unknown task, and for a file that is missing, damaged or of another
-    format. Logs how many examples the model cannot read.
+    Tasks that the model cannot read are left out, and named in the log. CORE's are then missing.
+    Raises UserError for an unknown task, for a file that is missing, damaged or of another format,
+    and where no task is left. Logs how many examples the model cannot read.
 
     folder: holds NAME.jsonl and NAME.txt. For `core` it is the evaluation bundle.
     limit: how many examples of each task are taken, from the first on; 0 takes all.
@@ -65,23 +66,33 @@ def load_tasks(names: str, folder: Path, tokenizer: Tokenizer, block_size: int,
     if not folder.is_dir():
         folder = ROOT / folder          # a relative one may also lie beside the scripts
     encoder = Encoder(tokenizer, block_size)
-    tasks = []
+    files = []                          # (name, path, its CoreTask or None) of each task
     missing = []
     unique_names = dict.fromkeys(name.strip() for name in names.split(','))
-
     for name in unique_names:
         if name == 'core':
             found, missing = task_files.find_core(folder)
-            for core, path in found:
-                tasks.append(load_examples(core.name, path, encoder, limit, core))
-            continue
-
-        path = task_files.find_task(folder, name)
-        if path.suffix == '.txt':
-            tasks.append(load_text(name, path, encoder, limit))
+            files += [(core.name, path, core) for core, path in found]
         else:
-            tasks.append(load_examples(name, path, encoder, limit))
+            files.append((name, task_files.find_task(folder, name), None))
 
+    tasks = []
+    reasons = []                        # why tasks are left out
+    for name, path, core in files:
+        try:
+            if path.suffix == '.txt':
+                tasks.append(load_text(name, path, encoder, limit))
+            else:
+                tasks.append(load_examples(name, path, encoder, limit, core))
+        except Unreadable as error:
+            reasons.append(str(error))
+            if core:
+                missing = [*missing, name]
+    if not tasks:
+        raise UserError(reasons[0])
+
+    for reason in reasons:
+        log.info(f'note: a task is left out: {reason}')
     for task in tasks:
         if task.skipped:
             log.info(f'note: {task.name}: {task.skipped:,} examples are left out, as this model '
@@ -118,8 +129,8 @@ def load_examples(name, path, encoder, limit, core=None):
         task.examples.append(Example(options, number, record.get('gold'), characters))
 
     if not task.examples:
-        raise UserError(f'{path}: this model can read none of the {task.skipped} examples; '
-                        f'{task.reason}')
+        raise Unreadable(f'{path}: this model can read none of the {task.skipped} examples; '
+                         f'{task.reason}')
     return task
 
 
@@ -216,7 +227,7 @@ def load_text(name, path, encoder, limit):
     try:
         texts = [encoder.encode(protocol.clean(document)) for document in documents]
     except Unreadable as error:
-        raise UserError(f'{path}: {error}, so this text has no likelihood') from None
+        raise Unreadable(f'{path}: {error}, so this text has no likelihood') from None
 
     block_size = encoder.block_size
     examples = []
@@ -264,7 +275,7 @@ def windows(tokens, size, stride, fill_last=False) -> Iterator[Option]:
 # Tokens
 
 class Unreadable(Exception):
-    """An example that a model cannot read, with the reason."""
+    """An example or a task that a model cannot read, with the reason."""
 
 
 class Encoder:

@@ -279,7 +279,7 @@ class DatasetWriter:
         meta = journal.describe_dataset()
         log.info(f'{self.folder}: train.bin has {meta.tokens["train"]:,} tokens, '
                  f'val.bin {meta.tokens["val"]:,}; '
-                 f'vocabulary {meta.spec.vocab_size:,} ({meta.spec.kind})')
+                 f'vocabulary {meta.spec.vocab_size:,} ({meta.spec.label})')
 
     def publish(self):
         """Replace the earlier dataset with what is written, and return its journal."""

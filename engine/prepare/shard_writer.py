@@ -403,7 +403,7 @@ class ShardWriter:
 
         log.info(f'{self.folder}: {len(shards) - 1:,} shards have {trained:,} tokens, '
                  f'val_000000.bin {held_out:,}; '
-                 f'vocabulary {self.spec.vocab_size:,} ({self.spec.kind})')
+                 f'vocabulary {self.spec.vocab_size:,} ({self.spec.label})')
         return True
 
     def plan_shards(self, chunks):

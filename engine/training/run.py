@@ -202,8 +202,8 @@ class Run:
         schedule = self.batch_schedule
         iter_num = self.progress.iter_num
         micro_steps, micro_batch_size = schedule.rank_share(self.progress.tokens)
-        batch = (f'{self.model.get_num_params():,} parameters, '
-                 f'{micro_steps * env.world_size} micro-batches of '
+        n_params = self.model.get_num_params(non_embedding=False)
+        batch = (f'{n_params:,} parameters, {micro_steps * env.world_size} micro-batches of '
                  f'{micro_batch_size} x {data.block_size} tokens per iteration, '
                  f'from iteration {iter_num}')
 
@@ -328,22 +328,25 @@ class Run:
         """
         flags = ''.join(f' --{name}={overrides[name]}' for name in repeated if name in overrides)
         log.info(f'{signal.Signals(stop_signal).name}: saved at iteration '
-                 f'{self.progress.iter_num}; go on with: {env.launcher} train.py '
-                 f'--init_from=resume --out_dir={shlex.quote(self.out_dir)}{flags}')
+                 f'{self.progress.iter_num}; go on with:\n'
+                 f'  {env.launcher} train.py --init_from=resume '
+                 f'--out_dir={shlex.quote(self.out_dir)}{flags}')
 
     def tell_of_the_end(self, max_iters: int):
         """Say what the run made, on rank 0."""
         if not self.writer:
             return
         progress = self.progress
-        if progress.iter_num < max_iters:
+        stopped_early = progress.iter_num < max_iters
+        if stopped_early:
             log.info('stopped early, as the val loss did not improve; '
                      'go on with more --patience, or with --patience=0')
         log.info(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, '
                  f'{self.writer.elapsed()}; best val loss {progress.best_val_loss:.4f} '
                  f'at iteration {progress.best_iter}')
-        log.info(f'next: python sample.py --out_dir={shlex.quote(self.out_dir)}    '
-                 f'(to train longer, resume with more --max_iters)')
+        if not stopped_early:
+            log.info('to train longer, resume with more --max_iters and --lr_decay_iters')
+        log.info(f'next: python sample.py --out_dir={shlex.quote(self.out_dir)}')
 
     def finish(self, stop_signal: int, env: Environment):
         """Close the files, and end together with the other ranks.

@@ -108,6 +108,11 @@ def training_notes(settings: dict, saved: Checkpoint | None, env: Environment) -
     if ends_before_min_lr and not settings['batch_ramp_start']:
         notes.append(f'the learning rate does not reach min_lr: '
                      f'lr_decay_iters={lr_decay_iters} is after max_iters={max_iters}')
+    stays_at_min_lr = settings['decay_lr'] and max_iters > lr_decay_iters
+    if stays_at_min_lr and not settings['batch_ramp_start']:
+        notes.append(f'the learning rate stays at min_lr={settings["min_lr"]:g} from iteration '
+                     f'{lr_decay_iters} on; --lr_decay_iters={max_iters} lets it fall until '
+                     f'max_iters')
 
     before = saved.dtype if saved else None
     if before in ('float32', 'bfloat16', 'float16') and before != env.dtype:

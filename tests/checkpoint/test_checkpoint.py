@@ -669,7 +669,7 @@ def test_every_rank_reads_the_state_that_rank_0_chose(tmp_path):
         rank = OtherRank(tmp_path / name, ['a note'])
         opened = run_folder.open_run(tmp_path, 'resume', False, False, rank)
         assert opened.state.iter_num == iter_num
-        assert opened.notes == ['a note'] and opened.lock is None
+        assert opened.notes == ['a note']
 
     rank = OtherRank(None, [])
     assert run_folder.open_run(tmp_path, 'scratch', True, False, rank).state is None
@@ -726,14 +726,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path('file').write_text('a file')
     with pytest.raises(UserError, match='cannot be written'):
-        run_folder.lock(out)
+        run_folder.RunLock(out)
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
-    with run_folder.lock(tmp_path / 'new' / 'out'):
-        with pytest.raises(UserError, match='is in use by another training process'):
-            run_folder.lock(tmp_path / 'new' / 'out')
-    run_folder.lock(tmp_path / 'new' / 'out').release()
+    run_lock = run_folder.RunLock(tmp_path / 'new' / 'out')
+    with pytest.raises(UserError, match='is in use by another training process'):
+        run_folder.RunLock(tmp_path / 'new' / 'out')
+    run_lock.release()
+    run_folder.RunLock(tmp_path / 'new' / 'out').release()
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no FIFOs')

@@ -127,6 +127,7 @@ def test_examples_that_are_left_out_are_told(scored, tmp_path):
     note = ("note: exact: 1 examples are left out, as this model cannot read them: "
             "the character 'é'")
     assert note in result.stderr and note not in result.stdout
+    assert 'scoring exact (1 examples)\nexact is scored, after ' in result.stderr
     assert content['results'][0]['skipped'] == content['results'][0]['examples'] == 1
 
 

@@ -15,6 +15,7 @@ from engine.errors import RunError, UserError
 from engine.evaluation import scoring, task_files
 from engine.evaluation.results import evaluate_tasks, summarize, summarize_core
 from engine.evaluation.tasks import Example, Task, load_tasks, text_pairs, windows
+from engine.log import log
 from engine.tokenizer import Tokenizer, char_spec
 from model import GPT, GPTConfig
 
@@ -446,6 +447,19 @@ def test_examples_that_a_model_cannot_read_are_counted(folder, tmp_path):
     words = "can read none of the 1 examples; the character 'é' is not in the vocabulary"
     with pytest.raises(UserError, match=words):
         load('exact', tmp_path)
+
+
+def test_a_task_that_a_model_cannot_read_is_left_out(folder, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(log, 'info', logged.append)
+    write_records(tmp_path / 'exact.jsonl', [dict(prompt='ab=', answer='c')])
+    write_records(tmp_path / 'foreign.jsonl', [dict(prompt='é=', answer='c')])
+    (tmp_path / 'story.txt').write_text('é', encoding='utf-8')
+    tasks = load('foreign,exact,story', tmp_path)
+    assert [task.name for task in tasks] == ['exact']
+    assert len(logged) == 2
+    assert 'a task is left out: ' in logged[0] and 'foreign.jsonl' in logged[0]
+    assert 'a task is left out: ' in logged[1] and 'story.txt' in logged[1]
 
 
 CHOICE = dict(query='a', choices=['b', 'c'], gold=1)

@@ -208,8 +208,25 @@ def test_a_log_has_the_mean_over_the_ranks_at_its_interval(world_size, logged):
         assert record['grad_norm'] == 0.5 and record['lr'] == 1e-3
         assert record['tokens_per_second'] == pytest.approx(100 / record['ms'] * 1000)
     for (_, record), line in zip(records, logged):
-        assert (f'loss {record["loss"]:.4f}, {record["tokens"]} tokens, {record["ms"]:.1f} ms, '
-                f'{record["tokens_per_second"]:,.0f} tok/s') in line
+        rate = step_log.short_number(round(record['tokens_per_second']))
+        assert (f'loss {record["loss"]:.4f}, grad {record["grad_norm"]:.2f}, lr 1.0e-3, '
+                f'{rate} tok/s, mfu ') in line
+
+
+@pytest.mark.parametrize('iteration, loss, grad_norm, seconds', [
+    (599_000, 2.8512, 0.32, 86_000), (0, 10.9512, 23.45, 350_000), (1500, 1.2736, 0.92, 95)])
+def test_a_log_line_fits_80_columns(iteration, loss, grad_norm, seconds):
+    numbers = dict(loss=loss, grad_norm=grad_norm, lr=6e-4, tokens_per_second=1_963_221, mfu=0.55)
+    line = step_log.format_line(iteration, numbers, seconds)
+    assert len(line) <= 80
+    assert line.startswith(f'iter {iteration}: loss {loss}, grad {grad_norm}, lr 6.0e-4, 1.96M ')
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (0.4, '0s'), (59.6, '1m0s'), (95, '1m35s'), (3600, '1h0m'), (86_399, '23h59m'),
+    (295_200, '3d10h')])
+def test_the_time_that_is_left_has_two_units(seconds, text):
+    assert step_log.short_time(seconds) == text
 
 
 def test_on_a_gpu_a_step_is_read_while_the_next_one_runs(monkeypatch):

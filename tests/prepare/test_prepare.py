@@ -478,6 +478,7 @@ MISTAKES = [
     ('text', 'a.txt', b'some text', ['--name=../other'], 'plain folder name'),
     ('text', 'a.txt', b'some text', ['--name=a\\b'], 'plain folder name'),
     ('text', 'a.txt', b'some text', ['--name=..'], 'plain folder name'),
+    ('text', 'a.txt', b'some text', ['--name=' + 'x' * 300], 'is too long for a folder'),
     ('text', '/', None, [], 'plain folder name'),
     ('text', '~no_such_person/a.txt', None, [], 'no file or folder'),
     ('text', 'a.txt', b'some text', ['--name=openwebtext'], 'is taken'),

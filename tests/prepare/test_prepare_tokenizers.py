@@ -60,7 +60,7 @@ def test_bpe_is_trained_on_the_train_split_and_ends_each_document(workspace, fol
     monkeypatch.setattr(text_files, 'BLOCK', 100)
     result = prepare(workspace, '--tokenizer=bpe', '--vocab_size=320', f'--num_proc={cores}')
     spec = read_meta(folder / 'data' / 'mine')
-    assert 'vocabulary 320' in result.stdout
+    assert 'vocabulary 320 (bpe)' in result.stdout
     assert spec.vocab_size == 320 and spec.tokenizer_name == 'bpe'
 
     # the tokenizer is that of the train split

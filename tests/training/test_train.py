@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from harness import CAN_FORK, SETTINGS, script_settings
 
 import train
+from engine.checkpoint import run_folder
 from engine.dataloader.batches import TokenDataset
 from engine.distributed import STOP_SIGNALS
 from engine.errors import UserError
+from engine.metrics.step_log import short_number
 from engine.training.settings_checks import check_training
 from model import GPT, GPTConfig
 
@@ -96,6 +99,8 @@ def test_an_impossible_value_is_refused(flag, words):
     ('--init_from=gpt3', "'gpt3' is neither a folder nor a hub model"),
     ('--dataset=nowhere', "dataset 'nowhere' has no train.bin"),
     ('--block_size=1000', 'val.bin has 1,000 tokens, and a block takes 1001'),
+    ('--block_size=9000',
+     'val.bin has 1,000 tokens, and a block takes 9001; try --block_size=999'),
     ('--init_from=resume', 'holds no run to resume'),
 ])
 def test_a_mistake_is_refused_before_a_run_begins(toy, tmp_path, capsys, flag, words):
@@ -103,7 +108,42 @@ def test_a_mistake_is_refused_before_a_run_begins(toy, tmp_path, capsys, flag, w
     with pytest.raises(UserError, match=words):
         with script_settings(train, *TOY, f'--out_dir={out_dir}', flag) as overrides:
             train.main(overrides)
-    assert {path.name for path in out_dir.glob('*')} <= {'.lock'}
+    assert not out_dir.exists()                         # nor does the lock stay
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--init_from=resume', 'is not what the run was trained on'),
+    ('--n_head=3', 'already holds a run'),
+    ('--n_layer=0', 'n_layer'),
+])
+def test_a_refused_run_leaves_out_dir_free_while_its_traceback_is_kept(
+        trained, toy, tmp_path, flag, words):
+    """As IPython keeps it. The lock of the run before stays as a file."""
+    out_dir = tmp_path / 'out'
+    out_dir.mkdir()
+    if flag != '--n_layer=0':
+        saved = torch.load(trained.folder / 'out-toy' / 'state.pt', weights_only=True)
+        torch.save(dict(saved, fingerprint='another'), out_dir / 'state.pt')
+        (out_dir / '.lock').touch()
+    before = {path.name for path in out_dir.iterdir()}
+
+    with pytest.raises(UserError, match=words) as kept:
+        with script_settings(train, *TOY, f'--out_dir={out_dir}', flag) as overrides:
+            train.main(overrides)
+    assert {path.name for path in out_dir.iterdir()} == before
+    run_folder.RunLock(out_dir).release()
+    assert kept.traceback
+
+
+def test_a_run_in_a_thread_handles_no_signals(toy, tmp_path):
+    """Only the main thread may. The run trains and ends as elsewhere."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    flags = [*TOY, f'--out_dir={tmp_path / "out"}', '--max_iters=2']
+    with script_settings(train, *flags) as overrides:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(train.main, overrides).result()
+    assert (tmp_path / 'out' / 'state.pt').exists()
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 def test_a_program_has_its_signal_handlers_back_after_a_run(toy, tmp_path):
@@ -273,8 +313,19 @@ def test_a_run_goes_on_past_its_first_end_and_a_finished_one_ends_at_once(traine
     trained.train('out-long', '--init_from=auto', '--max_iters=20')
     assert trained.records('out-long') == trained.records('out-toy')
     shown = trained.train('out-long', '--init_from=resume').stdout
-    assert 'to train longer, resume with more --max_iters' in shown
+    assert 'to train longer, resume with more --max_iters and --lr_decay_iters' in shown
     assert 'iter 20' not in shown
+
+
+def test_a_run_past_the_end_of_its_schedule_is_told_how_to_stretch_it(trained):
+    """Its learning rate would stay at min_lr without a word."""
+    trained.train('out-stretched', '--max_iters=8', '--lr_decay_iters=8')
+    resume = ['train.py', '--out_dir=out-stretched', '--init_from=resume', '--device=cpu']
+    shown = trained.run(*resume, '--max_iters=10').stdout
+    assert ('note: the learning rate stays at min_lr=0.001 from iteration 8 on; '
+            '--lr_decay_iters=10 lets it fall until max_iters') in shown
+    shown = trained.run(*resume, '--max_iters=12', '--lr_decay_iters=12').stdout
+    assert 'stays at min_lr' not in shown
 
 
 def test_a_resumed_run_goes_on_with_its_own_settings(trained):
@@ -303,9 +354,9 @@ def test_a_stopped_run_prints_the_flags_to_repeat(trained):
     flags = [*trained.flags('out-flags-to-repeat'), '--wandb_log=True']
     result = trained.launcher.run('train.py', *flags, WANDB_MODE='offline', fault=fault)
     assert result.codes == [128 + signal.SIGUSR1]
-    (line,) = [line for line in result.stdout.splitlines() if 'saved at iteration' in line]
-    assert line.endswith('--init_from=resume --out_dir=out-flags-to-repeat --device=cpu '
-                         '--compile=False --wandb_log=True')
+    command = result.stdout.split('go on with:\n')[1].splitlines()[0]
+    assert command == ('  python train.py --init_from=resume --out_dir=out-flags-to-repeat '
+                       '--device=cpu --compile=False --wandb_log=True')
 
 
 @pytest.mark.parametrize('block_size', [0, -5])
@@ -355,6 +406,7 @@ def test_a_smaller_context_takes_effect_and_a_larger_one_is_refused(trained):
     refused = trained.train('out-context', '--init_from=resume', '--block_size=64',
                             '--max_iters=12', code=2)
     assert 'block_size=64 is over the 16' in refused.stderr
+    assert 'and now read' not in refused.stdout
     assert '--block_size=16' in refused.stderr
 
 
@@ -412,9 +464,10 @@ def test_a_log_line_has_its_numbers(trained):
     records = map(json.loads, metrics.splitlines())
     record = [record for record in records if 'loss' in record][1]
     assert record['tokens'] == 256
-    assert lines[1] == (f'iter 1: loss {record["loss"]:.4f}, 256 tokens, {record["ms"]:.1f} ms, '
-                        f'{record["tokens_per_second"]:,.0f} tok/s, mfu {record["mfu"]:.1%}, '
-                        f'grad {record["grad_norm"]:.2f}, lr {record["lr"]:.1e}, eta 0:00:00')
+    rate = short_number(round(record['tokens_per_second']))
+    assert lines[1] == (f'iter 1: loss {record["loss"]:.4f}, grad {record["grad_norm"]:.2f}, '
+                        f'lr {record["lr"]:.1e}, '.replace('e-0', 'e-') +
+                        f'{rate} tok/s, mfu {record["mfu"]:.0%}, eta 0s')
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
