@@ -9,6 +9,7 @@ from harness import ROOT, script_settings
 import bench
 from engine.errors import RunError, UserError
 from engine.tokenizer import Tokenizer
+from model import GPT
 
 SMALL = [
     '--device=cpu',
@@ -160,8 +161,16 @@ def test_finetuning_openai_s_weights_is_planned_by_their_name(capsys, name, giga
     assert gigabytes - 1 < found < gigabytes
 
 
-def test_the_table_of_memory_is_what_a_plan_prints(capsys):
+def test_the_table_of_memory_is_what_a_plan_prints(capsys, monkeypatch):
     """A row of docs/scaling.md has the flags, the GB at the most, and the GPU that has room."""
+    models = {}                                     # each shape is built once
+
+    def build(config):
+        if repr(config) not in models:
+            models[repr(config)] = GPT(config)
+        return models[repr(config)]
+    monkeypatch.setattr(bench, 'GPT', build)
+
     text = (ROOT / 'docs' / 'scaling.md').read_text(encoding='utf-8')
     rows = re.findall(r'^\| `(--config=[^`]+)` +\| .* \| +([\d.]+) \| +(\d+) GB \|$', text, re.M)
     assert len(rows) >= 8

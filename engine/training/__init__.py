@@ -2,6 +2,6 @@
 
 run: the Run, its batch and its progress; start_run. parallel: a model over its ranks. optim: AdamW
 and Muon. settings_checks: what the settings of train.py may be. chunked_loss: the loss without
-whole logits. cpu: memory on a CPU.
+whole logits. cpu: memory on a CPU. plan: memory and time of a step, by arithmetic.
 It imports checkpoint, metrics and dataloader; never evaluation, generation, hf or prepare.
 """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from engine.metrics.step_log import short_number
-from engine.training.chunked_loss import CHUNK_LOGITS, is_worth_chunking
+from engine.training.chunked_loss import CHUNK_LOGITS, MIN_LOGITS
 
 GB = 1e9
 GPUS_IN_A_MACHINE = 8
@@ -52,8 +52,10 @@ class Step:
 
     @property
     def is_compiled_whole(self) -> bool:
-        """True where the compiler sees the loss. With shards it sees one block at a time."""
-        return self.compile and not self.is_sharded
+        """True where the compiler sees the loss. With shards, or across machines, it sees one block
+        at a time."""
+        in_one_machine = self.gpus <= GPUS_IN_A_MACHINE
+        return self.compile and in_one_machine and not self.is_sharded
 
     @property
     def bytes_in_products(self) -> int:
@@ -186,7 +188,7 @@ def loss_bytes(config, step: Step, n_tokens: int) -> float:
     """The bytes of the logits, and of what the chunked loss holds beside those of a chunk."""
     vocab_size = config.vocab_size
     low = step.bytes_in_products
-    if step.is_compiled_whole or not is_worth_chunking(n_tokens, vocab_size):
+    if step.is_compiled_whole or n_tokens * vocab_size < MIN_LOGITS:
         return low * vocab_size * n_tokens
 
     # engine.training.chunked_loss: a chunk's logits in both precisions
