@@ -468,6 +468,6 @@ def configure_globals(namespace, arguments):
         namespace.update(values)
 
 
-if __name__ != 'configurator':          # this file is run in the globals of such a script
+if Path(__file__).name != 'configurator.py':    # it is run in the globals of such a script
     import configurator
     configurator.configure_globals(globals(), sys.argv[1:])
