@@ -46,7 +46,7 @@ checkpoint = 'gathered'  # gathered: rank 0 writes ckpt.pt and state.pt;
                          # sharded: each rank writes to state/ while training goes on
 always_save_checkpoint = True   # False keeps the ckpt.pt of the best val loss
 init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
-                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME, a folder
+                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME[@REVISION], a folder
 overwrite = False        # True replaces the run that out_dir holds
 # at evaluations; none of these changes the weights, but patience may end the run
 sample_tokens = 0        # length of a sample at each evaluation; 0: none
