@@ -41,7 +41,7 @@ from model import GPT, GPTConfig
 # what most runs set
 out_dir = 'out'          # folder of the model, the state and the metrics of the run
 init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
-                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME, a folder
+                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME[@REVISION], a folder
 dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled; or a mixture, by
                          # shares of the sequences: openwebtext:0.7,mine:0.3
 n_layer = 12             # blocks; loaded weights keep their own shape

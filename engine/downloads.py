@@ -27,6 +27,7 @@ from engine.log import log
 HUB = 'https://huggingface.co'
 TRIES = 3
 SECONDS_BETWEEN_TRIES = 3
+SECONDS_OF_SILENCE = 30         # of a server that is asked by download_url
 LONGEST_WAIT = 300              # seconds that a busy server may ask for; beyond them a run ends
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -97,12 +98,12 @@ def download_files(download: Download, patterns: Sequence[str]) -> Path:
 
 
 def download_url(url: str) -> bytes:
-    """What is behind an address. A server that is silent for 30 seconds raises an error.
+    """What is behind an address. A server that is silent for too long raises an error.
 
     The errors are those of requests, which is installed with tiktoken.
     """
     import requests
-    response = requests.get(url, timeout=30)
+    response = requests.get(url, timeout=SECONDS_OF_SILENCE)
     response.raise_for_status()
     return response.content
 
@@ -298,7 +299,7 @@ def reason_of(error: BaseException) -> str:
         return f'{host} refuses it ({status})'
 
     if 'OfflineModeIsEnabled' in names_of(error):
-        return 'HF_HUB_OFFLINE forbids to ask the hub, and the cache does not have it'
+        return 'HF_HUB_OFFLINE is set, and the cache does not have it'
     if name_error is not None:
         if name_error.errno == socket.EAI_AGAIN:
             return f'no name server answers for {host}; there may be no network'
@@ -308,7 +309,7 @@ def reason_of(error: BaseException) -> str:
     if errno_of(error, (errno.ENETUNREACH, errno.EHOSTUNREACH)):
         return f'there is no network to {host}'
     if is_cut(error):
-        return f'the connection to {host} was cut before the file was whole'
+        return f'the connection to {host} was cut, or stood still, before the file was whole'
     if names_of(error) & UNREACHABLE:
         return f'no connection to {host}'
 
@@ -362,6 +363,8 @@ def explain_failure(error: BaseException, download: Download) -> UserError | Run
     if is_cut(error):
         return RunError(f'{failed}: {reason}; run again: files that are whole are kept, or '
                         f'{download.instead}')
+    if 'OfflineModeIsEnabled' in names_of(error):
+        return RunError(f'{failed}: {reason}; unset it, or {download.instead}')
     return RunError(f'{failed}: {reason}; go online once, or {download.instead}')
 
 

@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import socket
 
 import pytest
 
+from engine import downloads
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import RunError, UserError
 from engine.tokenizer import (
@@ -218,3 +220,22 @@ def test_a_damaged_or_hostile_meta_pkl_is_refused(tmp_path, monkeypatch, content
 def test_a_damaged_spec_of_a_checkpoint_is_refused(spec):
     with pytest.raises(UserError):
         TokenizerSpec.from_dict(spec)
+
+
+def test_a_silent_server_ends_the_download_of_gpt2s_encoding(monkeypatch, tmp_path):
+    """tiktoken by itself waits without end. Here a proxy takes its request and never answers."""
+    import tiktoken.registry
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(downloads, 'SECONDS_OF_SILENCE', 0.1)
+    monkeypatch.setattr(downloads, 'SECONDS_BETWEEN_TRIES', 0)
+
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        proxy = f'http://127.0.0.1:{silent.getsockname()[1]}'
+        for name in ('https_proxy', 'HTTPS_PROXY'):
+            monkeypatch.setenv(name, proxy)
+        for name in ('no_proxy', 'NO_PROXY'):
+            monkeypatch.delenv(name, raising=False)
+        words = 'encoding of GPT-2 could not be downloaded: .*TIKTOKEN_CACHE_DIR to a folder'
+        with pytest.raises(RunError, match=words):
+            Tokenizer(GPT2)
