@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.downloads import Download, download_files, split_revision
-from engine.errors import UserError
+from engine.errors import RunError, UserError
+from engine.log import is_main_process
 from engine.tokenizer import (
     END_OF_TEXT,
     GPT2,
@@ -55,12 +56,19 @@ def download_pretrained(source: str) -> None:
     """Download the weights and the tokenizer that --init_from=SOURCE of train.py names on the hub.
 
     Ranks do so before they meet, since a download may take longer than they wait for each other.
-    Raises UserError and RunError, as download_files.
+    Raises UserError and RunError on rank 0, as download_files. The other ranks raise theirs when
+    they load the weights.
     """
     from engine.hf.weights import find_weights
-    if source not in ('scratch', 'resume', 'auto'):
+    if source in ('scratch', 'resume', 'auto'):
+        return
+
+    try:
         find_weights(source)
         pretrained_spec(source)
+    except (UserError, RunError):
+        if is_main_process():
+            raise
 
 
 def check_same_tokens(

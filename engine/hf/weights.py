@@ -435,6 +435,8 @@ def load(source: str) -> tuple[dict, dict]:
     try:
         check_files(folder, is_folder)
         return load_supported(folder)
+    except UserError as error:
+        raise UserError(f'{source} cannot be used as weights: {error}') from None
     except Exception as error:                          # a damaged file can raise anything
         reason = ' '.join(str(error).split())[:300]
         raise UserError(f'{source} cannot be used as weights: {reason}') from None

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import ROOT
+from hub_stand_in import Fault, Hub
 
-from engine.errors import RunError, UserError
+from engine.errors import UserError
 from engine.hf import weights as hf_weights
+from engine.hf.tokenizer_json import download_pretrained
+from engine.hf.weights import find_weights
 from model import GPT, NANOGPT_ARGS, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -150,27 +153,95 @@ def test_a_missing_weight_is_refused(tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize('source', ['gpt2-xl', 'distilgpt2', 'HuggingFaceTB/SmolLM2-135M'])
-def test_an_unreachable_hub_is_one_plain_failure(monkeypatch, source):
-    def unreachable(*args, **kwargs):
-        raise OSError('no route to the hub')
-    monkeypatch.setattr(transformers.PretrainedConfig, 'get_config_dict', unreachable)
-    with pytest.raises(RunError, match=f'{source} could not be downloaded.*no route'):
-        GPT.from_pretrained(source)
+def test_masks_that_were_saved_among_the_weights_are_left_out(tmp_path):
+    """transformers did so until 2023; DialoGPT has them."""
+    reference = reference_gpt2()
+    weights = reference.state_dict()
+    for i in range(3):
+        weights[f'transformer.h.{i}.attn.bias'] = torch.ones(48, 48).tril().view(1, 1, 48, 48)
+        weights[f'transformer.h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
+    reference.config.save_pretrained(tmp_path)
+    torch.save(weights, tmp_path / 'pytorch_model.bin')
+    assert_same_function(GPT.from_pretrained(str(tmp_path)), reference)
 
 
-def test_a_name_that_the_hub_does_not_know_is_a_mistake(monkeypatch):
-    httpx = pytest.importorskip('httpx')
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def unknown(*args, **kwargs):
-        response = httpx.Response(404, request=httpx.Request('GET', 'https://hub'))
-        cause = RepositoryNotFoundError('404', response=response)
-        raise OSError('no such repository') from cause
-    monkeypatch.setattr(transformers.PretrainedConfig, 'get_config_dict', unknown)
-    words = 'nobody/nothing is neither a folder here nor a model that the hub shows'
+@pytest.mark.parametrize('files, words', [
+    ({'adapter_config.json': b'{}', 'adapter_model.safetensors': b''}, 'is an adapter of peft'),
+    ({'model.gguf': b'GGUF'}, 'holds a .gguf'),
+    ({'model.safetensors': b''}, 'has no config.json'),
+    ({'config.json': b'{}', 'model.safetensors': b'version https://git-lfs.github.com/spec/v1'},
+     'model.safetensors is a pointer of Git LFS; run `git lfs pull`'),
+    ({'config.json': b'{}', 'model.safetensors': bytes(100)}, 'model.safetensors is damaged'),
+])
+def test_a_folder_of_something_else_is_refused_by_what_it_is(tmp_path, files, words):
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=words):
+        GPT.from_pretrained(str(tmp_path))
+
+
+# The hub, by the real client
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in of the hub with a model in one file, and its older revision with pickled weights.
+
+    Attributes: reference is the model of transformers.
+    """
+    reference = reference_gpt2()
+    reference.save_pretrained(tmp_path / 'new')
+    reference.config.save_pretrained(tmp_path / 'old')
+    torch.save(reference.state_dict(), tmp_path / 'old' / 'pytorch_model.bin')
+    new, old = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                for name in ('new', 'old'))
+
+    hub = Hub({'owner/model': new, 'gpt2': new}, {'owner/model': {'v1': old}})
+    hub.reference = reference
+    hub.reach(monkeypatch, tmp_path)
+    yield hub
+    hub.close()
+
+
+@pytest.mark.parametrize('source', ['owner/model', 'owner/model@v1', 'gpt2'])
+def test_weights_of_the_hub_give_the_same(hub, source):
+    assert_same_function(GPT.from_pretrained(source), hub.reference)
+    assert ('GET /api/models/owner/model/revision/v1' in hub.asked) == source.endswith('@v1')
+
+
+def test_what_the_hub_lacks_or_hides_is_told(hub):
+    with pytest.raises(UserError, match='shows you no model nobody/nothing; check the spelling'):
         GPT.from_pretrained('nobody/nothing')
+    hub.faults += [Fault('resolve', 403, {'X-Error-Code': 'GatedRepo'})] * 9
+    with pytest.raises(UserError, match='owner/model is gated: accept its terms at'):
+        GPT.from_pretrained('owner/model')
+
+
+def test_a_damaged_file_of_the_cache_is_named_and_its_removal_helps(hub, tmp_path):
+    blob = next(path.resolve() for path in find_weights('owner/model').glob('*.safetensors'))
+    blob.write_bytes(bytes(1000))
+    with pytest.raises(UserError, match=f'remove {re.escape(str(blob))} and run again'):
+        GPT.from_pretrained('owner/model')
+    blob.unlink()
+    assert_same_function(GPT.from_pretrained('owner/model'), hub.reference)
+
+
+def test_only_rank_0_tells_of_a_failed_download(hub, monkeypatch):
+    with pytest.raises(UserError, match='nobody/nothing'):
+        download_pretrained('nobody/nothing')
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    download_pretrained('nobody/nothing')
+
+
+def test_a_download_before_the_ranks_meet_leaves_nothing_to_download(hub):
+    for source in ('scratch', 'resume', 'auto'):
+        download_pretrained(source)
+    assert not hub.asked
+
+    download_pretrained('owner/model@v1')
+    hub.asked.clear()
+    GPT.from_pretrained('owner/model@v1')
+    assert not any('resolve' in request for request in hub.asked)
 
 
 # The modern shapes

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from harness import ROOT
+from hub_stand_in import Hub, commit_of
 
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import (
@@ -425,27 +426,32 @@ def test_names_that_are_no_tokenizers_are_refused():
             named_spec(name)
 
 
-def test_a_hub_out_of_reach_is_an_error_of_one_line(monkeypatch):
-    import huggingface_hub
+@pytest.mark.parametrize('source', ['some/name', 'some/name@v1'])
+def test_a_hub_name_is_stored_with_its_revision(tmp_path, monkeypatch, source):
+    """By the real client."""
+    write(tmp_path / 'a', byte_level_bpe())
+    files = {path.name: path.read_bytes() for path in (tmp_path / 'a').iterdir()}
+    older = {**files, 'readme.md': b'older'}
+    hub = Hub({'some/name': files}, {'some/name': {'v1': older}})
+    hub.reach(monkeypatch, tmp_path)
 
-    def offline(*arguments, **more):
-        raise OSError('no\nnetwork')
-
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
-    words = 'the tokenizer of some/name could not be downloaded .OSError: no network'
-    with pytest.raises(RunError, match=words):
-        named_spec('some/name')
-
-
-def test_a_hub_name_is_stored_with_its_revision(tmp_path, monkeypatch):
-    import huggingface_hub
-    write(tmp_path / '0123abcd', byte_level_bpe())
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download',
-                        lambda name, allow_patterns: str(tmp_path / '0123abcd'))
-    spec = named_spec('some/name')
+    spec = named_spec(source)
+    hub.close()
+    expected = commit_of(older if '@' in source else files)
     assert spec.tokenizer_name == 'some/name'
-    assert spec.tokenizer_revision == '0123abcd'
+    assert spec.tokenizer_revision == expected
     assert re.fullmatch('[0-9a-f]{64}', spec.tokenizer_sha256)
+
+    with pytest.raises(RunError, match='the tokenizer of other/name could not be downloaded: no c'):
+        named_spec('other/name')
+
+
+def test_a_sentencepiece_file_alone_asks_for_its_package(tmp_path, monkeypatch):
+    import transformers.utils
+    monkeypatch.setattr(transformers.utils, 'is_sentencepiece_available', lambda: False)
+    (tmp_path / 'tokenizer.model').write_bytes(b'\x0e')
+    with pytest.raises(UserError, match='tokenizer.model is .*; pip install sentencepiece'):
+        named_spec(str(tmp_path))
 
 
 def test_a_damaged_spec_is_refused_when_it_is_used():
