@@ -221,8 +221,8 @@ def find_config(name, path_setting=None):
                 return path
 
     if os.path.isdir(name):
-        raise UserError(f'{shorten(name)} is a folder, and a config file is expected here; name '
-                        f'the setting of a folder, such as --out_dir={name}')
+        raise UserError(f'{shorten(name)} is a folder, and a config file is expected here; '
+                        f'a folder follows the name of its setting, as in --out_dir={name}')
 
     what = 'config file'
     if path_setting:

@@ -285,5 +285,5 @@ def main():
 
 if __name__ == '__main__':
     with report_errors():
-        configurator.configure(globals(), sys.argv[1:])
+        configurator.configure(globals(), sys.argv[1:], path_setting='input')
         main()
