@@ -307,7 +307,7 @@ def test_a_stopped_run_prints_the_command_that_goes_on_as_it_was(place):
     result = place.launcher.run('train.py', *place.flags('stopped'), *SHARED, '--strategy=fsdp',
                                 ranks=2, fault=fault)
     assert result.codes == [143, 143]
-    command = result.stdout.split('go on with:\n')[1].splitlines()[0]
+    command = result.stdout.split('go on with:\n')[1].splitlines()[0].strip()
     assert command == ('torchrun --nproc_per_node=2 --standalone train.py --init_from=resume '
                        '--out_dir=stopped --device=cpu --compile=False')
     state, _ = run_folder.load_state(place.folder / 'stopped')
