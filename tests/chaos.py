@@ -36,6 +36,7 @@ from harness import (
     Workspace,
     read_records,
     torchrun_options,
+    write_masked_dataset,
 )
 from launcher import SAVE_STEPS, script_environment
 from safetensors.torch import load_file
@@ -51,6 +52,7 @@ fault = 'mix'           # kill, term, int, hup, usr1, full, flip, nan, weights, 
                         # lost, or mix
 ranks = 1               # processes of a run, up to 4; freeze and lost always take 2, under torchrun
 strategy = 'ddp'        # of several ranks: ddp, fsdp or hsdp
+mixture = False         # True reads a mixture of two datasets, one of them with masks
 sharded = False         # True saves with --checkpoint=sharded, and omits the faults of single files
 seed = 0                # of where the faults strike
 workers = 2             # trials at a time
@@ -92,6 +94,7 @@ class Lab(Workspace):
         self.ranks = ranks
         # the fewest micro-batches that divide over the ranks
         self.micro_steps = math.ceil(ACCUMULATION / ranks)
+        write_masked_dataset(self.folder / 'data' / 'masked')
         self.reference = self.folder / 'reference'
         self.stopped = self.folder / 'stopped'
 
@@ -106,7 +109,7 @@ class Lab(Workspace):
     def flags(self, out_dir, **changes):
         kind = 'sharded' if sharded else 'gathered'
         micro_batches = self.micro_steps * self.ranks
-        return super().flags(out_dir, strategy=strategy, checkpoint=kind,
+        return super().flags(out_dir, strategy=strategy, checkpoint=kind, dataset=read_dataset(),
                              gradient_accumulation_steps=micro_batches, **changes)
 
     def new_out_dir(self, start=None):
@@ -133,6 +136,13 @@ class Lab(Workspace):
     def compare(self, out_dir):
         different = differences(out_dir, self.reference)
         expect(not different, f'not as without the fault: {"; ".join(different[:4])}')
+
+
+def read_dataset(name='toy'):
+    """What a trial sets `dataset` to, where `name` is the toy dataset or a copy of it."""
+    if mixture:
+        return f'{name}:0.7,masked:0.3'
+    return name
 
 
 # What is compared
@@ -426,7 +436,7 @@ def cache(lab, launcher, rng):
     out_dir = lab.new_out_dir()
     folder = lab.folder / 'data' / out_dir.name
     shutil.copytree(lab.folder / 'data' / 'toy', folder)
-    flag = f'--dataset={folder.name}'
+    flag = f'--dataset={read_dataset(folder.name)}'
     result = launcher.run('train.py', *lab.flags(out_dir, max_iters=10), flag, ranks=lab.ranks)
     expect(set(result.codes) == {0}, 'the first half failed', result)
 

@@ -80,6 +80,16 @@ def write_toy_dataset(folder, characters=CHARACTERS, tokens=6000):
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
 
+def write_masked_dataset(folder):
+    """The toy dataset with masks: stretches of 5 to 14 tokens count, and as many between do not."""
+    write_toy_dataset(folder)
+    random = np.random.default_rng(1)
+    for split, tokens in (('train', 5000), ('val', 1000)):
+        lengths = random.integers(5, 15, tokens)
+        mask = np.repeat(np.arange(tokens) % 2, lengths)[:tokens]
+        mask.astype('u1').tofile(folder / f'{split}.mask')
+
+
 def is_walk(text):
     """True where each character is 0 to 2 places after the one before, as in the toy dataset."""
     ids = [CHARACTERS.index(character) for character in text]

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from harness import Workspace, torchrun_options
+from harness import Workspace, torchrun_options, write_masked_dataset
 from launcher import script_environment
 from torch.distributed.checkpoint import state_dict_saver
 
@@ -30,6 +30,7 @@ def place(tmp_path_factory):
     if not workspace.launcher:
         pytest.skip('starting several ranks in forks takes Linux')
     workspace.train('straight', *SHARED, '--max_iters=30')
+    write_masked_dataset(workspace.folder / 'data' / 'masked')
     yield workspace
     workspace.close()
 
@@ -125,6 +126,31 @@ def test_a_run_of_several_ranks_resumes_bit_for_bit(place, flag, strategy, ranks
                        for name in ('parts', 'whole'))
     assert found == expected
     assert len(found) == 15
+    assert_same(tensors(place, 'parts'), tensors(place, 'whole'))
+
+
+@pytest.mark.parametrize('options', [dict(), dict(strategy='fsdp'), dict(ranks=4)])
+def test_a_masked_mixture_gives_the_losses_of_one_process(place, options):
+    """Micro-batches of one sequence have different numbers of targets, and some have none."""
+    flags = ['--dataset=toy:0.7,masked:0.3', '--max_iters=12', '--overwrite=True']
+    train(place, 'one', *flags, ranks=1)
+    train(place, 'several', *flags, **options)
+    assert len(curve(place, 'one')) == 15
+    assert curve(place, 'several') == pytest.approx(curve(place, 'one'), rel=1e-6)
+
+    evaluation = place.records('one')[0]
+    parts = 0.7 * evaluation['val/toy_loss'] + 0.3 * evaluation['val/masked_loss']
+    assert evaluation['val_loss'] == pytest.approx(parts, rel=1e-9)
+
+
+@pytest.mark.parametrize('strategy, ranks', [('ddp', 1), ('fsdp', 2)])
+def test_a_masked_mixture_resumes_bit_for_bit(place, strategy, ranks):
+    flags = ['--dataset=toy:0.7,masked:0.3', '--overwrite=True']
+    options = dict(strategy=strategy, ranks=ranks)
+    train(place, 'whole', *flags, '--max_iters=12', **options)
+    train(place, 'parts', *flags, '--max_iters=5', **options)
+    place.run('train.py', '--init_from=resume', '--device=cpu', '--compile=False',
+              '--out_dir=parts', '--max_iters=12', ranks=ranks)
     assert_same(tensors(place, 'parts'), tensors(place, 'whole'))
 
 
