@@ -13,6 +13,15 @@ from harness import CAN_FORK, Workspace, write_toy_dataset  # it puts the projec
 from engine.dataloader import batches as dataloader
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker takes its tests in their order, so the fixtures of most files are made once.
+
+    A worker that has none left takes half of another's.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope='session')
 def workspace(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp('workspace'))

@@ -22,6 +22,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+# Packages whose settings in the environment are read when they are imported.
+HUB_PACKAGES = ('transformers', 'huggingface_hub')
 SAVE_STEPS = ('write', 'sync file', 'rename previous', 'rename', 'sync folder', 'done')
 
 
@@ -240,9 +242,10 @@ def run_script(script, arguments):
 
 def serve():
     """Run each request, a line of JSON on stdin. Prints its pids, and at its end the exit codes."""
-    import_all()
+    import_what_all_need()
     for line in sys.stdin:
         request = json.loads(line)
+        import_what_it_needs(request)
         store = None
         if request['ranks'] > 1:
             store = fork_store(request['port'])
@@ -257,7 +260,7 @@ def serve():
     os._exit(0)                                 # the clean-up of a usual exit takes seconds
 
 
-def import_all():
+def import_what_all_need():
     """Import what every script imports, and a first optimizer step: all of it takes long."""
     import filelock  # noqa: F401
     import numpy  # noqa: F401
@@ -265,6 +268,21 @@ def import_all():
     import torch.distributed
     import torch.nn.parallel  # noqa: F401
     import tqdm  # noqa: F401
+
+
+def import_what_it_needs(request):
+    """Import further packages that take seconds, if the script will, for it and those after it."""
+    words = ' '.join([request['script'], *request['arguments']])
+    if request['ranks'] > 1:
+        import torch.distributed.algorithms.ddp_comm_hooks.default_hooks  # noqa: F401
+    if 'fsdp' in words or 'hsdp' in words or 'sharded' in words:
+        import torch.distributed.checkpoint.hf_storage
+        import torch.distributed.fsdp
+        import torch.distributed.tensor  # noqa: F401
+    if 'plot.py' in words:
+        import matplotlib.pyplot  # noqa: F401
+    if 'export.py' in words and '--to=nanogpt' not in words:
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
 
 def wait_for_all(pids):
@@ -324,6 +342,8 @@ def become(request, rank):
     os.chdir(request['folder'])
 
     os.environ.update(request['environment'])
+    if any(name.startswith(('HF_', 'TRANSFORMERS_')) for name in request['environment']):
+        forget_modules(HUB_PACKAGES)
     if request['ranks'] > 1:
         os.environ.update(
             RANK=str(rank),
@@ -334,6 +354,13 @@ def become(request, rank):
             TORCHELASTIC_USE_AGENT_STORE='True',
             TORCHELASTIC_RESTART_COUNT='0',
         )
+
+
+def forget_modules(packages):
+    """Let the next import of some packages read their files, and the environment, anew."""
+    for name in list(sys.modules):
+        if name.partition('.')[0] in packages:
+            del sys.modules[name]
 
 
 # The client
@@ -357,8 +384,9 @@ class Launcher:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        # Unbuffered: a line that had been read ahead would not wake `select` in wait().
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, text=True, env=script_environment())
+                                       stdout=subprocess.PIPE, bufsize=0, env=script_environment())
 
     def start(self, script, *arguments, ranks=1, fault=None, **environment):
         """Start a script. Returns the pid of each rank. `wait` must follow."""
@@ -381,7 +409,7 @@ class Launcher:
             environment=dict(environment, FAULT=json.dumps(fault or {})),
         )
         self.began = time.monotonic()
-        print(json.dumps(request), file=self.server.stdin, flush=True)
+        self.server.stdin.write(json.dumps(request).encode() + b'\n')
         self.pids = json.loads(self.server.stdout.readline())
         return self.pids
 

@@ -37,7 +37,7 @@ case = 'all'            # one of the functions under "Cases", or all
 RANK_TIMEOUT = 5        # seconds
 ADDRESSES = {'a': '10.77.0.1', 'b': '10.77.0.2'}
 # Long enough that a fault finds it running, and saved a few times.
-RUN = dict(max_iters=300, lr_decay_iters=300, eval_interval=40, rank_timeout=RANK_TIMEOUT,
+RUN = dict(max_iters=160, lr_decay_iters=160, eval_interval=40, rank_timeout=RANK_TIMEOUT,
            init_from='auto')
 # torchrun keeps one store over its restarts, and PyTorch 2.13 does not tell its address to a
 # machine that joins later. With this variable there is a new store at every start.

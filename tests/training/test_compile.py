@@ -161,7 +161,7 @@ def test_any_number_of_shapes_can_be_compiled(monkeypatch, counters):
 
 def test_two_compiled_ranks_train_as_one_process_in_one_graph_each(workspace):
     flags = ['--dropout=0', '--max_iters=4', '--eval_interval=100']
-    workspace.run_python('train.py', *workspace.flags('out-eager'), *flags)
+    workspace.train('out-eager', *flags)
     result = workspace.run_python('train.py', *workspace.flags('out-compiled'), *flags,
                                   '--compile=True', ranks=2, TORCH_LOGS='graph_code')
     assert result.codes == [0], result.stderr
