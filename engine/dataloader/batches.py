@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine.chat_layout import ChatLayout
 from engine.dataloader.masks import open_masks
 from engine.dataloader.token_files import (
     REPLACING,
@@ -89,8 +90,9 @@ class TokenDataset:
     training windows at documents.
 
     Attributes: tokens is {'train': TokenStream, 'val': ...}; masks is the same with the masks, or
-    empty. tokenizer is a TokenizerSpec. fingerprint is a short hash of all files. Windows start at
-    multiples of stride, which is the length of a record, or 1.
+    empty. tokenizer is a TokenizerSpec. chat is the ChatLayout of a dataset of conversations, as a
+    dict, or None. fingerprint is a short hash of all files. Windows start at multiples of stride,
+    which is the length of a record, or 1.
     Call `set_block_size` before `batch`.
 
     Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or
@@ -108,6 +110,7 @@ class TokenDataset:
         meta = DatasetMeta.read(self.folder)
         self.tokenizer = meta.spec
         self.vocab_size = meta.spec.vocab_size
+        self.chat = read_chat(self.folder, meta)
         dtype = self.read_dtype(meta)
         expected = meta.sha256
         if not isinstance(expected, dict):
@@ -385,6 +388,16 @@ def advice(name):
     prepared = ', '.join(sorted({path.parent.name for path in token_files}))
     return (f'prepared datasets: {prepared or "none"}; for text of your own run: '
             f'python data/text/prepare.py --input=PATH --name={name}')
+
+
+def read_chat(folder, meta):
+    """The dict of the ChatLayout in meta.json, or None. UserError where it is none."""
+    if meta.chat is None:
+        return None
+    try:
+        return ChatLayout.from_dict(meta.chat).to_dict()
+    except UserError as error:
+        raise UserError(f'{folder / "meta.json"}: {error}; prepare the dataset again') from None
 
 
 def read_stride(folder, meta, tokens):
