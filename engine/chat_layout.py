@@ -23,7 +23,7 @@ class Turn(NamedTuple):
 class Segment(NamedTuple):
     """A part of a document that is encoded by itself."""
     text: str
-    counts: bool            # its tokens count in the loss
+    counts: bool = True     # its tokens count in the loss
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ META_KEYS = ('record', 'chat', 'dtype', 'tokens', 'sha256', 'source')
 MAX_VOCAB_SIZE = 1 << 24
 MAX_CHARS = 1 << 16             # of a vocabulary of characters
 CHAR_END = '\x03'               # the character END OF TEXT of ASCII, after each document
+CHAR_END_NAME = '<|endoftext|>' # how a prompt and a sample spell it, as with other tokenizers
 MAX_FILE_CHARACTERS = 1 << 26   # the tokenizer.json of the largest vocabularies have about half
 
 
@@ -276,7 +277,8 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """A vocabulary of single characters."""
+    """A vocabulary of single characters, perhaps with an end-of-text token, which CHAR_END_NAME
+    spells in a prompt and in a decoded text."""
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -284,8 +286,14 @@ class CharTokenizer(Tokenizer):
         self.ids = {char: i for i, char in enumerate(self.chars)}
         self.table = np.zeros(0x110000, self.dtype)     # id of each code point
         self.table[code_points(self.chars)] = np.arange(self.vocab_size)
+        self.names = list(self.chars)                   # what each id is decoded to
+        if self.end_of_text is not None:
+            self.names[self.end_of_text] = CHAR_END_NAME
 
     def encode(self, text):
+        if self.end_of_text is not None:
+            text = text.replace(CHAR_END_NAME, self.chars[self.end_of_text])
+
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
             known = repr(self.chars)
@@ -300,7 +308,7 @@ class CharTokenizer(Tokenizer):
         return self.table[code_points(text)]
 
     def decode_bytes(self, ids):
-        return ''.join(self.chars[i] for i in ids).encode('utf-8', 'surrogatepass')
+        return ''.join(self.names[i] for i in ids).encode('utf-8', 'surrogatepass')
 
 
 class HFTokenizer(Tokenizer):

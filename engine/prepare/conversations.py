@@ -1,11 +1,8 @@
 """Rows with prompts and answers as documents, of which only the answers count in the loss.
 
-    template_format(prompt, answer, columns)    is the format that two templates describe
-    recognized_format(row)                      is the format that the columns of a row suggest
-    RowFormat.segments(row)                     makes a row a document, as a list of segments
-
-A row is a dict of columns. Its values come from files of others. So a template takes each value as
-text, and reads no attribute of it.
+choose_layout says how rows become documents: by two templates, or by what their columns suggest.
+The values of a row come from files of others. So a template takes each value as text, and reads no
+attribute of it.
 """
 
 import json
@@ -16,6 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.chat_layout import ChatLayout, Segment, Turn
 from engine.errors import UserError, shorten
+from engine.prepare.row_layout import RowLayout, text_layout
 
 # The roles of a conversation, by the names that datasets have for them.
 ROLES = dict(
@@ -25,16 +23,36 @@ ROLES = dict(
     model='assistant',
 )
 TURNS_COLUMNS = ('messages', 'conversations', 'conversation')
-# The columns of a question, of what may follow it, and of its answer.
+# The columns of a question, of what it is about, and of its answer.
 PAIR_COLUMNS = (
     ('instruction', 'input', 'output'),
     ('instruction', 'context', 'response'),
     ('question', None, 'answer'),
 )
-# Columns whose texts are joined as they are: the markers are in the texts.
+# Columns whose texts are joined as they are, since the prompts already have their markers.
 JOINED_COLUMNS = (('prompt', 'completion'), ('prompt', 'response'))
 
+CHAT = ChatLayout()
 ESCAPES = {'\\n': '\n', '\\t': '\t', '\\\\': '\\'}
+
+
+@dataclass
+class RowSettings:
+    """What a person says of the rows. None stands for what is not said."""
+    field: str | None = None        # the column that has the text
+    prompt: str | None = None       # a template of what comes before the answer
+    answer: str | None = None       # a template of the answer
+    count_all: bool = False         # prompts count in the loss too
+
+    def check(self) -> None:
+        """UserError where the settings exclude each other, or one needs another."""
+        if self.prompt is not None and self.answer is None:
+            raise UserError("--prompt needs an answer after it; add --answer='{COLUMN}'")
+        if self.field is not None and self.answer is not None:
+            raise UserError(f'--field={self.field} and --answer both say what is read; leave out '
+                            f'one of them')
+        for template in (self.prompt, self.answer):
+            parse_template(template or '')
 
 
 # Templates
@@ -66,13 +84,12 @@ def parse_template(template: str) -> list[Part]:
     return parts
 
 
-def check_columns(setting: str, parts: list[Part], columns: Iterable[str]) -> None:
-    """UserError where a template names a column that there is not."""
-    columns = list(columns)
-    for name, is_column in parts:
-        if is_column and name not in columns:
-            raise UserError(f'--{setting} names the column {shorten(name)}, and the columns are '
-                            f'{", ".join(columns)[:300]}')
+def check_columns(name: str, setting: str, parts: list[Part], known: Iterable[str]) -> None:
+    """UserError where the template of a setting names a column that the file `name` lacks."""
+    for column, is_column in parts:
+        if is_column and column not in known:
+            raise UserError(f'--{setting} names a column {shorten(column)}, and the columns of '
+                            f'{name} are {", ".join(known)[:300]}')
 
 
 def fill_template(parts: list[Part], row: dict) -> str | None:
@@ -96,135 +113,133 @@ def text_of(value: Any) -> str | None:
     return str(value)
 
 
-# Formats
+# Layouts
 
-class RowFormat:
-    """How rows become documents. description says what was taken for what.
+def choose_layout(name: str, rows: list[dict], settings: RowSettings) -> RowLayout:
+    """The layout of rows, as the settings say, or else as the columns suggest.
 
-    layout: the layout that the documents are written in, or None where they have no turns.
+    name: the file, for messages. rows: its first rows.
+
+    Templates come first, then the column that `field` names. Without both, a column `text` is the
+    text, and rows without one may be conversations, or pairs of a question and an answer.
+    Raises UserError where the settings do not fit the rows, and where no column is known.
     """
-
-    description: str
-    layout: ChatLayout | None = None
-
-    def segments(self, row: dict) -> list[Segment] | None:
-        """The segments of a row's document, of which the last one counts. None without an answer.
-
-        Raises UserError for a row of another kind.
-        """
-        raise NotImplementedError
+    if settings.answer is not None:
+        return template_layout(name, rows, settings)
+    if settings.field is None and rows and 'text' not in rows[0]:
+        layout = recognized_layout(rows, settings.count_all)
+        if layout:
+            return layout
+    return text_layout(name, rows, settings.field)
 
 
-@dataclass
-class TemplateFormat(RowFormat):
-    """Rows that two templates make a prompt and an answer of."""
-    prompt: list[Part]
-    answer: list[Part]
-    description: str
+def template_layout(name: str, rows: list[dict], settings: RowSettings) -> RowLayout:
+    """The layout of --prompt and --answer. Without a prompt, the whole document counts.
 
-    def segments(self, row):
-        prompt = fill_template(self.prompt, row)
-        answer = fill_template(self.answer, row)
-        if prompt is None or answer is None or not answer.strip():
-            return None
-        return [Segment(prompt, False), Segment(answer, True)]
+    A row that lacks a value for a template is left out. Raises UserError for a template that cannot
+    be read, or that names no column of the first rows.
+    """
+    known = list(dict.fromkeys(column for row in rows for column in row))
+    prompt = parse_template(settings.prompt or '')
+    answer = parse_template(settings.answer)
+    check_columns(name, 'prompt', prompt, known)
+    check_columns(name, 'answer', answer, known)
 
-
-class ChatFormat(RowFormat):
-    """Rows that are conversations."""
-
-    layout = ChatLayout()
-
-    def turns(self, row: dict) -> list[Turn]:
-        raise NotImplementedError
-
-    def segments(self, row):
-        turns = self.turns(row)
-        while turns and turns[-1].role != 'assistant':      # nothing after it is learned
-            turns.pop()
-        if not any(turn.role == 'assistant' and turn.text.strip() for turn in turns):
-            return None
-        return self.layout.segments(turns)
+    description = f'the answer is {shorten(settings.answer)}'
+    if prompt:
+        description = f'the prompt is {shorten(settings.prompt)}, {description}'
+    columns = [part.text for part in prompt + answer if part.is_column]
+    return joined_layout(prompt, answer, columns, description, settings.count_all)
 
 
-@dataclass
-class TurnsFormat(ChatFormat):
-    """Rows with a column that holds a list of turns."""
-    column: str
-
-    @property
-    def description(self):
-        return (f"rows with `{self.column}`: each is a conversation, and what the assistant says "
-                f"is the answer")
-
-    def turns(self, row):
-        return read_turns(self.column, row.get(self.column))
-
-
-@dataclass
-class PairFormat(ChatFormat):
-    """Rows with a question and an answer, and perhaps a text that the question is about."""
-    question: str
-    about: str | None
-    answer: str
-
-    @property
-    def description(self):
-        question = f'`{self.question}`'
-        if self.about:
-            question += f' and `{self.about}`'
-        return f'the user says {question}, and `{self.answer}` is the answer'
-
-    def turns(self, row):
-        question = text_of(row.get(self.question))
-        answer = text_of(row.get(self.answer))
-        if question is None or answer is None:
+def joined_layout(prompt, answer, columns, description, count_all):
+    """The layout of documents that are a prompt and its answer, of two lists of Parts."""
+    def make(values):
+        before = fill_template(prompt, values)
+        text = fill_template(answer, values)
+        if before is None or text is None or not text.strip():
             return []
-        about = text_of(row.get(self.about))
-        if about:
-            question += f'\n\n{about}'
-        return [Turn('user', question), Turn('assistant', answer)]
+        segments = [Segment(before, False), Segment(text)]
+        return [segment for segment in segments if segment.text]
+
+    return masked_layout(make, description, columns, count_all or not prompt)
 
 
-def template_format(prompt: str, answer: str, columns: Iterable[str]) -> TemplateFormat:
-    """The format of the settings --prompt and --answer for rows with these columns.
+def masked_layout(make, description, columns, count_all, chat=None):
+    """A RowLayout whose segments count as they say, or all of them count."""
+    def make_all(values):
+        return [Segment(text) for text, _ in make(values)]
 
-    Raises UserError for a template that cannot be read or names another column.
-    """
-    parts = dict(prompt=parse_template(prompt), answer=parse_template(answer))
-    columns = list(columns)
-    for setting in parts:
-        check_columns(setting, parts[setting], columns)
-    return TemplateFormat(
-        parts['prompt'], parts['answer'],
-        description=f'the prompt is {shorten(prompt)}, and {shorten(answer)} is the answer')
+    if count_all:
+        return RowLayout(make_all, f'{description}; all of it counts', columns, chat=chat)
+    return RowLayout(make, f'{description}; only answers count in the loss', columns,
+                     has_masks=True, chat=chat)
 
 
-def recognized_format(row: dict) -> RowFormat | None:
-    """The format that the columns of a row suggest, or None.
+def recognized_layout(rows: list[dict], count_all: bool = False) -> RowLayout | None:
+    """The layout that the columns of the first row suggest, or None.
 
     A column of a pair has to hold a text: an answer that is a number may be that of a choice.
     """
+    first = rows[0]
     for column in TURNS_COLUMNS:
-        if is_list_of_dicts(row.get(column)):
-            return TurnsFormat(column)
-
-    def has_texts(*columns):
-        return all(isinstance(row.get(column), str) for column in columns)
+        if is_list_of_dicts(first.get(column)):
+            return turns_layout(column, count_all)
 
     for question, about, answer in PAIR_COLUMNS:
-        if has_texts(question, answer):
-            if about not in row:
+        if isinstance(first.get(question), str) and isinstance(first.get(answer), str):
+            if about not in first:
                 about = None
-            return PairFormat(question, about, answer)
+            return pair_layout(question, about, answer, count_all)
 
     for prompt, answer in JOINED_COLUMNS:
-        if has_texts(prompt, answer):
-            return TemplateFormat(
-                [Part(prompt, True)], [Part(answer, True)],
-                description=f'`{prompt}` and `{answer}` are joined as they are, and the second is '
-                            f'the answer')
+        if isinstance(first.get(prompt), str) and isinstance(first.get(answer), str):
+            description = (f'the columns `{prompt}` and `{answer}` are joined as they are, and the '
+                           f'second is the answer')
+            return joined_layout([Part(prompt, True)], [Part(answer, True)], [prompt, answer],
+                                 description, count_all)
     return None
+
+
+def turns_layout(column, count_all):
+    """The layout of rows with a column that holds a list of turns."""
+    def make(values):
+        return chat_segments(read_turns(column, values.get(column)))
+
+    description = (f'the column `{column}` has conversations, and what the assistant says is the '
+                   f'answer')
+    return masked_layout(make, description, [column], count_all, CHAT)
+
+
+def pair_layout(question, about, answer, count_all):
+    """The layout of rows with a question, a column on what it is about or None, and an answer."""
+    def make(values):
+        asked = text_of(values.get(question))
+        answered = text_of(values.get(answer))
+        if asked is None or answered is None:
+            return []
+        subject = None
+        if about:
+            subject = text_of(values.get(about))
+        if subject:
+            asked += f'\n\n{subject}'
+        return chat_segments([Turn('user', asked), Turn('assistant', answered)])
+
+    columns = [column for column in (question, about, answer) if column]
+    asks = ' and '.join(f'`{column}`' for column in columns[:-1])
+    description = f'the user says what {asks} has, and `{answer}` is the answer'
+    if about:
+        description = f'the user says what {asks} have, and `{answer}` is the answer'
+    return masked_layout(make, description, columns, count_all, CHAT)
+
+
+def chat_segments(turns):
+    """The segments of a conversation up to its last answer; [] without an answer."""
+    while turns and turns[-1].role != 'assistant':
+        turns.pop()
+    if not any(turn.role == 'assistant' and turn.text.strip() for turn in turns):
+        return []
+    return [segment for segment in CHAT.segments(turns) if segment.text]
 
 
 # Lists of turns
@@ -247,19 +262,19 @@ def read_json_text(value):
 
 def read_turns(column: str, value: Any) -> list[Turn]:
     """The turns of a conversation, in which each is a dict of role and content, or of from and
-    value. UserError for one that is none."""
+    value. ValueError, with what follows the name of the row, for one that is none."""
     if value is None:
         return []
     found = read_json_text(value)
     if not isinstance(found, list):
-        raise UserError(f'`{column}` is {shorten(value)}, and should be a list of turns')
+        raise ValueError(f'has no list of turns under `{column}`: {shorten(value)}')
     return [read_turn(column, number, turn) for number, turn in enumerate(found, 1)]
 
 
 def read_turn(column, number, turn):
-    where = f'turn {number} of `{column}`'
+    where = f'in turn {number} of `{column}`'
     if not isinstance(turn, dict):
-        raise UserError(f'{where} is {shorten(turn)}, and should have `role` and `content`')
+        raise ValueError(f'has no `role` and `content` {where}: {shorten(turn)}')
 
     # the role
     name = turn.get('role')
@@ -269,8 +284,8 @@ def read_turn(column, number, turn):
     if isinstance(name, str):
         role = ROLES.get(name.lower())
     if role is None:
-        raise UserError(f'{where} has the role {shorten(name)}, and the roles are system, user and '
-                        f'assistant; correct or remove the row')
+        raise ValueError(f'has the role {shorten(name)} {where}, and the roles are system, user '
+                         f'and assistant')
 
     # the text
     content = turn.get('content')
@@ -281,7 +296,7 @@ def read_turn(column, number, turn):
     if content is None:
         content = ''
     if not isinstance(content, str):
-        raise UserError(f'{where} has no text: {shorten(turn)}; correct or remove the row')
+        raise ValueError(f'has no text {where}: {shorten(turn)}')
     return Turn(role, content)
 
 

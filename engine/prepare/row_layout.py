@@ -5,15 +5,9 @@ A row is a dict, {column: value}. A document is a list of Segments.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from engine.chat_layout import ChatLayout, Segment
 from engine.errors import UserError, shorten
-
-
-class Segment(NamedTuple):
-    """A part of a document."""
-    text: str
-    counts: bool = True         # its tokens count in the loss
 
 
 @dataclass
@@ -25,11 +19,13 @@ class RowLayout:
     description: what was taken for what, for a line that is printed.
     columns: the columns that `make` reads, or None for all of them.
     has_masks: some segments do not count in the loss.
+    chat: the layout of the conversations that the rows are, or None.
     """
     make: Callable[[dict], list[Segment]]
     description: str
     columns: list[str] | None = None
     has_masks: bool = False
+    chat: ChatLayout | None = None
 
 
 def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLayout:
