@@ -14,8 +14,8 @@ from engine.errors import UserError, shorten
 class RowLayout:
     """What makes documents of the rows of a file.
 
-    make: the segments of a row, {column: value}, or [] where the row is empty and left out. Raises
-        ValueError with a reason that follows the name of the row, such as 'has no answer'.
+    make: the segments of a row, {column: value}, or [] where its text is null and it is left out.
+        Raises ValueError with a reason that follows the name of the row, such as 'has no answer'.
     description: what was taken for what, for a line that is printed.
     columns: the columns that `make` reads, or None for all of them.
     has_masks: some segments do not count in the loss.
@@ -42,7 +42,7 @@ def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLay
         if column not in values:
             raise ValueError(f'has no string under `{column}`: {shorten(values)}')
         text = values[column]
-        if text is None or text == '':
+        if text is None:
             return []
         if type(text) is not str:
             raise ValueError(f'has no string under `{column}`: {shorten(text)}')
@@ -62,7 +62,7 @@ def choose_column(name, rows, field):
     if field is not None:
         if field in columns:
             return field
-        raise UserError(f'{name} has no column {field}, only {describe_columns(columns)}; '
+        raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '
                         f'name one of these with --field=')
     if 'text' in columns:
         return 'text'
@@ -70,7 +70,7 @@ def choose_column(name, rows, field):
     texts = [column for column, value in columns.items() if is_prose(value)]
     if len(texts) == 1:
         return texts[0]
-    raise UserError(f'{name} has no column text, only {describe_columns(columns)}; '
+    raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
                     f'name the column of the text with --field=')
 
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError, shorten
@@ -21,6 +20,7 @@ from engine.prepare.kinds import CSV, JSON, JSON_LINES, PARQUET, Source
 MAX_ROW = 1 << 28               # bytes of JSON lines and parquet, characters of others
 ROWS_TO_LOOK_AT = 100           # those that decide what the columns are
 BYTES_TO_LOOK_AT = 1 << 22      # enough of them, if they are long
+LONGEST_WORD = 16               # characters of JSON that mean nothing if the end is missing
 DELIMITERS = ',;\t|'
 DELIMITER_NAMES = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'bars'}
 
@@ -183,8 +183,8 @@ def read_json(source, start, columns):
                 values, end = decoder.raw_decode(rest, begin)
             except RecursionError as error:
                 raise UserError(f'{source}, row {position + 1:,} is not JSON ({error})') from None
-            except ValueError as error:
-                if is_end:
+            except json.JSONDecodeError as error:
+                if is_end or is_mistake(error, rest):
                     raise UserError(f'{source}, row {position + 1:,} is not JSON ({error}); '
                                     f'correct or remove it') from None
                 break           # the value may go on in the next text
@@ -202,6 +202,12 @@ def read_json(source, start, columns):
     if is_list:
         raise UserError(f'{source} ends within its list, after row {position:,}; copy or download '
                         f'it again')
+
+
+def is_mistake(error, text):
+    """True for an error of JSON that more text cannot mend."""
+    is_cut_string = error.msg.startswith(('Unterminated', 'Invalid \\'))
+    return not is_cut_string and error.pos < len(text) - LONGEST_WORD
 
 
 def skip_separators(text, begin, is_list):
@@ -258,7 +264,7 @@ def find_delimiter(source: Source) -> str:
 
     It is the one that gives the first rows the most fields, of those that give all as many.
     """
-    if Path(source.member or source.path).name.lower().removesuffix('.gz').endswith('.tsv'):
+    if source.name.endswith('.tsv'):
         return '\t'
 
     lines = []
@@ -292,7 +298,7 @@ def open_parquet(source: Source):
         try:
             parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False,
                                                   buffer_size=text_files.BLOCK)
-            parquet.schema_arrow.names      # decodes them
+            len(parquet.schema_arrow.names)     # decodes them
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f'{source} is not a parquet file: {error}') from None
         yield parquet
