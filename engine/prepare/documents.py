@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.prepare.kinds import JSON_LINES, PARQUET, TEXT, Source, identify
 from engine.prepare.row_layout import RowLayout, Segment, text_layout
 from engine.prepare.rows import first_rows, open_parquet, read_rows, row_name
-from engine.prepare.text_files import read_source
+from engine.prepare.text_files import find_files, input_path, read_source
 
 LONGEST_SPACE = 1 << 20         # characters; more white space than this is a text like any other
 
@@ -34,6 +34,13 @@ class DocumentFormat(NamedTuple):
     """
     field: str | None = None
     encoding: str | None = None
+
+    @property
+    def key(self) -> str:
+        """A text that names what is not the default."""
+        if self == PLAIN_FORMAT:
+            return ''
+        return f', {self.field}, {self.encoding}'
 
 
 PLAIN_FORMAT = DocumentFormat()
@@ -57,6 +64,13 @@ class Position(NamedTuple):
 
 # Documents with positions
 
+def find_document_files(path: str | Path) -> list[Path]:
+    """The file `path`, or the files of documents below a folder."""
+    endings = ()
+    if input_path(path).is_dir():
+        endings = DOCUMENT_ENDINGS
+    return find_files(path, endings, log_skipped=True)
+
 def identify_documents(path: Path, form: DocumentFormat) -> Source:
     """The Source of a file of documents. A .txt is text, whatever it looks like."""
     source = identify(Source(path), form.encoding)
@@ -78,11 +92,21 @@ def read_documents(
             yield Document(0, read_source(source))
         return
 
-    layout = text_layout(str(source), first_rows(source), form.field)
+    layout = choose_text_layout(source, form.field)
+    if layout is None:
+        return
     for row in read_rows(source, start, layout.columns):
         segments = make_document(source, row, layout)
         if segments:
             yield Document(row.position, [segment.text for segment in segments])
+
+
+def choose_text_layout(source: Source, field: str | None) -> RowLayout | None:
+    """The layout of a file's rows that takes the text of a column; None where it has no rows."""
+    rows = first_rows(source)
+    if not rows:
+        return None
+    return text_layout(str(source), rows, field)
 
 
 def make_document(source, row, layout):
@@ -117,9 +141,17 @@ def count_documents(path: Path, bar, form: DocumentFormat = PLAIN_FORMAT) -> int
     return documents
 
 
+def count_rows(path: Path) -> int:
+    """The number of rows of a parquet file."""
+    with open_parquet(Source(path)) as file:
+        return file.metadata.num_rows
+
+
 def count_parquet(source, form):
     """How many rows of a parquet file have a text; None if the file does not say."""
-    layout = text_layout(str(source), first_rows(source), form.field)
+    layout = choose_text_layout(source, form.field)
+    if layout is None:
+        return 0
     with open_parquet(source) as file:
         names = [file.schema.column(i).path for i in range(len(file.schema))]
         if layout.columns[0] not in names:
@@ -175,9 +207,7 @@ def document_position(path, byte, size):
     source = identify_documents(path, PLAIN_FORMAT)
     if source.kind == PARQUET:
         # as if all rows had the same size; rounded up with whole numbers, as floats are too short
-        with open_parquet(source) as file:
-            rows = file.metadata.num_rows
-        return -(-rows * byte // size)
+        return -(-count_rows(path) * byte // size)
 
     is_plain = source.kind == JSON_LINES and source.encoding == 'utf-8' and not source.is_gzip
     if not is_plain:

@@ -54,6 +54,7 @@ class HeldOut:
         total = sum(file.characters for file in files)
         all_documents = sum(file.documents for file in files)
 
+        self.percent = f'{100 * fraction:g}%'
         self.cuts = []                  # after how many characters each text is cut, or None
         for file in files:
             is_large = file.characters >= LARGE_SHARE * total
@@ -71,6 +72,16 @@ class HeldOut:
         self.ends = sum(cut is not None for cut in self.cuts)
         if not self.held_out and not self.ends and self.documents > 1:
             self.held_out = 1
+
+    @property
+    def has_both_splits(self) -> bool:
+        """True where both train and val get some text."""
+        trains = self.documents > self.held_out or any(self.cuts)
+        holds_out = self.held_out > 0
+        for file, cut in zip(self.files, self.cuts):
+            if cut is not None and cut < file.characters:
+                holds_out = True
+        return trains and holds_out
 
     def is_held_out(self, number: int) -> bool:
         """True if document number `number` of those that stay whole is held out.
@@ -106,9 +117,9 @@ class HeldOut:
         """What val holds, such as 'the last 10% of 3 texts and 6 of 60 documents'."""
         parts = []
         if self.ends == 1:
-            parts.append(f'the last {1 - self.train_share:%} of a text')
+            parts.append(f'the last {self.percent} of a text')
         elif self.ends:
-            parts.append(f'the last {1 - self.train_share:%} of each of {self.ends:,} texts')
+            parts.append(f'the last {self.percent} of each of {self.ends:,} texts')
         if self.held_out:
             parts.append(f'{self.held_out:,} of {self.documents:,} documents, spread over all of '
                          f'them')

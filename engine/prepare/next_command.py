@@ -1,4 +1,4 @@
-"""The command that trains on a dataset: a config that fits the size of its text and this machine."""
+"""The command that trains on a dataset: a config for the size of its text and for this machine."""
 
 import math
 import shlex
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST_EPOCHS = 40            # a text is read at most so often, but in FEWEST_ITERATIONS
-FEWEST_ITERATIONS = 100
+FEWEST_ITERATIONS = 200
+# of SMALL where tokens are no characters: a vocabulary of 50,000 makes each several times as long
+MOST_ITERATIONS_OF_WORDS = 1000
 
 
 @dataclass
@@ -17,16 +19,15 @@ class Recipe:
     tokens_per_iteration: int
     block_size: int
     max_iters: int
+    warmup_iters: int
     most_epochs: int = MOST_EPOCHS
     flags: tuple[str, ...] = ()
 
 
-SMALL = Recipe('train_stdlib_char', 12 * 128, 128, 2500)
-# A vocabulary of 50,000 tokens makes an iteration several times as long.
-SMALL_WITH_WORDS = Recipe('train_stdlib_char', 12 * 128, 128, 1000)
+SMALL = Recipe('train_stdlib_char', 12 * 128, 128, 2500, 100)
 # what a GPU trains in minutes, and in hours
-MEDIUM = Recipe('train_shakespeare_char', 64 * 256, 256, 5000)
-LARGE = Recipe('train_gpt2', 12 * 1024 * 40, 1024, 600_000, 4, ('--wandb_log=False',))
+MEDIUM = Recipe('train_shakespeare_char', 64 * 256, 256, 5000, 100)
+LARGE = Recipe('train_gpt2', 12 * 1024 * 40, 1024, 600_000, 2000, 4, ('--wandb_log=False',))
 # tokens of a text that is worth it
 ENOUGH_FOR_MEDIUM = 500_000
 ENOUGH_FOR_LARGE = 100_000_000
@@ -43,9 +44,7 @@ def choose_recipe(train_tokens: int, has_characters: bool, gpu: bool) -> Recipe:
         return LARGE
     if gpu and train_tokens >= ENOUGH_FOR_MEDIUM:
         return MEDIUM
-    if has_characters:
-        return SMALL
-    return SMALL_WITH_WORDS
+    return SMALL
 
 
 def next_lines(dataset: str, tokens: dict[str, int], has_characters: bool, gpu: bool) -> list[str]:
@@ -64,10 +63,15 @@ def next_lines(dataset: str, tokens: dict[str, int], has_characters: bool, gpu: 
         options.append(f'--block_size={block_size}')
     tokens_per_iteration = recipe.tokens_per_iteration * block_size // recipe.block_size
 
-    most = recipe.most_epochs * tokens['train'] / tokens_per_iteration
-    iterations = min(recipe.max_iters, max(FEWEST_ITERATIONS, math.ceil(most)))
-    if iterations != read_max_iters(recipe):
+    # fewer iterations than the file has, where the text is short or the vocabulary large
+    most = math.ceil(recipe.most_epochs * tokens['train'] / tokens_per_iteration)
+    iterations = min(recipe.max_iters, max(FEWEST_ITERATIONS, most))
+    if recipe is SMALL and not has_characters:
+        iterations = min(iterations, MOST_ITERATIONS_OF_WORDS)
+    if iterations != recipe.max_iters:
         options += [f'--max_iters={iterations}', f'--lr_decay_iters={iterations}']
+    if iterations < 5 * recipe.warmup_iters:
+        options.append(f'--warmup_iters={iterations // 10}')
 
     read = iterations * tokens_per_iteration
     command = shlex.join(['python', 'train.py', f'config/{recipe.config}.py', *options])
@@ -75,9 +79,3 @@ def next_lines(dataset: str, tokens: dict[str, int], has_characters: bool, gpu: 
             f'train.bin',
             f'next: {command}']
 
-
-def read_max_iters(recipe):
-    """The iterations that the recipe's config file has by itself."""
-    if recipe is SMALL_WITH_WORDS:
-        return SMALL.max_iters
-    return recipe.max_iters

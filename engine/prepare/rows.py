@@ -21,6 +21,7 @@ MAX_ROW = 1 << 28               # bytes of JSON lines and parquet, characters of
 ROWS_TO_LOOK_AT = 100           # those that decide what the columns are
 BYTES_TO_LOOK_AT = 1 << 22      # enough of them, if they are long
 LONGEST_WORD = 16               # characters of JSON that mean nothing if the end is missing
+BATCH_BYTES = 1 << 26           # of a parquet file's rows that are read at once
 DELIMITERS = ',;\t|'
 DELIMITER_NAMES = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'bars'}
 
@@ -336,7 +337,8 @@ def read_parquet(source, start, columns):
             else:
                 first += group.num_rows
 
-        batches = file.iter_batches(batch_size=256, row_groups=groups, columns=columns)
+        batches = file.iter_batches(batch_size=batch_size(file), row_groups=groups,
+                                    columns=columns)
         position = first
         try:
             for batch in batches:
@@ -349,6 +351,16 @@ def read_parquet(source, start, columns):
                             f'{error.start:,} of its text; correct or remove the row') from None
         except OSError as error:                # pyarrow raises it for a damaged page
             raise UserError(f'{source} is damaged: {error}; download it again') from None
+
+
+def batch_size(file):
+    """How many rows to read at once: few where the rows of some group are long."""
+    size = 256
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        row_bytes = group.total_byte_size / max(1, group.num_rows)
+        size = min(size, int(BATCH_BYTES / max(1, row_bytes)))
+    return max(1, size)
 
 
 def batch_rows(batch):

@@ -45,9 +45,11 @@ COMMON = {
     'cp1253': GREEK,
     'gb18030': SIMPLIFIED,
     'big5': TRADITIONAL,
-    'cp932': JAPANESE,          # Shift-JIS, as Windows has it
+    'shift_jis': JAPANESE,
+    'cp932': JAPANESE,          # what Windows adds to it
     'euc-jp': JAPANESE,
-    'cp949': HANGUL,            # EUC-KR, as Windows has it
+    'euc-kr': HANGUL,
+    'cp949': HANGUL,            # what Windows adds to it
 }
 # In these, a letter beyond ASCII mostly stands alone: in a longer run of them it is none.
 SINGLE_LETTERS = ('cp1252', 'cp1250')
@@ -121,4 +123,4 @@ def excerpt(sample: bytes, encoding: str) -> str:
     begin = 0
     if match:
         begin = max(0, match.start() - SHOWN // 3)
-    return text[begin:begin + SHOWN]
+    return text[begin:begin + SHOWN].strip()

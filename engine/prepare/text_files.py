@@ -50,7 +50,7 @@ def find_files(path: str | Path, endings: tuple[str, ...] = (),
     if path.is_dir():
         return find_files_below(path, endings, log_skipped)
 
-    if endings and path.suffix.lower() not in endings:
+    if endings and not path.name.lower().endswith(endings):
         raise UserError(f'{path} does not end in {" or ".join(endings)}; --input= takes such a '
                         f'file, or a folder of them')
     return [path]
@@ -61,7 +61,7 @@ def find_files_below(folder, endings, log_skipped):
     def is_accepted(name):
         if re.search(r'(^|/)\.', name):                 # the file or a folder above it is hidden
             return False
-        if endings and Path(name).suffix.lower() not in endings:
+        if endings and not name.lower().endswith(endings):
             return False
         return (folder / name).is_file()
 
