@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.chat_layout import ChatLayout, Segment, Turn
 from engine.errors import UserError, shorten
-from engine.prepare.row_layout import RowLayout, text_layout
+from engine.prepare.row_layout import RowLayout, first_values, text_layout
 
 # The roles of a conversation, by the names that datasets have for them.
 ROLES = dict(
@@ -126,7 +126,7 @@ def choose_layout(name: str, rows: list[dict], settings: RowSettings) -> RowLayo
     """
     if settings.answer is not None:
         return template_layout(name, rows, settings)
-    if settings.field is None and rows and 'text' not in rows[0]:
+    if settings.field is None:
         layout = recognized_layout(rows, settings.count_all)
         if layout:
             return layout
@@ -139,17 +139,22 @@ def template_layout(name: str, rows: list[dict], settings: RowSettings) -> RowLa
     A row that lacks a value for a template is left out. Raises UserError for a template that cannot
     be read, or that names no column of the first rows.
     """
-    known = list(dict.fromkeys(column for row in rows for column in row))
+    known = list(first_values(rows))
     prompt = parse_template(settings.prompt or '')
     answer = parse_template(settings.answer)
     check_columns(name, 'prompt', prompt, known)
     check_columns(name, 'answer', answer, known)
 
-    description = f'the answer is {shorten(settings.answer)}'
+    description = f'the answer is {as_typed(settings.answer)}'
     if prompt:
-        description = f'the prompt is {shorten(settings.prompt)}, {description}'
+        description = f'the prompt is {as_typed(settings.prompt)}, {description}'
     columns = [part.text for part in prompt + answer if part.is_column]
     return joined_layout(prompt, answer, columns, description, settings.count_all)
+
+
+def as_typed(template):
+    r"""A template in quotes, in which \n is a newline, cut to 100 characters."""
+    return shorten(template).replace('\\\\', '\\')
 
 
 def joined_layout(prompt, answer, columns, description, count_all):
@@ -170,18 +175,23 @@ def masked_layout(make, description, columns, count_all, chat=None):
     def make_all(values):
         return [Segment(text) for text, _ in make(values)]
 
+    counted = make
+    what = 'only answers count in the loss'
     if count_all:
-        return RowLayout(make_all, f'{description}; all of it counts', columns, chat=chat)
-    return RowLayout(make, f'{description}; only answers count in the loss', columns,
-                     has_masks=True, chat=chat)
+        counted = make_all
+        what = 'all of it counts in the loss'
+    return RowLayout(counted, f'{description}; {what}', columns, in_segments=True,
+                     has_masks=not count_all, chat=chat)
 
 
 def recognized_layout(rows: list[dict], count_all: bool = False) -> RowLayout | None:
-    """The layout that the columns of the first row suggest, or None.
+    """The layout that the columns of the first rows suggest, or None.
 
     A column of a pair has to hold a text: an answer that is a number may be that of a choice.
     """
-    first = rows[0]
+    first = first_values(rows)
+    if 'text' in first:
+        return None
     for column in TURNS_COLUMNS:
         if is_list_of_dicts(first.get(column)):
             return turns_layout(column, count_all)

@@ -18,12 +18,14 @@ class RowLayout:
         Raises ValueError with a reason that follows the name of the row, such as 'has no answer'.
     description: what was taken for what, for a line that is printed.
     columns: the columns that `make` reads, or None for all of them.
+    in_segments: each segment is encoded by itself, as a prompt will be, which ends where one does.
     has_masks: some segments do not count in the loss.
     chat: the layout of the conversations that the rows are, or None.
     """
     make: Callable[[dict], list[Segment]]
     description: str
     columns: list[str] | None = None
+    in_segments: bool = False
     has_masks: bool = False
     chat: ChatLayout | None = None
 
@@ -53,12 +55,7 @@ def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLay
 
 def choose_column(name, rows, field):
     """The column that has the text."""
-    columns = {}                        # {column: its first value that is not null}
-    for row in rows:
-        for column, value in row.items():
-            if columns.get(column) is None:
-                columns[column] = value
-
+    columns = first_values(rows)
     if field is not None:
         if field in columns:
             return field
@@ -72,6 +69,16 @@ def choose_column(name, rows, field):
         return texts[0]
     raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
                     f'name the column of the text with --field=')
+
+
+def first_values(rows: list[dict]) -> dict:
+    """{column: its first value that is not null} of all columns."""
+    columns = {}
+    for row in rows:
+        for column, value in row.items():
+            if columns.get(column) is None:
+                columns[column] = value
+    return columns
 
 
 def is_prose(value):
