@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+from prepare_harness import load, meta
 
+from engine.chat_layout import ChatLayout
 from engine.errors import UserError
 from engine.prepare.conversations import RowSettings, choose_layout, parse_template
-
-CHAT = '<|user|>{}<|end|><|assistant|>', '{}<|end|>'
+from engine.tokenizer import Tokenizer, read_meta
 
 
 def layout_of(rows, **settings):
@@ -154,3 +156,115 @@ def test_a_damaged_conversation_is_named(messages, words):
                                       [dict(role='assistant', content=None)]])
 def test_a_conversation_without_an_answer_is_left_out(messages):
     assert layout_of([dict(messages=MESSAGES)]).make(dict(messages=messages)) == []
+
+
+# Datasets
+
+PAIRS = [dict(question=f'Is {i} odd?', answer='yes' * (i % 4) + ' or no', about=i)
+         for i in range(40)]
+
+
+def prepared(data, monkeypatch, rows, **settings):
+    """(the tokenizer, the tokens and the mask of train.bin and val.bin together) of some rows."""
+    path = data.parent / 'qa.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+    script = load(data, 'text', monkeypatch, f'--input={path}', **settings)
+    script.main()
+    tokenizer = Tokenizer(read_meta(data / 'qa'))
+    tokens = [np.fromfile(data / 'qa' / f'{split}.bin', '<u2') for split in ('train', 'val')]
+    masks = [np.fromfile(path, 'u1') for path in sorted((data / 'qa').glob('*.mask'))]
+    return tokenizer, np.concatenate(tokens).tolist(), np.concatenate(masks or [[]]).tolist()
+
+
+def documents_of(tokens, mask, end):
+    """The tokens and the mask of each document, as two tuples. The end belongs to it."""
+    documents = set()
+    begin = 0
+    for i, token in enumerate(tokens, 1):
+        if token == end:
+            documents.add((tuple(tokens[begin:i]), tuple(mask[begin:i])))
+            begin = i
+    assert begin == len(tokens)
+    return documents
+
+
+@pytest.mark.parametrize('settings', [
+    dict(tokenizer='char'),
+    dict(tokenizer='bpe', vocab_size=280),
+    dict(tokenizer='bpe', vocab_size=280, num_proc=2),
+])
+def test_a_dataset_counts_the_answers_and_their_ends(data, monkeypatch, settings):
+    templates = dict(prompt=r'Q: {question}\nA: ', answer='{answer}')
+    rows = [*PAIRS, dict(question='Unanswered?', answer=None)]
+    tokenizer, tokens, mask = prepared(data, monkeypatch, rows, **templates, **settings)
+
+    expected = set()
+    for row in PAIRS:
+        prompt = tokenizer.encode(f'Q: {row["question"]}\nA: ')
+        answer = [*tokenizer.encode(row['answer']), tokenizer.end_of_text]
+        expected.add(((*prompt, *answer), (*[0] * len(prompt), *[1] * len(answer))))
+    assert documents_of(tokens, mask, tokenizer.end_of_text) == expected
+    assert 'chat' not in meta(data / 'qa')
+
+
+@pytest.mark.parametrize('count_all', [False, True])
+def test_conversations_have_their_layout_in_meta_json(data, monkeypatch, count_all):
+    """Their tokens are the same whether prompts count or not."""
+    turns = [dict(role='user', content='Hi. '), dict(role='assistant', content='Yes?'),
+             dict(role='user', content=' Bye'), dict(role='assistant', content='Bye!')]
+    rows = [dict(messages=turns[:2] * i + turns) for i in range(12)]
+    tokenizer, tokens, mask = prepared(data, monkeypatch, rows, tokenizer='bpe', vocab_size=300,
+                                       count_all=count_all)
+    layout = ChatLayout.from_dict(meta(data / 'qa')['chat'])
+    expected = set()
+    for row in rows:
+        document = []
+        counted = []
+        for turn in row['messages']:
+            is_answer = turn['role'] == 'assistant'
+            for text, counts in [(getattr(layout, turn['role']), False),
+                                 (turn['content'], is_answer), (layout.end, is_answer)]:
+                ids = tokenizer.encode(text)
+                document += ids
+                counted += [counts] * len(ids)
+        expected.add(((*document, tokenizer.end_of_text), (*counted, True)))
+
+    if count_all:
+        assert mask == []
+        mask = [1] * len(tokens)
+        expected = {(ids, (1,) * len(ids)) for ids, _ in expected}
+    assert documents_of(tokens, mask, tokenizer.end_of_text) == expected
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(data, monkeypatch, tmp_path):
+    """A tokenizer that puts <s> before a text puts it before a document, not before a segment."""
+    tokenizers = pytest.importorskip('tokenizers')
+    alphabet = {letter: i for i, letter in enumerate(['<s>', '</s>', *'abcdefgh'])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [], fuse_unk=False))
+    tokenizer.add_special_tokens(['<s>', '</s>'])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
+    (tmp_path / 'letters').mkdir()
+    tokenizer.save(str(tmp_path / 'letters' / 'tokenizer.json'))
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>', eos_token='</s>')
+    (tmp_path / 'letters' / 'tokenizer_config.json').write_text(json.dumps(config))
+
+    rows = [dict(prompt='abc', completion='de')] * 10
+    _, tokens, mask = prepared(data, monkeypatch, rows, tokenizer=str(tmp_path / 'letters'))
+    assert tokens == [0, 2, 3, 4, 5, 6, 1] * 10
+    assert mask == [0, 0, 0, 0, 1, 1, 1] * 10
+
+
+def test_the_answer_of_a_text_is_refused(data, monkeypatch, tmp_path):
+    (tmp_path / 'plain.txt').write_text('A text. ' * 100)
+    script = load(data, 'text', monkeypatch, f'--input={tmp_path / "plain.txt"}',
+                  answer='{answer}')
+    with pytest.raises(UserError, match='makes documents of rows, and .*plain.txt is a text'):
+        script.main()
+    assert not (data / 'plain').exists()
+
+
+def test_a_damaged_row_is_named_by_its_line(data, monkeypatch):
+    rows = [dict(messages=MESSAGES), dict(messages=[dict(role='tool', content='x')])]
+    with pytest.raises(UserError, match=r"qa.jsonl, line 2 has the role 'tool' in turn 1"):
+        prepared(data, monkeypatch, rows, tokenizer='char')
