@@ -385,8 +385,11 @@ def tell_the_end(texts, held_out, folder, tokens):
     documents = sum(file.documents for file in texts.files)
     empty = sum(file.empty for file in texts.files)
     total = sum(file.characters for file in texts.files)
-    print0(f'files: {len(texts.files):,}; documents: {documents:,}, and {empty:,} empty ones left '
-           f'out; characters: {total:,}')
+    left_out = ''
+    if empty:
+        left_out = f', without {empty:,} that are empty'
+    print0(f'files: {len(texts.files):,}; documents: {documents:,}{left_out}; '
+           f'characters: {total:,}')
     print0(f'val.bin holds {held_out.describe()}')
     for line in next_lines(folder.name, tokens, tokenizer == 'char', has_gpu()):
         print0(line)

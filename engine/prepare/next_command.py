@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST_EPOCHS = 40            # a text is read at most so often, but in FEWEST_ITERATIONS
-FEWEST_ITERATIONS = 200
+MOST_EPOCHS = 40            # a text is read at most so often, unless it has only a few tokens
+FEWEST_ITERATIONS = 20
 # of SMALL where tokens are no characters: a vocabulary of 50,000 makes each several times as long
 MOST_ITERATIONS_OF_WORDS = 1000
 

@@ -60,15 +60,16 @@ def choose_column(name, rows, field):
         if field in columns:
             return field
         raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '
-                        f'name one of these with --field=')
+                        f'name one of these, as in --field={next(iter(columns), "NAME")}')
     if 'text' in columns:
         return 'text'
 
     texts = [column for column, value in columns.items() if is_prose(value)]
     if len(texts) == 1:
         return texts[0]
+    named = next(iter([*texts, *columns]), 'NAME')
     raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
-                    f'name the column of the text with --field=')
+                    f'name the column that has the text, as in --field={named}')
 
 
 def first_values(rows: list[dict]) -> dict:

@@ -224,19 +224,21 @@ def read_csv(source, start, columns):
     """The Rows of a table whose first row names the columns."""
     csv.field_size_limit(MAX_ROW)
     delimiter = find_delimiter(source)
-    quotes = 0                  # in the lines of the row that is being read
+    is_exhausted = False
 
     def lines():
-        nonlocal quotes
-        for line in read_lines(source):
-            quotes += line.count('"')
-            yield line
+        nonlocal is_exhausted
+        yield from read_lines(source)
+        is_exhausted = True
 
     header = None
     position = 0
     reader = csv.reader(lines(), delimiter=delimiter)
     try:
         for fields in reader:
+            # the reader asks for a line after the last one only within a field in quotes
+            if is_exhausted:
+                raise csv.Error('a field in quotes does not end')
             if fields and header is None:
                 header = name_columns(fields)
             elif fields:
@@ -246,9 +248,6 @@ def read_csv(source, start, columns):
                     fields += [None] * (len(header) - len(fields))
                     yield Row(position, position + 1, dict(zip(header, fields)))
                 position += 1
-            if quotes % 2:
-                raise csv.Error('a field in quotes does not end')
-            quotes = 0
     except csv.Error as error:
         raise UserError(f'{source}, row {position + 1:,} after the names of the columns cannot be '
                         f'read: {error}; correct it, and put fields that hold '
