@@ -127,22 +127,26 @@ def test_whole_documents_are_packed_in_a_block(place, monkeypatch):
     # the text and the counted text of every training document, as they follow one another
     documents = [conversation(i) for i in range(100) if i % 5 != 4]
     texts = [''.join(text for text, _ in segments) for segments in documents]
-    x, y = data.batch(0, 'train', 0, 50)
+    assert texts[0] != texts[-1]
     n_whole = 0
+    numbers = set()
+    x, y = data.batch(0, 'train', 0, 1000)
     for inputs, targets in zip(x.tolist(), y.tolist()):
         assert inputs[0] == end
         first, *others = [tokenizer.decode(part) for part in split(inputs[1:], end)]
         number = texts.index(first)
-        for text, expected in zip(others[:-1], texts[number + 1:]):
-            assert text == expected
-        assert texts[number + len(others)].startswith(others[-1])
+        following = (texts[number + 1:] + texts)[:len(others)]      # after the last, the first
+        assert others[:-1] == following[:-1]
+        assert following[-1].startswith(others[-1])
         n_whole = max(n_whole, len(others))
+        numbers.add(number)
 
         # what counts in the first document: its answer, the marker after it, its end
         counted = [target for target in targets[:len(first) + 1] if target != -1]
         answer = ''.join(text for text, counts in documents[number] if counts)
         assert tokenizer.decode(counted) == answer + '<|endoftext|>'
     assert n_whole >= 2
+    assert len(numbers) == len(texts)                   # the first and the last ones too
 
 
 def split(ids, end):
