@@ -107,7 +107,7 @@ def main(overrides):
 
     # the model and the tasks
     with env.raise_on_all_ranks():
-        model, tokenizer_spec, iter_num = load_model(GPT, init_from, out_dir)
+        model, tokenizer_spec, iter_num, _ = load_model(GPT, init_from, out_dir)
         loaded, missing = load_tasks(tasks, Path(data), Tokenizer(tokenizer_spec),
                                      model.config.block_size, limit)
     model.to(env.device)

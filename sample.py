@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
+from engine import chat_layout
 from engine.checkpoint.load_model import load_model
 from engine.device import DTYPES, derive_seed
 from engine.distributed import start_environment
@@ -41,6 +42,8 @@ min_p = 0.0                 # sample among tokens at least this times as likely 
                             # 0 among all
 repetition_penalty = 1.0    # above 1 makes tokens that the text already has less likely
 stop = ''                   # text that ends a sample, such as <|endoftext|>; it is not shown
+chat = False                # True takes start as what a user says, and samples the assistant's
+                            # answer, with a model that is trained on conversations
 max_batch = 64              # samples generated at once; lower it where memory is short
 exact_window = False        # True reads the whole context again per token once it is full: slower
 seed = 1337                 # fixes the random numbers of each sample; sums round differently with
@@ -86,11 +89,24 @@ def encode_prompt(prompt, tokenizer):
     return [tokenizer.end_of_text]                      # a document begins after this token
 
 
-class Text:
-    """One sample as it grows: whole characters only, and nothing from `stop` on."""
+def encode_question(question, tokenizer, layout):
+    """The ids after which the answer to a question comes. layout: the ChatLayout of the model."""
+    if layout is None:
+        raise UserError('this model was trained on no conversations, so it has no layout for '
+                        '--chat=True; leave it out')
+    turn = chat_layout.Turn('user', question)
+    try:
+        return chat_layout.encode_prompt(tokenizer, layout.prompt([turn]))
+    except UserError as error:
+        raise UserError(f'start: {error}') from None
 
-    def __init__(self, tokenizer):
+
+class Text:
+    """One sample as it grows: whole characters only, and nothing from the text `stop` on."""
+
+    def __init__(self, tokenizer, stop):
         self.tokenizer = tokenizer
+        self.stop = stop                                # '' where nothing ends it
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
         self.text = ''
         self.n_shown = 0                                # characters of the text
@@ -102,16 +118,16 @@ class Text:
             return
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]), final=last)
         self.ended = last
-        if stop and stop in self.text:
-            self.text = self.text[:self.text.index(stop)]
+        if self.stop and self.stop in self.text:
+            self.text = self.text[:self.text.index(self.stop)]
             self.ended = True
 
     def new_part(self):
         """What can be shown and was not yet. The end of the text may still turn out to begin
         `stop`."""
         end = len(self.text)
-        if not self.ended and stop:
-            end = max(self.n_shown, end - (len(stop) - 1))
+        if not self.ended and self.stop:
+            end = max(self.n_shown, end - (len(self.stop) - 1))
         part = self.text[self.n_shown:end]
         self.n_shown = end
         return part
@@ -136,14 +152,15 @@ def draw_noise(first, count):
     return torch.stack(rows)
 
 
-def generate_texts(model, tokenizer, ids, first, count, env, bar, is_live):
-    """The `count` Texts of the samples from number `first` on. is_live: print the only one as it
+def generate_texts(model, texts, ids, first, env, bar, is_live):
+    """Let empty Texts grow to the samples from number `first` on. is_live: print the only one as it
     grows."""
-    texts = [Text(tokenizer) for _ in range(count)]
+    count = len(texts)
+    vocab_size = texts[0].tokenizer.vocab_size
     idx = torch.tensor([ids] * count, device=env.device)
     steps = model.stream(idx, max_new_tokens, temperature, top_k, top_p,
                          noise=draw_noise(first, count).to(env.device), min_p=min_p,
-                         repetition_penalty=repetition_penalty, vocab_size=tokenizer.vocab_size,
+                         repetition_penalty=repetition_penalty, vocab_size=vocab_size,
                          exact_window=exact_window, compile=env.compile)
 
     for n, tokens in enumerate(steps, 1):
@@ -154,7 +171,6 @@ def generate_texts(model, tokenizer, ids, first, count, env, bar, is_live):
         bar.update(count)
         if all(text.ended for text in texts):
             break
-    return texts
 
 
 def main(overrides):
@@ -162,10 +178,17 @@ def main(overrides):
     env = start_environment(device, dtype, compile)
 
     # the model and its prompt
-    model, spec, _ = load_model(GPT, init_from, out_dir)
-    tokenizer = Tokenizer(spec)
+    loaded = load_model(GPT, init_from, out_dir)
+    model = loaded.model
+    tokenizer = Tokenizer(loaded.spec)
     prompt = read_prompt(start)
-    ids = encode_prompt(prompt, tokenizer)
+    ending = stop
+    if chat:
+        ids = encode_question(prompt, tokenizer, loaded.chat)
+        ending = stop or loaded.chat.end
+        prompt += '\n'                                  # shown before the answer
+    else:
+        ids = encode_prompt(prompt, tokenizer)
     if len(ids) > model.config.block_size:
         print_text(f'note: the prompt has {len(ids):,} tokens, the model reads its last '
                    f'{model.config.block_size:,}', file=sys.stderr)
@@ -187,7 +210,8 @@ def main(overrides):
         count = min(max_batch, num_samples - first)
         if is_live:
             print(prompt, end='', flush=True)
-        texts = generate_texts(model, tokenizer, ids, first, count, env, bar, is_live)
+        texts = [Text(tokenizer, ending) for _ in range(count)]
+        generate_texts(model, texts, ids, first, env, bar, is_live)
         bar.clear()
         for text in texts:
             if not is_live:

@@ -29,14 +29,16 @@ END_OF_TEXT = 50256             # GPT-2's token between documents
 # keys of its kind. meta.json goes on with META_KEYS.
 KEYS = dict(
     gpt2=(),
-    char=('chars',),
+    char=('chars', 'end_of_text'),
     hf=('end_of_text', 'tokenizer_name', 'tokenizer_revision', 'tokenizer_sha256',
         'tokenizer_json', 'tokenizer_config'),
 )
-META_KEYS = ('record', 'dtype', 'tokens', 'sha256', 'source')
+META_KEYS = ('record', 'chat', 'dtype', 'tokens', 'sha256', 'source')
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_CHARS = 1 << 16             # of a vocabulary of characters
+CHAR_END = '\x03'               # the character END OF TEXT of ASCII, after each document
+CHAR_END_NAME = '<|endoftext|>' # how a prompt and a sample spell it, as with other tokenizers
 MAX_FILE_CHARACTERS = 1 << 26   # the tokenizer.json of the largest vocabularies have about half
 
 
@@ -101,6 +103,10 @@ class TokenizerSpec:
         fields = dict(tokenizer=self.kind, vocab_size=self.vocab_size)
         for key in KEYS[self.kind]:
             fields[key] = getattr(self, key)
+
+        # Most vocabularies of characters have no such token, and no such key.
+        if self.kind == 'char' and self.end_of_text is None:
+            del fields['end_of_text']
         return fields
 
 
@@ -109,12 +115,11 @@ def check_char_keys(found):
     chars = found.get('chars')
     if type(chars) is not str or len(chars) != size or len(set(chars)) != size:
         raise UserError(f'chars should be {size} different characters')
+    check_end_of_text(found)
 
 
 def check_hf_keys(found):
-    end = found.get('end_of_text')
-    if end is not None and (type(end) is not int or not 0 <= end < found['vocab_size']):
-        raise UserError(f'end_of_text is {end!r}')
+    check_end_of_text(found)
 
     if not isinstance(found.get('tokenizer_revision'), (str, type(None))):
         raise UserError(f'tokenizer_revision is {found["tokenizer_revision"]!r}')
@@ -124,16 +129,35 @@ def check_hf_keys(found):
             raise UserError(f'{key} should be a text of at most {MAX_FILE_CHARACTERS:,} characters')
 
 
+def check_end_of_text(found):
+    end = found.get('end_of_text')
+    if end is not None and (type(end) is not int or not 0 <= end < found['vocab_size']):
+        raise UserError(f'end_of_text is {end!r}')
+
+
 GPT2 = TokenizerSpec('gpt2', 50257, end_of_text=END_OF_TEXT)
 
 
-def char_spec(chars: Collection[str]) -> TokenizerSpec:
-    """The spec of a tokenizer whose tokens are the characters in `chars`, in code point order."""
+def char_spec(chars: Collection[str], ends_documents: bool = False) -> TokenizerSpec:
+    """The spec of a tokenizer whose tokens are the characters in `chars`, in code point order.
+
+    ends_documents: the vocabulary has CHAR_END as well, as the end-of-text token. UserError where
+    it is one of `chars`.
+    """
+    if ends_documents:
+        if CHAR_END in chars:
+            raise UserError(f'the text has the character {CHAR_END!r}, which would end each '
+                            f'document; remove it, or try --tokenizer=gpt2')
+        chars = [*chars, CHAR_END]
     if len(chars) > MAX_CHARS:
         raise UserError(f'the text has {len(chars):,} different characters, and a vocabulary of '
                         f'characters at most {MAX_CHARS:,}; try --tokenizer=gpt2')
 
-    return TokenizerSpec('char', len(chars), chars=''.join(sorted(chars)))
+    in_order = ''.join(sorted(chars))
+    end = None
+    if ends_documents:
+        end = in_order.index(CHAR_END)
+    return TokenizerSpec('char', len(chars), chars=in_order, end_of_text=end)
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -253,7 +277,8 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """A vocabulary of single characters."""
+    """A vocabulary of single characters, perhaps with an end-of-text token, which CHAR_END_NAME
+    spells in a prompt and in a decoded text."""
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -261,8 +286,14 @@ class CharTokenizer(Tokenizer):
         self.ids = {char: i for i, char in enumerate(self.chars)}
         self.table = np.zeros(0x110000, self.dtype)     # id of each code point
         self.table[code_points(self.chars)] = np.arange(self.vocab_size)
+        self.names = list(self.chars)                   # what each id is decoded to
+        if self.end_of_text is not None:
+            self.names[self.end_of_text] = CHAR_END_NAME
 
     def encode(self, text):
+        if self.end_of_text is not None:
+            text = text.replace(CHAR_END_NAME, self.chars[self.end_of_text])
+
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
             known = repr(self.chars)
@@ -277,7 +308,7 @@ class CharTokenizer(Tokenizer):
         return self.table[code_points(text)]
 
     def decode_bytes(self, ids):
-        return ''.join(self.chars[i] for i in ids).encode('utf-8', 'surrogatepass')
+        return ''.join(self.names[i] for i in ids).encode('utf-8', 'surrogatepass')
 
 
 class HFTokenizer(Tokenizer):
@@ -353,6 +384,7 @@ class DatasetMeta:
 
     spec: TokenizerSpec                     # its keys stand beside the others in the file
     record: dict[str, int] | None = None    # {'length': tokens} of a dataset of records
+    chat: dict[str, str] | None = None      # the ChatLayout of a dataset of conversations
     dtype: str | None = None                # the type of ids, 'uint16' or 'uint32'
     tokens: dict[str, int] | None = None    # how many tokens each split has
     sha256: dict[str, str] | None = None    # the digest of each token file and mask, by its name

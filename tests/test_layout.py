@@ -19,7 +19,7 @@ ENGINE = sorted(name for name in FILES
 
 # Ground files may be imported by all, and import only each other.
 GROUND = {'errors', 'log', 'atomic_files', 'device', 'distributed', 'tokenizer', 'positions',
-          'attention', 'model_checks', 'downloads'}
+          'attention', 'model_checks', 'downloads', 'chat_layout'}
 
 # What the files of each wing may import of other wings: a whole wing, or one of its files.
 MAY_IMPORT = {

@@ -46,6 +46,24 @@ def test_a_character_spec_is_in_code_point_order():
         char_spec(set(map(chr, range(2 ** 16 + 1))))
 
 
+def test_a_character_vocabulary_may_have_an_end_of_text():
+    """A prompt and a sample spell it as with other tokenizers."""
+    spec = char_spec('ab<|>endoftx', ends_documents=True)
+    tokenizer = Tokenizer(spec)
+    end = tokenizer.end_of_text
+    assert tokenizer.encode('<|endoftext|>a')[0] == end
+    assert tokenizer.decode([end]) == '<|endoftext|>'
+    assert end not in tokenizer.encode_to_numpy('<|endoftext|>')
+    assert tokenizer.encode_to_numpy('a', as_document=True).tolist()[1:] == [end]
+    assert tokenizer.encode('') == []
+    with pytest.raises(UserError, match=r"the character '\\x03', which would end each document"):
+        char_spec('a\x03', ends_documents=True)
+    found = spec.to_dict()
+    found['end_of_text'] = 13
+    with pytest.raises(UserError, match='end_of_text is 13'):
+        TokenizerSpec.from_dict(found)
+
+
 def test_gpt2_tokens_come_back_and_may_end_within_a_character():
     try:
         tokenizer = Tokenizer()
@@ -138,7 +156,7 @@ def test_what_meta_json_holds_goes_through_the_file(meta, text):
     assert DatasetMeta.from_dict(json.loads(text)) == meta
 
 
-@pytest.mark.parametrize('spec', [GPT2, char_spec('abc'), HF])
+@pytest.mark.parametrize('spec', [GPT2, char_spec('abc'), char_spec('ab', True), HF])
 def test_a_spec_goes_through_a_checkpoint(spec):
     assert TokenizerSpec.from_dict(spec.to_dict()) == spec
     assert list(spec.to_dict())[:2] == ['tokenizer', 'vocab_size']
@@ -146,7 +164,7 @@ def test_a_spec_goes_through_a_checkpoint(spec):
 
 
 def test_keys_that_a_kind_lacks_are_ignored():
-    found = dict(tokenizer='char', vocab_size=1, chars='a', tokenizer_json=7, end_of_text=50)
+    found = dict(tokenizer='char', vocab_size=1, chars='a', tokenizer_json=7, tokenizer_name=50)
     assert TokenizerSpec.from_dict(found) == char_spec('a')
     assert TokenizerSpec.from_dict(dict(GPT2.to_dict(), chars=7, end_of_text=1)) == GPT2
 

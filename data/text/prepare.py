@@ -4,6 +4,7 @@
     python data/text/prepare.py notes --name=diary --tokenizer=char
     python data/text/prepare.py --input=notes --tokenizer=bpe --vocab_size=4096
     python data/text/prepare.py posts.csv --field=content
+    python data/text/prepare.py qa.jsonl --prompt='Q: {question}\\nA: ' --answer='{answer}'
 
 Except with characters, the tokenizer's end-of-text token follows each document: each row, each part
 of a text that a separator ends, or else each file.
@@ -22,17 +23,19 @@ import numpy as np
 from tqdm import tqdm
 
 import configurator
+from engine.chat_layout import ChatLayout, document_start
 from engine.errors import UserError
 from engine.hf.tokenizer_json import named_spec, train_bpe
 from engine.prepare import text_files
+from engine.prepare.conversations import RowSettings, choose_layout
 from engine.prepare.dataset_writer import Piece, dataset_writer
-from engine.prepare.documents import choose_text_layout, read_segments
+from engine.prepare.documents import read_segments
 from engine.prepare.encode import CountingEncoder, document_pieces, safe_pieces
 from engine.prepare.held_out import FileContent, HeldOut
 from engine.prepare.kinds import CSV, TEXT, Source, find_sources
 from engine.prepare.next_command import has_gpu, next_lines
 from engine.prepare.row_layout import Segment
-from engine.prepare.rows import DELIMITER_NAMES, find_delimiter
+from engine.prepare.rows import DELIMITER_NAMES, find_delimiter, first_rows
 from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
 
 input = ''              # the file or folder to read: text, .jsonl, .ndjson, .json with a list,
@@ -46,6 +49,12 @@ tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the
                         # HuggingFaceTB/SmolLM2-135M
 field = ''              # the column of rows that has the text; '' takes `text`, or else the only
                         # column with text
+prompt = ''             # what comes before the answer in a row's document, such as
+                        # 'Q: {question}\nA: ', in which {question} is a column; only the answer
+                        # counts in the loss
+answer = ''             # the answer, such as '{answer}'; '' without a prompt takes rows as their
+                        # columns suggest: messages, question and answer, or a text
+count_all = False       # True counts prompts in the loss too
 separator = '<|endoftext|>'     # what ends a document within a text file: '\n' makes a document of
                         # each line, '' one of each file
 encoding = ''           # how texts are encoded, such as cp1252; '' is UTF-8, or what the byte order
@@ -80,6 +89,7 @@ def check_settings():
     if not input:
         raise UserError('no text is named; type python data/text/prepare.py PATH, the path of a '
                         'file or of a folder of them')
+    row_settings().check()
     check_encoding()
 
 
@@ -93,6 +103,11 @@ def check_encoding():
     except (LookupError, ValueError):
         raise UserError(f'encoding={encoding!r} is unknown; try --encoding=cp1252, gb18030, cp932 '
                         f'or another that Python knows') from None
+
+
+def row_settings():
+    """What the settings say of rows."""
+    return RowSettings(field or None, prompt or None, answer or None, count_all)
 
 
 def input_name():
@@ -127,14 +142,20 @@ def separator_text():
 
 # Reading: once to count, and once more to encode
 
-def choose_layout(source):
+def layout_of(source):
     """The RowLayout of a file with rows; None for a text and for a file without rows.
 
     This is the place that decides how rows become documents.
     """
     if source.kind == TEXT:
+        if answer:
+            raise UserError(f'--answer={answer!r} makes documents of rows, and {source} is a text; '
+                            f'leave it out, or save rows as .jsonl or .csv')
         return None
-    return choose_text_layout(source, field or None)
+    rows = first_rows(source)
+    if not rows:
+        return None
+    return choose_layout(str(source), rows, row_settings())
 
 
 class Input:
@@ -142,7 +163,7 @@ class Input:
 
     def __init__(self, sources: list[Source]):
         self.sources = sources
-        self.layouts = [choose_layout(source) for source in sources]
+        self.layouts = [layout_of(source) for source in sources]
         self.files: list[FileContent] = []
         self.chars = set()              # with 'char', all characters of the text
         self.tell_kinds()
@@ -151,6 +172,19 @@ class Input:
     def has_masks(self) -> bool:
         """Some segments do not count in the loss."""
         return any(layout.has_masks for layout in self.layouts if layout)
+
+    @property
+    def in_segments(self) -> bool:
+        """Each segment is encoded by itself."""
+        return any(layout.in_segments for layout in self.layouts if layout)
+
+    @property
+    def chat(self) -> ChatLayout | None:
+        """The layout of the conversations in the files, or None."""
+        for layout in self.layouts:
+            if layout and layout.chat:
+                return layout.chat
+        return None
 
     def tell_kinds(self):
         """Say what the files were taken for, a line for each kind, except plain UTF-8 text."""
@@ -171,7 +205,7 @@ class Input:
         if source.kind != TEXT and layout is None:
             return []                   # no rows
         documents = read_segments(source, layout, separator_text(), tokenizer == 'char')
-        if layout and tokenizer == 'char':
+        if layout and tokenizer == 'char' and not self.in_segments:
             return map(end_with_newline, documents)
         return documents
 
@@ -202,6 +236,13 @@ class Input:
                 self.files.append(content)
         self.chars = {chr(code) for code in np.flatnonzero(seen)}
 
+    def all_chars(self):
+        """The characters of the text, and those of markers that a prompt may need."""
+        markers = ''
+        if self.chat:
+            markers = ''.join(self.chat.to_dict().values())
+        return self.chars | set(markers)
+
     def tell_separators(self):
         """Say how many documents the separator makes of texts, if any."""
         separated = [file for file in self.files if not file.layout and file.documents > 1]
@@ -230,18 +271,18 @@ def end_with_newline(segments):
     return [*segments, Segment('\n', segments[-1].counts)]
 
 
-def read_pieces(documents, encoder, has_masks):
+def read_pieces(documents, encoder, in_segments):
     """The Pieces of all SplitDocuments.
 
-    encode() adds the end of a document: to a text that is one, or for an empty text. Where masks
-    are written, the writer adds it.
+    encode() adds the end of a document: to a text that is one, or for an empty text. Where segments
+    are encoded one by one, the writer adds it, and encode() adds the beginning for an empty text.
     """
     for split, segments in documents:
-        if encoder.chars:
-            for text, counts in segments:
-                yield Piece(split, text, False, counts)
-        elif has_masks:
-            yield from masked_pieces(split, segments, encoder)
+        if in_segments:
+            yield from segment_pieces(split, segments, encoder)
+        elif encoder.chars:
+            for text, _ in segments:
+                yield Piece(split, text, False)
         elif encoder.splits_like_gpt2:
             for text, _ in safe_pieces(segment.text for segment in segments):
                 if text:
@@ -251,15 +292,18 @@ def read_pieces(documents, encoder, has_masks):
             yield Piece(split, ''.join(segment.text for segment in segments), False)
 
 
-def masked_pieces(split, segments, encoder):
-    """The Pieces of a document whose segments are encoded one by one. The end-of-text token counts
-    where the last segment does."""
-    counts = True
+def segment_pieces(split, segments, encoder):
+    """The Pieces of a document whose segments are encoded one by one.
+
+    The end-of-text token counts where the last segment does. Few tokenizers have none.
+    """
+    last = Piece(split, '', False, False)       # the beginning, which encode() makes of ''
     for text, counts in segments:
         for piece, _ in document_pieces([text], encoder):
             if piece:
-                yield Piece(split, piece, False, counts)
-    yield Piece(split, '', True, counts)
+                yield last
+                last = Piece(split, piece, False, counts)
+    yield last._replace(ends_document=encoder.end_of_text is not None)
 
 
 def train_tokenizer(documents, total):
@@ -302,17 +346,22 @@ def main():
     if tokenizer == 'bpe':
         spec = train_tokenizer(held_out.split(texts.read_all()), total)
     elif tokenizer == 'char':
-        spec = char_spec(texts.chars)
+        spec = char_spec(texts.all_chars(), ends_documents=texts.in_segments)
     encoder = Tokenizer(spec)
     counting = CountingEncoder(encoder)
 
     def encode(text):
+        if texts.in_segments:
+            if not text:
+                return np.array(document_start(encoder), encoder.dtype)
+            return counting.encode(text)
         is_end = not text or not encoder.splits_like_gpt2
-        return counting.encode(text, as_document=is_end and not texts.has_masks)
+        return counting.encode(text, as_document=is_end)
 
     # encode and write
-    with dataset_writer(folder, encoder.spec, has_masks=texts.has_masks) as writer:
-        pieces = read_pieces(held_out.split(texts.read_all()), encoder, texts.has_masks)
+    with dataset_writer(folder, encoder.spec, has_masks=texts.has_masks,
+                        chat=texts.chat) as writer:
+        pieces = read_pieces(held_out.split(texts.read_all()), encoder, texts.in_segments)
         writer.write(pieces, encode, total, cores=num_proc)
         counting.finish()
         if text_files.fingerprint(files) != before:

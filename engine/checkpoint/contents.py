@@ -19,6 +19,7 @@ TYPES = dict(
     model_args=dict,
     config=dict,
     tokenizer=dict,
+    chat=dict,
     optimizer=dict,
     scaler=dict,
     fingerprint=str,
@@ -62,6 +63,7 @@ class Checkpoint:
     # what it was trained with
     config: dict | None = None          # the settings of train.py, {name: value}
     tokenizer: dict | None = None       # the spec of the tokenizer, as in meta.json
+    chat: dict | None = None            # the ChatLayout of the dataset, as in meta.json
     fingerprint: str | None = None      # of the dataset; another text has another one
     dtype: str | None = None            # precision of the training, such as 'bfloat16'
 
@@ -114,10 +116,10 @@ class Checkpoint:
     def to_payload(self) -> dict:
         """The dict for a file, {name of a field: value}.
 
-        It has no model, optimizer, scaler or clipped where these are None.
+        It has no model, optimizer, scaler, clipped or chat where these are None.
         """
         payload = {name: getattr(self, name) for name in names_in_files()}
-        for name in ('model', 'optimizer', 'scaler', 'clipped'):
+        for name in ('model', 'optimizer', 'scaler', 'clipped', 'chat'):
             if payload[name] is None:
                 del payload[name]
         return payload

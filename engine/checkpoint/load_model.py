@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from engine.chat_layout import ChatLayout
 from engine.checkpoint import run_folder
 from engine.checkpoint.contents import Checkpoint
 from engine.checkpoint.gathered import MODEL
@@ -21,10 +22,12 @@ class LoadedModel(NamedTuple):
     model: a GPT.
     spec: the spec of its tokenizer.
     iter_num: the iteration of the run, or None for Hugging Face weights.
+    chat: the layout of the conversations that it was trained on, or None.
     """
     model: nn.Module
     spec: TokenizerSpec
     iter_num: int | None
+    chat: ChatLayout | None = None
 
 
 def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
@@ -49,7 +52,7 @@ def load_run(GPT, out_dir):
 
     check_vocabulary(model, spec, out_dir,
                      'restore the dataset in data/ that the model was trained on')
-    return LoadedModel(model, spec, saved.iter_num)
+    return LoadedModel(model, spec, saved.iter_num, checkpoint_chat(saved))
 
 
 def load_pretrained(GPT, source):
@@ -89,5 +92,15 @@ def checkpoint_spec(saved: Checkpoint) -> TokenizerSpec:
 
     try:
         return TokenizerSpec.from_dict(saved.tokenizer)
+    except UserError as error:
+        raise UserError(f'{saved.path}: {error}') from None
+
+
+def checkpoint_chat(saved: Checkpoint) -> ChatLayout | None:
+    """The layout of conversations that a checkpoint names. UserError where it is none."""
+    if saved.chat is None:
+        return None
+    try:
+        return ChatLayout.from_dict(saved.chat)
     except UserError as error:
         raise UserError(f'{saved.path}: {error}') from None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine.chat_layout import ChatLayout
 from engine.dataloader.masks import open_masks
 from engine.dataloader.token_files import (
     REPLACING,
@@ -89,8 +90,9 @@ class TokenDataset:
     training windows at documents.
 
     Attributes: tokens is {'train': TokenStream, 'val': ...}; masks is the same with the masks, or
-    empty. tokenizer is a TokenizerSpec. fingerprint is a short hash of all files. Windows start at
-    multiples of stride, which is the length of a record, or 1.
+    empty. tokenizer is a TokenizerSpec. chat is the ChatLayout of a dataset of conversations, as a
+    dict, or None. fingerprint is a short hash of all files. Windows start at multiples of stride,
+    which is the length of a record, or 1.
     Call `set_block_size` before `batch`.
 
     Raises UserError for a dataset that is missing or damaged, and for an unknown sampling or
@@ -108,6 +110,7 @@ class TokenDataset:
         meta = DatasetMeta.read(self.folder)
         self.tokenizer = meta.spec
         self.vocab_size = meta.spec.vocab_size
+        self.chat = read_chat(self.folder, meta)
         dtype = self.read_dtype(meta)
         expected = meta.sha256
         if not isinstance(expected, dict):
@@ -214,8 +217,9 @@ class TokenDataset:
         In a dataset of records, windows start at records.
 
         With documents='whole', a window starts at the next end-of-text token. If there is none
-        within SEARCHED_TOKENS, it starts at the first one of the text. So a document's tokens
-        beyond block_size are never read.
+        within SEARCHED_TOKENS, it starts at the first one of the text. A window that reaches the
+        end of the text goes on at its beginning, so that the last documents and the first one are
+        read too. A document's tokens beyond block_size are never read.
 
         Raises RunError for an id beyond the vocabulary.
         """
@@ -243,13 +247,13 @@ class TokenDataset:
         the files. Raises RunError for an id beyond the vocabulary.
         """
         tokens = self.tokens[split]
-        windows = tokens.windows(starts, self.block_size + 1, dtype or tokens.dtype)
+        windows = ring_windows(tokens, starts, self.block_size + 1, dtype or tokens.dtype)
         self.check_ids(windows, tokens, starts)
         return windows
 
     def counted(self, split, starts):
         """True for the targets of the windows at `starts` that count: (windows, block_size)."""
-        return self.masks[split].windows(starts + 1, self.block_size, bool)
+        return ring_windows(self.masks[split], starts + 1, self.block_size, bool)
 
     def count_targets(self, seed: int, stream: str, first: int, count: int) -> int:
         """How many targets count in the sequences of `batch` with the same arguments."""
@@ -266,6 +270,8 @@ class TokenDataset:
         """The starts of training windows, in the order that the settings choose. (count,)"""
         tokens = self.tokens['train']
         n_starts = self.count_starts(tokens)
+        if self.documents == 'whole':
+            n_starts = len(tokens)          # the text is a ring
 
         if self.sampling == 'windows':
             starts = weyl_starts(first, count, n_starts, seed) * self.stride
@@ -289,16 +295,15 @@ class TokenDataset:
     def next_document(self, start: int) -> int | None:
         """The position of the first end-of-text token of train at `start` or after, or None.
 
-        The search ends SEARCHED_TOKENS after `start`, and before the last block. The token
-        separates documents: it stands before or after each.
+        The search ends SEARCHED_TOKENS after `start`. The token separates documents: it stands
+        before or after each.
         """
         token = self.tokenizer.end_of_text
         if token is None:
             return None
 
         tokens = self.tokens['train']
-        last = len(tokens) - self.block_size - 1
-        return tokens.find(token, start, min(start + SEARCHED_TOKENS, last + 1))
+        return tokens.find(token, start, min(start + SEARCHED_TOKENS, len(tokens)))
 
     def check_ids(self, windows, tokens, starts):
         """RunError where an id is beyond the vocabulary.
@@ -311,7 +316,7 @@ class TokenDataset:
             return
 
         row, column = divmod(int(windows.argmax()), self.block_size + 1)
-        path, position = tokens.locate(starts[row] + column)
+        path, position = tokens.locate((starts[row] + column) % len(tokens))
         raise RunError(f'{path} is damaged, or changed while it was read: id {largest} of token '
                        f'{position:,} is beyond the vocabulary of {self.vocab_size}; restore it, '
                        f'and go on with --init_from=resume')
@@ -328,6 +333,25 @@ class TokenDataset:
         except (UserError, RunError):
             return None
         return tokenizer.bytes_per_token(self.tokens['val'][:SIZE_SAMPLE])
+
+
+def ring_windows(
+    stream: TokenStream, starts: np.ndarray, length: int, dtype: type,
+) -> np.ndarray:
+    """As TokenStream.windows, but a window that reaches the end goes on at the beginning.
+
+    The stream has to have at least `length` tokens.
+    """
+    reaches_end = starts > len(stream) - length
+    if not reaches_end.any():
+        return stream.windows(starts, length, dtype)
+
+    windows = np.empty((len(starts), length), dtype)
+    windows[~reaches_end] = stream.windows(starts[~reaches_end], length, dtype)
+    for row in np.flatnonzero(reaches_end):
+        end = stream[int(starts[row]):]
+        windows[row] = np.concatenate([end, stream[:length - len(end)]])
+    return windows
 
 
 def split_of_stream(stream):
@@ -385,6 +409,16 @@ def advice(name):
     prepared = ', '.join(sorted({path.parent.name for path in token_files}))
     return (f'prepared datasets: {prepared or "none"}; for text of your own run: '
             f'python data/text/prepare.py --input=PATH --name={name}')
+
+
+def read_chat(folder, meta):
+    """The dict of the ChatLayout in meta.json, or None. UserError where it is none."""
+    if meta.chat is None:
+        return None
+    try:
+        return ChatLayout.from_dict(meta.chat).to_dict()
+    except UserError as error:
+        raise UserError(f'{folder / "meta.json"}: {error}; prepare the dataset again') from None
 
 
 def read_stride(folder, meta, tokens):

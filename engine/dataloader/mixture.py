@@ -146,9 +146,22 @@ class MixedDataset:
         self.tokenizer = first.tokenizer
         self.vocab_size = first.vocab_size
         self.has_masks = any(part.data.has_masks for part in self.parts)
+        self.chat = self.find_chat()
         self.n_train_tokens = sum(part.data.n_train_tokens for part in self.parts)
         facts = [part.data.fingerprint for part in self.parts]
         self.fingerprint = hashlib.sha256(''.join(facts).encode()).hexdigest()[:16]
+
+    def find_chat(self):
+        """The layout of the conversations in the datasets, or None. UserError where two differ."""
+        layouts = {part.name: part.data.chat for part in self.parts if part.data.chat}
+        if not layouts:
+            return None
+        name, chat = next(iter(layouts.items()))
+        for other in layouts:
+            if layouts[other] != chat:
+                raise UserError(f'{other} and {name} have conversations in different layouts; '
+                                f'prepare one of them again')
+        return chat
 
     def set_block_size(self, block_size: int) -> None:
         """As TokenDataset.set_block_size, of each dataset."""

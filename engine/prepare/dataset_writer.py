@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.atomic_files import sync
+from engine.chat_layout import ChatLayout
 from engine.dataloader.token_files import DTYPES, SPLITS, token_dtype
 from engine.errors import UserError
 from engine.log import log
@@ -319,7 +320,7 @@ class DatasetWriter:
 @contextmanager
 def dataset_writer(
     folder: Path, spec: TokenizerSpec, key: str = '', has_masks: bool = False,
-    record_length: int | None = None,
+    record_length: int | None = None, chat: ChatLayout | None = None,
 ) -> Iterator[DatasetWriter]:
     """Yield a DatasetWriter. When the block ends without an exception, its files replace the
     dataset in `folder`.
@@ -334,15 +335,18 @@ def dataset_writer(
     has_masks: some pieces do not count in the loss, so masks are written.
     record_length: how many tokens each record has, if the text consists of records of one length;
         training then begins each sequence at a record.
+    chat: the layout of the text, if it consists of conversations.
     """
-    record = None
+    meta = DatasetMeta(spec)
     if record_length:
-        record = dict(length=record_length)
+        meta.record = dict(length=record_length)
+    if chat:
+        meta.chat = chat.to_dict()
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
     try:
         with write_lock(folder / 'prepare.lock'):
-            writer = DatasetWriter(folder, DatasetMeta(spec, record), key, has_masks)
+            writer = DatasetWriter(folder, meta, key, has_masks)
             try:
                 yield writer
                 writer.finish()

@@ -32,8 +32,8 @@ class FileContent:
     @property
     def is_one_text(self) -> bool:
         """True where the file is a single text, which can be cut."""
-        has_masks = self.layout is not None and self.layout.has_masks
-        return self.documents == 1 and not has_masks
+        in_segments = self.layout is not None and self.layout.in_segments
+        return self.documents == 1 and not in_segments
 
 
 class SplitDocument(NamedTuple):

@@ -5,15 +5,9 @@ A row is a dict, {column: value}. A document is a list of Segments.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from engine.chat_layout import ChatLayout, Segment
 from engine.errors import UserError, shorten
-
-
-class Segment(NamedTuple):
-    """A part of a document."""
-    text: str
-    counts: bool = True         # its tokens count in the loss
 
 
 @dataclass
@@ -24,12 +18,16 @@ class RowLayout:
         Raises ValueError with a reason that follows the name of the row, such as 'has no answer'.
     description: what was taken for what, for a line that is printed.
     columns: the columns that `make` reads, or None for all of them.
+    in_segments: each segment is encoded by itself, as a prompt will be, which ends where one does.
     has_masks: some segments do not count in the loss.
+    chat: the layout of the conversations that the rows are, or None.
     """
     make: Callable[[dict], list[Segment]]
     description: str
     columns: list[str] | None = None
+    in_segments: bool = False
     has_masks: bool = False
+    chat: ChatLayout | None = None
 
 
 def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLayout:
@@ -57,12 +55,7 @@ def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLay
 
 def choose_column(name, rows, field):
     """The column that has the text."""
-    columns = {}                        # {column: its first value that is not null}
-    for row in rows:
-        for column, value in row.items():
-            if columns.get(column) is None:
-                columns[column] = value
-
+    columns = first_values(rows)
     if field is not None:
         value = columns.get(field)
         if value is not None and type(value) is not str:
@@ -81,6 +74,16 @@ def choose_column(name, rows, field):
     named = next(iter([*texts, *columns]), 'NAME')
     raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
                     f'name the column that has the text, as in --field={named}')
+
+
+def first_values(rows: list[dict]) -> dict:
+    """{column: its first value that is not null} of all columns."""
+    columns = {}
+    for row in rows:
+        for column, value in row.items():
+            if columns.get(column) is None:
+                columns[column] = value
+    return columns
 
 
 def is_prose(value):

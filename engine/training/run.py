@@ -185,6 +185,7 @@ class Run:
     # what the run is trained with, for its checkpoints
     settings: dict | None = None        # train.py's, {name: value}
     tokenizer: dict | None = None       # the spec of the dataset's tokenizer
+    chat: dict | None = None            # the dataset's ChatLayout, as in meta.json
     fingerprint: str | None = None      # of the dataset
     dtype: str | None = None            # precision of the step, such as 'bfloat16'
     bytes_per_token: float | None = None    # of the text of val, where it is known; on rank 0
@@ -314,6 +315,7 @@ class Run:
             wandb_id=self.writer.wandb_id if self.writer else None,
             config=self.settings,
             tokenizer=self.tokenizer,
+            chat=self.chat,
             fingerprint=self.fingerprint,
             dtype=self.dtype,
             optimizer=self.optimizer.state_dict(),
@@ -435,5 +437,5 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
         model, wrapped_model.train(), optimizer, scaler, batch_schedule,
         grad_clip=settings['grad_clip'], seed=settings['seed'], progress=progress,
         out_dir=settings['out_dir'], clipped=clipped,
-        settings=settings, tokenizer=data.tokenizer.to_dict(),
+        settings=settings, tokenizer=data.tokenizer.to_dict(), chat=data.chat,
         fingerprint=data.fingerprint, dtype=env.dtype, bytes_per_token=bytes_per_token)

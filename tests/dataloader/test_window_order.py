@@ -133,11 +133,12 @@ def test_whole_documents_start_each_training_sequence(folder):
     x, _ = whole.batch(1, 'train', 0, 300)
     assert (x[:, 0] == END).all()
 
-    ends = [i for i in range(len(ids) - 8) if ids[i] == END]
-    drawn = window_order.weyl_starts(0, 300, len(ids) - 8, 1)
+    ends = np.flatnonzero(ids == END).tolist()
+    ring = np.concatenate([ids, ids])                   # the end is followed by the beginning
+    drawn = window_order.weyl_starts(0, 300, len(ids), 1)
     for window, start in zip(x.tolist(), drawn.tolist()):
         begin = next((end for end in ends if end >= start), ends[0])
-        assert window == ids[begin:begin + 8].tolist()
+        assert window == ring[begin:begin + 8].tolist()
 
     assert torch.equal(whole.batch(1, 'train', 100, 7).x, x[100:107])
     evaluated = plain.batch(1, 'eval train', 0, 50).x

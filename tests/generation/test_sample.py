@@ -112,13 +112,12 @@ def test_a_sample_ends_before_its_stop_and_never_shows_it(stop, pieces, shown, t
         def decode_bytes(self, ids):
             return pieces[ids[0]].encode()
 
-    with script_settings(sample, f'--stop={stop}'):
-        growing, parts = sample.Text(Pieces()), []
-        for i in range(len(pieces)):
-            growing.add(i, last=i == len(pieces) - 1)
-            parts.append(growing.new_part())
-            assert ''.join(parts) == growing.text[:len(''.join(parts))]
-        assert growing.text == ''.join(parts) == text and (shown is None or parts == shown)
+    growing, parts = sample.Text(Pieces(), stop), []
+    for i in range(len(pieces)):
+        growing.add(i, last=i == len(pieces) - 1)
+        parts.append(growing.new_part())
+        assert ''.join(parts) == growing.text[:len(''.join(parts))]
+    assert growing.text == ''.join(parts) == text and (shown is None or parts == shown)
 
 
 def test_half_a_character_waits_for_the_other_half():
@@ -126,12 +125,12 @@ def test_half_a_character_waits_for_the_other_half():
         def decode_bytes(self, ids):
             return bytes(ids)
 
-    growing, parts, data = sample.Text(Bytes()), [], 'a🙂é'.encode()
+    growing, parts, data = sample.Text(Bytes(), ''), [], 'a🙂é'.encode()
     for i, byte in enumerate(data):
         growing.add(byte, last=i == len(data) - 1)
         parts.append(growing.new_part())
     assert parts == ['a', '', '', '', '🙂', '', 'é']
-    cut = sample.Text(Bytes())
+    cut = sample.Text(Bytes(), '')
     cut.add(data[1], last=True)                         # a text that ends within a character
     assert cut.new_part() == '\N{REPLACEMENT CHARACTER}'
 
