@@ -25,6 +25,7 @@ TYPES = dict(
     dtype=str,
     wandb_id=str,
     last_eval=int,
+    last_val_loss=float,
     clipped=list,
     activation=str,
 )
@@ -55,6 +56,7 @@ class Checkpoint:
     best_val_loss: float | None = None  # nats; infinity before the first evaluation
     best_iter: int | None = None        # iteration of that evaluation
     last_eval: int | None = None        # iteration of the last evaluation, if there was one
+    last_val_loss: float | None = None  # nats, at that evaluation
     clipped: list[bool] | None = None   # whether each of the last steps was clipped, the oldest
                                         # first; of a run that measures its health
     wandb_id: str | None = None         # of the run at wandb, if it is there
@@ -114,10 +116,10 @@ class Checkpoint:
     def to_payload(self) -> dict:
         """The dict for a file, {name of a field: value}.
 
-        It has no model, optimizer, scaler or clipped where these are None.
+        It has no model, optimizer, scaler, clipped or last_val_loss where these are None.
         """
         payload = {name: getattr(self, name) for name in names_in_files()}
-        for name in ('model', 'optimizer', 'scaler', 'clipped'):
+        for name in ('model', 'optimizer', 'scaler', 'clipped', 'last_val_loss'):
             if payload[name] is None:
                 del payload[name]
         return payload
