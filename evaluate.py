@@ -1,8 +1,9 @@
-"""Score a model on published tasks: multiple choice, last words, perplexities.
+"""Score a model on published tasks (multiple choice, last words, perplexities), or on a text.
 
     python evaluate.py --out_dir=out-gpt2 --tasks=hellaswag,lambada,wikitext2
     python evaluate.py --init_from=gpt2 --tasks=hellaswag --limit=1000
     python evaluate.py --init_from=gpt2 --tasks=core --data=eval_bundle
+    python evaluate.py --out_dir=out-gpt2 --text=FILE --per_token=tokens.jsonl
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out-gpt2
 
 python data/evals/prepare.py fetches the tasks. docs/evaluation.md says how each number is computed.
@@ -10,6 +11,7 @@ The table goes to stdout, everything else to stderr.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,7 +24,8 @@ import configurator
 from engine.atomic_files import atomic_write
 from engine.checkpoint.load_model import load_model
 from engine.distributed import hard_exit, report_first_failure, start_environment
-from engine.errors import RunError
+from engine.errors import RunError, UserError
+from engine.evaluation.own_text import TextScorer, load_own_text
 from engine.evaluation.results import evaluate_tasks
 from engine.evaluation.tasks import load_tasks
 from engine.tokenizer import Tokenizer
@@ -31,7 +34,8 @@ from model import GPT
 # model
 init_from = 'resume'        # resume (the model in out_dir), or Hugging Face weights: gpt2, another
                             # name, or a folder
-out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written
+out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written; or a kept model,
+                            # as out/ckpt_001000.pt
 # tasks
 tasks = 'hellaswag,lambada,wikitext2'   # names of files in data, without .jsonl or .txt; core for
                                         # the CORE bundle
@@ -41,6 +45,12 @@ batch_size = 32             # texts read at once; lower it where memory is short
                             # the same
 examples = ''               # file to write the log-likelihoods of every example to, as JSON lines;
                             # '' writes none
+# a text of your own, instead of tasks
+text = ''                   # file to score, whose perplexity and bits per byte are printed
+per_token = ''              # file to write the log-probability and the rank of each token of the
+                            # text to, as JSON lines; '' writes none
+stride = 0                  # tokens between the beginnings of two windows of block_size tokens;
+                            # 0: half of block_size. Fewer give each token more context
 # machine
 device = 'auto'             # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'              # auto, float32, bfloat16 or float16; published figures are mostly
@@ -79,23 +89,65 @@ def example_lines(task, scores):
         yield json.dumps(record) + '\n'
 
 
-def write_file(path, lines):
+def eval_path():
+    """Where the results are written: in the folder of the run; beside a kept model."""
+    path = Path(out_dir)
+    if path.is_file():
+        return path.with_suffix('.eval.json')           # ckpt_001000.eval.json
+    return path / 'eval.json'
+
+
+def write_file(path, lines, advice='the results are printed above'):
     """Write lines, or a text, to a file whose folder may not exist yet."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.writelines(lines)
     except OSError as error:
-        raise RunError(f'{path} was not written ({error.strerror}); '
-                       f'the results are printed above') from None
+        raise RunError(f'{path} was not written ({error.strerror}); {advice}') from None
+
+
+def check_settings(overrides):
+    """UserError for an impossible setting, and for one that has no effect beside the others."""
+    configurator.check_range(globals(), 'limit', 0, 10 ** 9)
+    configurator.check_range(globals(), 'stride', 0, 10 ** 9)
+    configurator.check_range(globals(), 'batch_size', 1, 2 ** 20)
+    configurator.check_range(globals(), 'rank_timeout', 1, 10 ** 7)
+
+    of_tasks = [name for name in ('tasks', 'limit', 'examples') if name in overrides]
+    of_a_text = [name for name in ('per_token', 'stride') if name in overrides]
+    if text and of_tasks:
+        raise UserError(f'{of_tasks[0]} is for tasks, and --text={text} scores a text; name one')
+    if of_a_text and not text:
+        raise UserError(f'{of_a_text[0]} is for a text; name it with --text=FILE')
+    if Path(per_token).is_dir() and per_token:
+        raise UserError(f'per_token={per_token!r} is a folder; name a file, as in '
+                        f'--per_token={Path(per_token) / "tokens.jsonl"}')
+
+
+def read_text(tokenizer, block_size):
+    """The OwnText of the setting `text`."""
+    configurator.check_range(globals(), 'stride', 0, block_size)
+    apart = stride or math.ceil(block_size / 2)
+    return load_own_text(text, tokenizer, block_size, apart)
+
+
+def score_text(own_text, model, env):
+    """Score the tokens of a text, write them to `per_token`, and print the table."""
+    scorer = TextScorer(own_text, model, env, batch_size)
+    lines = (line.to_json() for line in scorer.lines())
+    if per_token and env.is_main:
+        write_file(per_token, lines, advice='name another file with --per_token')
+    else:
+        for _ in lines:                                 # every rank reads its part of the text
+            pass
+    print0(format_table(scorer.results()))
 
 
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     log_to('stderr')
-    configurator.check_range(globals(), 'limit', 0, 10 ** 9)
-    configurator.check_range(globals(), 'batch_size', 1, 2 ** 20)
-    configurator.check_range(globals(), 'rank_timeout', 1, 10 ** 7)
+    check_settings(overrides)
 
     # the machine
     began = time.perf_counter()
@@ -108,11 +160,21 @@ def main(overrides):
     # the model and the tasks
     with env.raise_on_all_ranks():
         model, tokenizer_spec, iter_num, _ = load_model(GPT, init_from, out_dir)
-        loaded, missing = load_tasks(tasks, Path(data), Tokenizer(tokenizer_spec),
-                                     model.config.block_size, limit)
+        tokenizer = Tokenizer(tokenizer_spec)
+        block_size = model.config.block_size
+        if text:
+            own_text = read_text(tokenizer, block_size)
+        else:
+            loaded, missing = load_tasks(tasks, Path(data), tokenizer, block_size, limit)
     model.to(env.device)
 
-    # the scores
+    # a text
+    if text:
+        score_text(own_text, model, env)
+        env.barrier()
+        return
+
+    # the scores of tasks
     lines = []                                          # of the file of examples
     listed = ', '.join(f'{task.name} ({len(task.examples):,} examples)' for task in loaded)
     print_text(f'scoring {listed}', file=sys.stderr)
@@ -137,7 +199,7 @@ def main(overrides):
         )
         # The results of GPT-2 do not belong into the folder of somebody's run.
         if init_from == 'resume' or 'out_dir' in overrides:
-            write_file(Path(out_dir) / 'eval.json', json.dumps(content, indent=2) + '\n')
+            write_file(eval_path(), json.dumps(content, indent=2) + '\n')
         if examples:
             write_file(examples, lines)
     env.barrier()

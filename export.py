@@ -1,6 +1,7 @@
 """Write the model of a run for other tools.
 
     python export.py out-shakespeare my-gpt2                    # a folder that transformers loads
+    python export.py out-shakespeare/ckpt_001000.pt my-gpt2     # from a kept model
     python export.py out-shakespeare my-gpt2 --dtype=bfloat16 --trim_vocab=True
     python export.py out-shakespeare out-nanogpt --to=nanogpt   # a folder that nanoGPT resumes
 """
@@ -35,6 +36,9 @@ def export_hf(source, folder):
     from model import GPT
 
     saved = run_folder.newest_checkpoint(source)
+    folder_of_run = source
+    if run_folder.is_one_model(source):
+        folder_of_run = Path(source).parent
     model = GPT.from_checkpoint(saved)
     trained = save_pretrained.TrainedModel(
         config=model.config,
@@ -43,7 +47,7 @@ def export_hf(source, folder):
         settings=saved.config or {},
         iter_num=saved.iter_num,
         best_val_loss=saved.best_val_loss,
-        losses=read_losses(source),
+        losses=read_losses(folder_of_run),
     )
     for note in save_pretrained.write(folder, trained, dtype, trim_vocab):
         print0(f'note: {note}', file=sys.stderr)
@@ -55,6 +59,9 @@ def export_nanogpt(source, folder):
     from engine.checkpoint import sharded as sharded_checkpoint
     from model import GPT
 
+    if run_folder.is_one_model(source):
+        raise UserError(f'{source} has no optimizer, with which nanoGPT resumes; its sample.py '
+                        f'reads a copy of {source} that is called ckpt.pt')
     saved, _ = run_folder.load_state(source)
     if saved.shards_folder:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)

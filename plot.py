@@ -18,6 +18,7 @@ from console import print0, report_errors
 import numpy as np
 
 import configurator
+from engine.checkpoint.kept import kept_models
 from engine.errors import UserError
 from engine.metrics.metrics_file import (
     CLIPPED,
@@ -49,6 +50,7 @@ GPT2_SCORES = dict(
 )
 
 DOTS = dict(marker='o', ms=3)
+RINGS = dict(marker='o', ms=9, mfc='none', ls='')       # around the val loss of a kept model
 START = 0.05        # share of a run's iterations whose losses may lie above the panel
 
 # What is bad in a heat map. Values over a limit are red.
@@ -85,6 +87,7 @@ class DrawnRun(NamedTuple):
     name: str
     records: list[dict]     # with `tokens` and `smoothed_loss`; losses in the unit of the picture
     color: str
+    kept: set[int]          # iterations whose models the folder keeps
 
 
 def import_pyplot():
@@ -185,7 +188,7 @@ def choose_unit(runs):
     return label, dict.fromkeys(runs, 1)
 
 
-def prepare_run(name, records, factor, color):
+def prepare_run(name, records, factor, color, kept=()):
     """The DrawnRun of a run's records. factor: what the losses are multiplied by."""
     records = [record for record in records if is_number(record['iter'])]
     records.sort(key=lambda record: record['iter'])
@@ -195,13 +198,13 @@ def prepare_run(name, records, factor, color):
         losses = {quantity: record[quantity] * factor for quantity in ('loss', 'val_loss')
                   if is_number(record.get(quantity))}
         drawn.append({**record, **losses})
-    return DrawnRun(name, add_smoothed_loss(add_tokens(drawn)), color)
+    return DrawnRun(name, add_smoothed_loss(add_tokens(drawn)), color, set(kept))
 
 
-def draw(runs, path):
-    """Write a picture to `path`. One color a run, validation with dots.
+def draw(runs, path, kept=None):
+    """Write a picture to `path`. One color a run, validation with dots, kept models with rings.
 
-    runs: {label: records of read_metrics}.
+    runs: {label: records of read_metrics}. kept: {label: iterations whose models are kept}.
     """
     plt = import_pyplot()
     scores = find_scores(runs)
@@ -210,7 +213,8 @@ def draw(runs, path):
                                   layout='constrained', squeeze=False)
 
     unit, factors = choose_unit(runs)
-    drawn_runs = [prepare_run(name, records, factors[name], f'C{i}')
+    kept = kept or {}
+    drawn_runs = [prepare_run(name, records, factors[name], f'C{i}', kept.get(name, ()))
                   for i, (name, records) in enumerate(runs.items())]
     for run in drawn_runs:
         for column, abscissa in zip(panels.T, ABSCISSAS):
@@ -243,6 +247,11 @@ def draw_run(column, abscissa, run, scores):
     ys = start_ys + [math.nan] * len(start_ys[-1:]) + ys
     if xs:
         loss_panel.plot(xs, ys, color=run.color, label=f'{run.name}, validation', **DOTS)
+
+    records_of_kept = [record for record in run.records if record['iter'] in run.kept]
+    xs, ys = find_points(records_of_kept, abscissa, 'val_loss')
+    if xs:
+        loss_panel.plot(xs, ys, color=run.color, label=f'{run.name}, kept models', **RINGS)
 
     for panel, score in zip(score_panels, scores):
         xs, ys = find_points(run.records, abscissa, score)
@@ -435,9 +444,12 @@ def draw_map(figure, panel, quantity, layers):
 # The runs
 
 def read_runs(folders):
-    """{label: records} of the runs in `folders`. A label is the name of a folder, or its whole path
-    where an earlier folder has that name."""
+    """{label: records} of the runs in `folders`, and {label: iterations of kept models}.
+
+    A label is the name of a folder, or its whole path where an earlier folder has that name.
+    """
     runs = {}
+    kept = {}
     for folder in folders:
         records = read_metrics(Path(folder) / FILE)
         if not records:
@@ -449,7 +461,8 @@ def read_runs(folders):
         if label in runs:
             label = folder
         runs[label] = records
-    return runs
+        kept[label] = list(kept_models(folder))
+    return runs, kept
 
 
 def main(folders):
@@ -464,12 +477,12 @@ def main(folders):
     path = Path(picture or Path(folders[0]) / default)
     check_picture(path)
 
-    runs = read_runs(folders)
+    runs, kept = read_runs(folders)
     if health:
         (name, records), = runs.items()
         draw_health(name, records, path)
     else:
-        draw(runs, path)
+        draw(runs, path, kept)
     print0(f'wrote {path}')
 
 

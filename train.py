@@ -59,6 +59,7 @@ eval_only = False        # evaluate once, write nothing, and end
 checkpoint = 'gathered'  # gathered: rank 0 writes ckpt.pt and state.pt;
                          # sharded: each rank writes to state/ while training goes on
 always_save_checkpoint = True   # False keeps the ckpt.pt of the best val loss
+keep_interval = 0        # iterations between models that stay, as ckpt_001000.pt; 0: none
 overwrite = False        # True replaces the run that out_dir holds
 # at evaluations; none of these changes the weights, but patience may end the run
 sample_tokens = 0        # length of a sample at each evaluation; 0: none
@@ -235,7 +236,9 @@ def evaluate(run, data, env):
 def is_evaluation_due(progress):
     at_the_end = progress.iter_num >= max_iters
     is_done = progress.last_eval == progress.iter_num
-    return not is_done and (progress.iter_num % eval_interval == 0 or at_the_end)
+    is_kept = keep_interval and progress.iter_num % keep_interval == 0
+    is_due = progress.iter_num % eval_interval == 0 or is_kept or at_the_end
+    return is_due and not is_done
 
 
 def is_out_of_patience(progress):

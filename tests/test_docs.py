@@ -5,8 +5,11 @@ import importlib
 import re
 
 import pytest
+import torch
 import torch.nn.functional as F
-from harness import ROOT
+from harness import CHARACTERS, ROOT
+
+from model import GPT
 
 
 def python_blocks(path):
@@ -45,6 +48,21 @@ def test_the_losses_that_are_timed_are_equal(capsys):
     values = {name: loss().item() for name, loss in losses.items()}
     assert values == pytest.approx(dict.fromkeys(values, values['whole logits']), rel=1e-5)
     assert set(eval(capsys.readouterr().out)) == set(losses)
+
+
+def test_the_page_on_python_gives_what_it_says(trained):
+    out_dir = trained.folder / 'out-toy'
+    names = run('python.md', 'load_model', **{'out-shakespeare-char': str(out_dir),
+                                              'To be, or not': 'abcdefg'})
+    idx = torch.arange(7)[None]
+    model = GPT.from_checkpoint(out_dir)
+    logits, _ = model(idx[:, :-1], targets=idx[:, 1:])
+    losses = F.cross_entropy(logits[0], idx[0, 1:], reduction='none')
+    assert torch.equal(names['idx'], idx) and names['iter_num'] == 20
+    torch.testing.assert_close(names['of_each_token'][:, 0], -losses.detach())
+    assert names['embeddings'].shape == (1, 7, 32)
+    assert names['text'].startswith('abcdefg') and len(names['text']) == 107
+    assert set(names['text']) <= set(CHARACTERS)
 
 
 ARCHITECTURE = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')

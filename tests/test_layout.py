@@ -52,6 +52,8 @@ WITHOUT_TORCH = sorted(
         'engine.dataloader.token_files',
         'engine.dataloader.window_order',
         'engine.metrics.metrics_file',
+        'engine.checkpoint.kept',
+        'engine.generation.prompt_file',
     }
     | {name for name in ENGINE if name.startswith('engine.prepare.')}
     | {name for name in FILES if name.startswith('data.')}

@@ -3,6 +3,7 @@
 For others:
     run_folder    open_run, load_state, newest_checkpoint, clean_out_dir, lock, write_run_json
     contents      Checkpoint, what a file holds and every reader gets
+    kept          kept_name, kept_models, for which PyTorch is not imported
     gathered      gather, gather_weights, write, read, read_ckpt, and the names of its files
     sharded       ShardedSaver, load, load_whole
     load_model    load_model, checkpoint_spec

@@ -26,11 +26,13 @@ TYPES = dict(
     dtype=str,
     wandb_id=str,
     last_eval=int,
+    last_val_loss=float,
     clipped=list,
     activation=str,
 )
 COUNTS = ('sequences', 'tokens', 'best_iter')       # whole numbers, where a checkpoint has them
 LARGEST_COUNT = 2 ** 63 - 1
+OPTIONAL_IN_FILES = ('model', 'optimizer', 'scaler', 'clipped', 'last_val_loss', 'chat')
 NOT_IN_FILES = ('path', 'shards_folder', 'stands_in_for')
 
 
@@ -56,6 +58,7 @@ class Checkpoint:
     best_val_loss: float | None = None  # nats; infinity before the first evaluation
     best_iter: int | None = None        # iteration of that evaluation
     last_eval: int | None = None        # iteration of the last evaluation, if there was one
+    last_val_loss: float | None = None  # nats, at that evaluation
     clipped: list[bool] | None = None   # whether each of the last steps was clipped, the oldest
                                         # first; of a run that measures its health
     wandb_id: str | None = None         # of the run at wandb, if it is there
@@ -116,10 +119,10 @@ class Checkpoint:
     def to_payload(self) -> dict:
         """The dict for a file, {name of a field: value}.
 
-        It has no model, optimizer, scaler, clipped or chat where these are None.
+        It leaves out the fields of OPTIONAL_IN_FILES that are None.
         """
         payload = {name: getattr(self, name) for name in names_in_files()}
-        for name in ('model', 'optimizer', 'scaler', 'clipped', 'chat'):
+        for name in OPTIONAL_IN_FILES:
             if payload[name] is None:
                 del payload[name]
         return payload

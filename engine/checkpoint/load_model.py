@@ -1,5 +1,6 @@
 """A model and its tokenizer, from a run or from Hugging Face weights."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from engine.chat_layout import ChatLayout
 from engine.checkpoint import run_folder
 from engine.checkpoint.contents import Checkpoint
 from engine.checkpoint.gathered import MODEL
+from engine.checkpoint.kept import NAME
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
 from engine.hf.tokenizer_json import pretrained_spec
@@ -33,8 +35,11 @@ class LoadedModel(NamedTuple):
 def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
     """The model of the run in out_dir, or that of Hugging Face weights.
 
+    It logs which model of the run that is.
+
     GPT: the class of the model, which this module cannot import.
     init_from: 'resume' for the run in out_dir, else the name of a hub model or a folder of weights.
+    out_dir: the folder of a run, or one file of it, such as ckpt_001000.pt.
     Raises UserError where the weights or the tokenizer cannot be used.
     """
     if init_from == 'resume':
@@ -44,15 +49,39 @@ def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
 
 def load_run(GPT, out_dir):
     saved = run_folder.newest_checkpoint(out_dir)
-    if not (Path(out_dir) / MODEL).exists():
-        log.info(f'note: no {MODEL}: the last model of {Path(saved.path).name}, '
-                 f'iteration {saved.iter_num}')
     model = GPT.from_checkpoint(saved)
     spec = checkpoint_spec(saved)
 
     check_vocabulary(model, spec, out_dir,
                      'restore the dataset in data/ that the model was trained on')
+    log.info(describe_model(saved))
     return LoadedModel(model, spec, saved.iter_num, checkpoint_chat(saved))
+
+
+def describe_model(saved: Checkpoint) -> str:
+    """'out/ckpt.pt: the last model, iteration 2,500, val loss 1.23', for people."""
+    name = Path(saved.path).name
+    settings = saved.config or {}
+    if NAME.fullmatch(name):
+        text = f'{saved.path}: a kept model'
+    elif name == MODEL and settings.get('always_save_checkpoint') is False:
+        text = f'{saved.path}: the best model'
+    else:
+        text = f'{saved.path}: the last model'
+
+    # nanoGPT's files have the best val loss alone.
+    if saved.iter_num is not None:
+        text += f', iteration {saved.iter_num:,}'
+    if saved.last_val_loss is not None:
+        text += f', val loss {saved.last_val_loss:.4f}'
+        if saved.last_eval is not None and saved.last_eval != saved.iter_num:
+            text += f' at iteration {saved.last_eval:,}'
+    is_best = saved.best_iter is not None and saved.best_iter == saved.last_eval
+    if saved.best_val_loss is not None and math.isfinite(saved.best_val_loss) and not is_best:
+        text += f'; best val loss {saved.best_val_loss:.4f}'
+        if saved.best_iter is not None:
+            text += f' at iteration {saved.best_iter:,}'
+    return text
 
 
 def load_pretrained(GPT, source):

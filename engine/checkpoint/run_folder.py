@@ -18,6 +18,7 @@ from engine.checkpoint import gathered
 from engine.checkpoint import sharded as sharded_checkpoint
 from engine.checkpoint.contents import RESUME_NEEDS, STATE_NEEDS, Checkpoint
 from engine.checkpoint.gathered import MODEL, PREVIOUS, STATE
+from engine.checkpoint.kept import NAME, kept_models
 from engine.distributed import Environment
 from engine.errors import UserError
 
@@ -115,9 +116,12 @@ def ckpt_as_state(out_dir):
 def newest_checkpoint(out_dir: str | Path) -> Checkpoint:
     """The contents of ckpt.pt, or of the state if there is no ckpt.pt or a sharded state is newer.
 
+    out_dir: the folder of a run, or one file of it, such as ckpt_001000.pt.
     Raises UserError where out_dir holds no model that can be read.
     """
     out_dir = Path(out_dir)
+    if is_one_model(out_dir):
+        return Checkpoint.from_payload(gathered.read(out_dir), out_dir)
     if holds_run(out_dir) and not (out_dir / MODEL).exists():
         state, _ = load_state(out_dir)
         return with_weights(state)
@@ -132,6 +136,19 @@ def newest_checkpoint(out_dir: str | Path) -> Checkpoint:
         if state.shards_folder and state.iter_num > (saved.iter_num or 0):
             return with_weights(state)
     return saved
+
+
+def is_one_model(path: str | Path) -> bool:
+    """True where `path` is a file, as out/ckpt_001000.pt is, and no folder of a run.
+
+    Raises UserError for the name of a kept model that is not there.
+    """
+    path = Path(path)
+    if NAME.fullmatch(path.name) and not os.path.exists(path):
+        names = [kept.name for kept in kept_models(path.parent).values()]
+        raise UserError(f'{path.parent} has no {path.name}; it keeps '
+                        f'{", ".join(names) or "no models, which takes --keep_interval=1000"}')
+    return os.path.isfile(path)
 
 
 def with_weights(state):
@@ -211,10 +228,14 @@ def goes_on(out_dir, init_from):
 
 
 def refuse_to_replace(out_dir):
-    """UserError where out_dir holds a run."""
+    """UserError where out_dir holds a run, or what is kept of one."""
     if holds_run(out_dir):
         raise UserError(f'{out_dir} already holds a run; go on with --init_from=resume, choose '
                         f'another --out_dir, or replace it with --overwrite=True')
+    kept = list(kept_models(out_dir).values())
+    if kept:
+        raise UserError(f'{out_dir} holds kept models, such as {kept[0].name}; move them away, '
+                        f'choose another --out_dir, or remove them with --overwrite=True')
 
 
 @contextmanager
@@ -285,10 +306,15 @@ def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
     # what saves that were killed have left
     for name in (MODEL, STATE, sharded_checkpoint.STATE):
         remove(out_dir / f'{name}.tmp')
+    for path in out_dir.glob('ckpt_*.pt.tmp'):
+        if NAME.fullmatch(path.stem):
+            remove(path)
 
     # what must not be taken for this run's
     if state is None:
         remove(out_dir / MODEL)
+        for path in kept_models(out_dir).values():
+            remove(path)
         for newest, previous in STATES:             # the newest one last, in case of a kill
             remove(out_dir / previous)
             remove(out_dir / newest)

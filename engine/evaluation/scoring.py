@@ -6,7 +6,7 @@ row, so no layer but attention computes padding. `score` needs only GPT.hidden a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,12 @@ class Score(NamedTuple):
     tokens: int                 # how many they are
     greedy: bool                # True where each of them is the likeliest at its place
     last_greedy: bool           # the same of the last one alone
+
+
+class TokenScores(NamedTuple):
+    """What the model says of each scored token of an option."""
+    logprobs: np.ndarray        # (n,) nats
+    ranks: np.ndarray           # (n,) 1 for the likeliest token at that place, and so on
 
 
 def common_prefix(arrays: list[np.ndarray]) -> int:
@@ -195,9 +201,7 @@ def score_batch(model, examples, env):
         attention = TreeAttention(trees, env.device)
         x = model.hidden(tokens[None], [attention] * model.config.n_layer, positions)   # (1, N, C)
         logprobs, greedy = score_tokens(model, x[0, nodes], targets)
-    if not np.isfinite(logprobs).all():
-        raise RunError(f'the model gives probabilities that are not finite numbers in {env.dtype}; '
-                       f'try --dtype=float32, or an earlier checkpoint')
+    check_finite(logprobs, env)
 
     # Back to examples and options
     scores = []
@@ -213,6 +217,13 @@ def score_batch(model, examples, env):
                 greedy=bool(greedy[begin:end].all()),
                 last_greedy=bool(greedy[end - 1])))
     return scores
+
+
+def check_finite(logprobs, env):
+    """RunError where a log-probability is not finite."""
+    if not np.isfinite(logprobs).all():
+        raise RunError(f'the model gives probabilities that are not finite numbers in {env.dtype}; '
+                       f'try --dtype=float32, or an earlier checkpoint')
 
 
 def join(arrays, device):
@@ -264,3 +275,57 @@ def score(model: torch.nn.Module, examples: list[list[Option]], env: Environment
     for part in env.all_gather(scores):
         merged.update(part)
     return [merged[i] for i in range(len(examples))]
+
+
+# Each token by itself
+
+def token_scores(model: torch.nn.Module, windows: list[Option], env: Environment,
+                 batch_size: int = 32, title: str = 'scoring') -> Iterator[TokenScores]:
+    """Yield the TokenScores of each window of a text, in their order.
+
+    Every rank iterates over all of them and gets the same. A round of batches, one for each rank,
+    is all that is held. The model's mode stays as it is.
+
+    windows: of one length, as those of a text are.
+    title: what the progress bar says.
+    """
+    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
+    firsts = range(0, len(batches), env.world_size)         # the first batch of each round
+
+    for first in progress_bar(title, firsts, len(firsts)):
+        own = []                                            # of this rank, perhaps none
+        if first + env.rank < len(batches):
+            with evaluation_mode(model):
+                own = score_windows(model, batches[first + env.rank], env)
+        for scores in env.all_gather(own):
+            yield from scores
+
+
+@torch.no_grad()
+def score_windows(model, windows, env):
+    """A list of the TokenScores of windows that have one length."""
+    tokens = np.stack([window.tokens for window in windows]).astype(np.int64)
+    tokens = torch.from_numpy(tokens).to(env.device)                        # (B, T + 1)
+    scores = []
+
+    with env.autocast(), decoding_attention(env.device):
+        x = model.hidden(tokens[:, :-1])                                    # (B, T, C)
+        for window, row, ids in zip(windows, x, tokens):
+            logprobs, ranks = rank_tokens(model, row[window.start - 1:], ids[window.start:])
+            scores.append(TokenScores(logprobs, ranks))
+
+    for logprobs, _ in scores:
+        check_finite(logprobs, env)
+    return scores
+
+
+def rank_tokens(model, x, targets):
+    """(log-probabilities in nats, ranks) of M tokens, two arrays (M,), for x (M, C)."""
+    logprobs = []
+    ranks = []
+    for rows, ids in zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+        logits = model.logits(rows).float()                     # (up to LOGIT_ROWS, V)
+        chosen = logits.gather(1, ids[:, None])
+        logprobs.append(chosen[:, 0] - logits.logsumexp(dim=1))
+        ranks.append(1 + (logits > chosen).sum(dim=1))
+    return torch.cat(logprobs).double().cpu().numpy(), torch.cat(ranks).cpu().numpy()

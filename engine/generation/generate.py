@@ -82,7 +82,8 @@ class CompiledDecoder:
 def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
            top_k: int | None = None, top_p: float = 1.0, noise: torch.Tensor | None = None,
            vocab_size: int | None = None, exact_window: bool = False, compile: bool = False,
-           min_p: float = 0.0, repetition_penalty: float = 1.0) -> Iterator[torch.Tensor]:
+           min_p: float = 0.0, repetition_penalty: float = 1.0,
+           prompt_rest: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Yield the next token of every sequence, (B,), max_new_tokens times, after idx (B, T).
 
     temperature: 0 takes the likeliest token.
@@ -96,6 +97,9 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
         torch's global generator.
     vocab_size: larger ids (the padding of the embedding) are never sampled.
     compile: compile the step that reads one token.
+    prompt_rest: for prompts of different lengths, of which idx has the beginnings: (B, R) tokens
+        that follow idx, and -1 from where on a sequence is sampled. They are read and yielded in
+        place of sampled ones, so each sequence gets what it would get alone.
     Raises UserError for bad options.
 
     A full cache does not slide. Learned positions belong to their places. With rotary positions
@@ -141,6 +145,9 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
             else:
                 x = model.hidden(unread, kv_caches)
                 unread = next_token(model, x, unread, seen, noise[i], sampling)
+        if prompt_rest is not None and i < prompt_rest.size(1):
+            given = prompt_rest[:, i:i + 1]                     # (B, 1)
+            unread = torch.where(given < 0, unread, given)
         window = torch.cat([window, unread], dim=1)[:, -block_size:]
         yield unread[:, 0]
 

@@ -12,6 +12,7 @@ import torch
 
 from engine.checkpoint import gathered, run_folder, sharded
 from engine.checkpoint.contents import Checkpoint
+from engine.checkpoint.kept import kept_name
 from engine.checkpoint.sharded import ShardedSaver
 from engine.dataloader.batches import TokenDataset
 from engine.dataloader.open_dataset import check_same_dataset
@@ -142,6 +143,7 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0                  # iteration of that evaluation
     last_eval: int | None = None        # iteration of the last evaluation
+    last_val_loss: float | None = None  # of that evaluation
 
     @classmethod
     def of(cls, saved: Checkpoint | None, sequences_per_iter: int, block_size: int) -> 'Progress':
@@ -165,7 +167,7 @@ class Progress:
         if best_iter is None:
             best_iter = saved.iter_num
         return cls(saved.iter_num, sequences, tokens, saved.best_val_loss, best_iter,
-                   saved.last_eval)
+                   saved.last_eval, saved.last_val_loss)
 
 
 @dataclass
@@ -270,6 +272,7 @@ class Run:
                            f'{self.out_dir} keeps what was saved before')
 
         progress.last_eval = progress.iter_num
+        progress.last_val_loss = losses['val']
         improved = losses['val'] < progress.best_val_loss
         if improved:
             progress.best_val_loss = losses['val']
@@ -285,8 +288,13 @@ class Run:
     def save(self, env: Environment, model_too: bool = False):
         """Write state.pt, and with model_too ckpt.pt; or begin to write state/.
 
+        Before them it writes the model that is kept for good, where keep_interval wants it. So a
+        run that resumes from the state has it, and one that resumes from the state before writes
+        it again.
         Raises RunError where that fails.
         """
+        if self.is_model_kept():
+            self.keep_model(env)
         state = self.to_checkpoint()
         if self.saver:
             self.saver.save(self.model, state)
@@ -302,6 +310,23 @@ class Run:
             model = replace(state, optimizer=None, scaler=None)
             gathered.write(folder / gathered.MODEL, model.to_payload())
         gathered.write(folder / gathered.STATE, state.to_payload(), keep_as=gathered.PREVIOUS)
+
+    def is_model_kept(self) -> bool:
+        """True where the model of this iteration is kept for good, once it is evaluated."""
+        interval = self.settings['keep_interval']
+        progress = self.progress
+        if not interval or progress.iter_num == 0:
+            return False
+        is_evaluated = progress.last_eval == progress.iter_num
+        return is_evaluated and progress.iter_num % interval == 0
+
+    def keep_model(self, env: Environment):
+        """Write the model to a file that no later save replaces, in the format of ckpt.pt."""
+        kept = replace(self.to_checkpoint(), optimizer=None, scaler=None)
+        kept.model = gathered.gather_weights(self.model)
+        if env.is_main:
+            path = Path(self.out_dir) / kept_name(kept.iter_num)
+            gathered.write(path, kept.to_payload())
 
     def to_checkpoint(self) -> Checkpoint:
         """The run as it is now. Weights and moments are shards where the parameters are."""

@@ -18,7 +18,7 @@ CHOICES = dict(
     **batches.CHOICES)
 COUNTS_FROM_1 = 'eval_interval log_interval eval_iters cooldown_iters'
 COUNTS_FROM_0 = ('max_iters warmup_iters lr_decay_iters sample_tokens patience health_interval '
-                 'eval_tasks_interval eval_tasks_limit')
+                 'eval_tasks_interval eval_tasks_limit keep_interval')
 
 
 def check_training(settings: dict, combinations: bool = True):

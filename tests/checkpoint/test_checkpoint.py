@@ -22,7 +22,7 @@ import torch
 from harness import script_settings
 
 import train as train_script
-from engine.checkpoint import gathered, run_folder
+from engine.checkpoint import gathered, load_model, run_folder
 from engine.checkpoint import sharded as sharded_checkpoint
 from engine.checkpoint.contents import STATE_NEEDS, Checkpoint
 from engine.distributed import Environment
@@ -233,10 +233,60 @@ def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(
 
 
 def test_a_new_run_removes_the_files_of_the_one_that_it_replaces(tmp_path):
-    for name in (*FILES, 'state.pt.tmp', 'ckpt.pt.tmp', 'notes.txt'):
+    kept = ('ckpt_001000.pt', 'ckpt_001000.pt.tmp', 'ckpt_1000000.pt')
+    for name in (*FILES, *kept, 'state.pt.tmp', 'ckpt.pt.tmp', 'notes.txt', 'ckpt_mine.pt'):
         (tmp_path / name).write_text('')
     run_folder.clean_out_dir(tmp_path, None)
-    assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt_mine.pt', 'notes.txt']
+
+
+def test_a_new_run_removes_no_kept_model_unless_it_is_told_to(tmp_path):
+    (tmp_path / 'ckpt_001000.pt').write_text('')
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, '')
+    for init_from in ('scratch', 'auto'):
+        with pytest.raises(UserError, match='holds kept models, such as ckpt_001000.pt; move'):
+            run_folder.open_run(tmp_path, init_from, False, False, env)
+    assert run_folder.open_run(tmp_path, 'scratch', True, False, env).state is None
+
+
+def test_a_resumed_run_leaves_kept_models_and_removes_half_written_ones(tmp_path):
+    for name in ('ckpt_001000.pt', 'ckpt_002000.pt.tmp', 'ckpt_mine.pt.tmp'):
+        (tmp_path / name).write_text('')
+    run_folder.clean_out_dir(tmp_path, Checkpoint(model_args={}))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ['ckpt_001000.pt', 'ckpt_mine.pt.tmp']
+
+
+def test_a_kept_model_is_read_by_its_name(tmp_path):
+    model, _ = trained_gpt()
+    gathered.write(tmp_path / 'ckpt_001000.pt', dict(
+        model.to_checkpoint(), iter_num=1000, best_val_loss=2.5))
+    later, _ = trained_gpt(5)
+    save_model(tmp_path, later, iter_num=2000)
+    assert same_weights(model, GPT.from_checkpoint(tmp_path / 'ckpt_001000.pt'))
+    assert same_weights(later, GPT.from_checkpoint(tmp_path))
+    with pytest.raises(UserError, match='has no ckpt_003000.pt; it keeps ckpt_001000.pt$'):
+        GPT.from_checkpoint(tmp_path / 'ckpt_003000.pt')
+
+
+@pytest.mark.parametrize('name, values, line', [
+    ('ckpt.pt', dict(iter_num=2000, last_eval=2000, last_val_loss=1.5, best_iter=2000),
+     'the last model, iteration 2,000, val loss 1.5000'),
+    ('ckpt.pt', dict(iter_num=2000, last_eval=2000, last_val_loss=1.75, best_iter=1000),
+     'the last model, iteration 2,000, val loss 1.7500; best val loss 1.5000 at iteration 1,000'),
+    ('ckpt.pt', dict(iter_num=2000, last_eval=2000, last_val_loss=1.5, best_iter=2000,
+                     config=dict(always_save_checkpoint=False)),
+     'the best model, iteration 2,000, val loss 1.5000'),
+    ('state.pt', dict(iter_num=2007, last_eval=2000, last_val_loss=1.5, best_iter=2000,
+                      config=dict(always_save_checkpoint=False)),
+     'the last model, iteration 2,007, val loss 1.5000 at iteration 2,000'),
+    ('ckpt_001000.pt', dict(iter_num=1000, last_eval=1000, last_val_loss=1.5, best_iter=1000),
+     'a kept model, iteration 1,000, val loss 1.5000'),
+    ('ckpt.pt', dict(iter_num=2000), 'the last model, iteration 2,000; best val loss 1.5000'),
+    ('ckpt.pt', dict(best_val_loss=None), 'the last model')])
+def test_a_line_says_which_model_is_read(name, values, line):
+    saved = Checkpoint(**dict(dict(model_args={}, best_val_loss=1.5, path=f'out/{name}'), **values))
+    assert load_model.describe_model(saved) == f'out/{name}: {line}'
 
 
 def test_power_loss_at_any_point_of_a_save(tmp_path, monkeypatch):

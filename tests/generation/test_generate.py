@@ -34,6 +34,29 @@ def test_cached_text_is_uncached_text(model, length):
     assert torch.equal(model.generate(idx, within, temperature=0), expected[:, :length + within])
 
 
+@pytest.mark.parametrize('options', [
+    dict(temperature=0),
+    dict(temperature=0, exact_window=True),
+    dict(temperature=0.8, top_k=20, repetition_penalty=1.5)])
+def test_prompts_of_different_lengths_get_what_each_would_get_alone(model, options):
+    """Also once the window has moved."""
+    lengths = [5, 3, 9, 16]
+    new = 20
+    prompts = [torch.randint(50, (length,)) for length in lengths]
+    noise = torch.rand(4, new)
+    rest = torch.full((4, 13), -1)
+    shifted = torch.zeros(4, 13 + new)
+    for i, prompt in enumerate(prompts):
+        rest[i, :len(prompt) - 3] = prompt[3:]
+        shifted[i, len(prompt) - 3:len(prompt) - 3 + new] = noise[i]
+
+    idx = torch.stack([prompt[:3] for prompt in prompts])
+    together = model.generate(idx, 13 + new, noise=shifted, prompt_rest=rest, **options)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], new, noise=noise[i:i + 1], **options)
+        assert torch.equal(together[i, :len(prompt) + new], alone[0])
+
+
 def test_cached_logits_are_uncached_logits(model):
     idx = torch.randint(50, (2, 16))
     kv_caches = new_caches(model, 2, 16)

@@ -1,5 +1,7 @@
 import io
+import json
 import os
+import re
 import sys
 
 import pytest
@@ -10,10 +12,17 @@ import sample
 from engine.checkpoint import gathered
 from engine.dataloader import batches as dataloader
 from engine.errors import RunError, UserError
+from engine.log import log
 from engine.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 END = '\n---------------\n'
+
+
+@pytest.fixture(autouse=True)
+def same_log(monkeypatch):
+    """main changes the handlers for the process."""
+    monkeypatch.setattr(log, 'handlers', log.handlers)
 
 
 def run(workspace, *arguments, **options):
@@ -37,7 +46,9 @@ def test_stdout_holds_only_text_and_stderr_the_rest(trained):
     result = trained.run('sample.py', '--device=cpu', '--out_dir=out-toy', '--num_samples=1',
                          '--max_new_tokens=5', '--start=abc')
     assert result.stdout.startswith('abc') and len(result.stdout) == 3 + 5 + len(END)
-    assert result.stderr.startswith("settings: device='cpu', ")
+    model, settings, *_ = result.stderr.splitlines()
+    assert re.fullmatch(r'out-toy/ckpt.pt: the last model, iteration 20, val loss 1\.\d{4}', model)
+    assert settings.startswith("settings: device='cpu', ")
     assert '\ndevice cpu, dtype float32' in result.stderr
 
 
@@ -80,7 +91,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_is_sampled(trained, 
     result = trained.run('sample.py', '--device=cpu', '--max_new_tokens=40', '--num_samples=1',
                          str(tmp_path))
     assert result.stdout.split(END)[:-1] == expected
-    assert 'note: no ckpt.pt: the last model of state.pt, iteration 20\n' in result.stderr
+    assert f'{tmp_path / "state.pt"}: the last model, iteration 20, val loss ' in result.stderr
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(workspace, tmp_path):
@@ -169,6 +180,116 @@ def test_gpt2_weights_of_a_folder_write_gpt2s_tokens(workspace):
     assert len(set(texts)) == 2 and all(text.startswith('Hello there') for text in texts)
     # an empty prompt begins a document
     assert len(run(workspace, '--init_from=weights-gpt2', '--start=', '--num_samples=1')) == 1
+
+
+# A file of prompts
+
+PROMPTS = ['abc', 'defgh', 'p', 'aab' * 15, 'ab\ncc', 'mnop', 'g', 'gh' * 9]
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    lines = [json.dumps(dict(prompt=prompt)) + '\n' for prompt in PROMPTS]
+    lines[1] = json.dumps(dict(id='two', prompt=PROMPTS[1], other=[1])) + '\n\n'
+    lines[2] = json.dumps(dict(id=77, prompt=PROMPTS[2])) + '\r\n'
+    path = tmp_path / 'prompts.jsonl'
+    path.write_text(''.join(lines), encoding='utf-8')
+    return path
+
+
+def answer(trained, path, *flags):
+    """The lines that sample.py writes for a file of prompts."""
+    out = path.parent / 'answers.jsonl'
+    flags = ['--device=cpu', f'--out_dir={trained.folder / "out-toy"}', '--max_new_tokens=30',
+             f'--prompts={path}', f'--out={out}', *flags]
+    with script_settings(sample, *flags) as overrides:
+        sample.main(overrides)
+    return [json.loads(line) for line in out.read_text(encoding='utf-8').splitlines()]
+
+
+def sample_alone(trained, prompt, capsys, *flags):
+    flags = ['--device=cpu', f'--out_dir={trained.folder / "out-toy"}', '--max_new_tokens=30',
+             f'--start={prompt}', '--num_samples=1', *flags]
+    with script_settings(sample, *flags) as overrides:
+        sample.main(overrides)
+    return capsys.readouterr().out.removesuffix(END)
+
+
+@pytest.mark.parametrize('max_batch', [1, 3, 64])
+def test_each_prompt_of_a_file_gets_the_answer_that_it_gets_alone(
+        trained, prompt_file, capsys, max_batch):
+    answers = answer(trained, prompt_file, '--temperature=0', f'--max_batch={max_batch}')
+    assert [record['prompt'] for record in answers] == PROMPTS
+    assert [record['id'] for record in answers] == [1, 'two', 77, 5, 6, 7, 8, 9]
+    assert 'note: 1 of 8 prompts have more than 32 tokens' in capsys.readouterr().err
+    if max_batch == 3:
+        for record in answers:
+            assert len(record['answer']) == 30
+            alone = sample_alone(trained, record['prompt'], capsys, '--temperature=0')
+            assert record['prompt'] + record['answer'] == alone
+
+
+def test_answers_depend_on_their_place_and_not_on_the_batch(trained, prompt_file, monkeypatch):
+    """Drawn ones too, and several to a prompt. Groups of three are held at once."""
+    answers = answer(trained, prompt_file, '--num_samples=2')
+    assert [record['sample'] for record in answers] == [0, 1] * len(PROMPTS)
+    assert [record['prompt'] for record in answers] == [p for p in PROMPTS for _ in range(2)]
+    assert len({record['answer'] for record in answers}) == len(answers)
+    monkeypatch.setattr(sample, 'BATCHES_AT_ONCE', 1)
+    assert answer(trained, prompt_file, '--num_samples=2', '--max_batch=3') == answers
+    assert answer(trained, prompt_file, '--num_samples=2', '--seed=3') != answers
+
+
+def test_an_answer_ends_before_its_stop(trained, prompt_file):
+    whole = answer(trained, prompt_file, '--temperature=0')
+    stopped = answer(trained, prompt_file, '--temperature=0', '--stop=e')
+    assert [r['answer'] for r in stopped] == [r['answer'].split('e')[0] for r in whole]
+
+
+@pytest.mark.parametrize('line, words', [
+    ('{"prompt": "aXb"}', "line 12: the character 'X' is not in the vocabulary"),
+    ('{"prompt": ""}', 'line 12 is empty, and this model needs something to begin with'),
+    ('{"prompt": 7}', 'line 12 has no "prompt" that is a text'),
+    ('["a"]', 'line 12 has no "prompt" that is a text'),
+    ('{"prompt": "a", "id": 1.5}', 'line 12 has an "id" that is neither a text nor'),
+    ('{"prompt": "a"', 'line 12 is not JSON'),
+    ('[' * 100000, 'line 12 is not JSON'),
+    ('{"prompt": "a", "id": "\\ud800"}', 'line 12 is not JSON in UTF-8 .*surrogates')])
+def test_a_bad_line_is_refused_before_anything_is_answered(
+        trained, prompt_file, monkeypatch, line, words):
+    monkeypatch.setattr(sample, 'write_answers', lambda *arguments: pytest.fail('it began'))
+    with open(prompt_file, 'a', encoding='utf-8') as file:
+        file.write('\n\n' + line)
+    with pytest.raises(UserError, match=words):
+        answer(trained, prompt_file)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--out='], 'prompts needs a file for the answers, as in --out=answers.jsonl'),
+    (['--prompts='], 'out is for the answers to a file of prompts'),
+    (['--start=a'], 'start and prompts are both named'),
+    (['--prompts=nowhere'], "prompts='nowhere' is no regular file"),
+    (['--out=nowhere/a.jsonl'], 'should be a file in a folder that exists'),
+    (['--out=.'], 'should be a file in a folder that exists')])
+def test_a_mistake_with_prompts_is_refused(trained, prompt_file, flags, words):
+    with pytest.raises(UserError, match=words):
+        answer(trained, prompt_file, *flags)
+    prompt_file.write_text('\n')
+    with pytest.raises(UserError, match='has no prompts; write lines such as'):
+        answer(trained, prompt_file)
+
+
+def test_a_failure_leaves_the_earlier_answers(trained, prompt_file, monkeypatch):
+    earlier = answer(trained, prompt_file)
+
+    def fail(*arguments):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(sample, 'generate_texts', fail)
+    with pytest.raises(RunError, match='was not written .*make room'):
+        answer(trained, prompt_file)
+    text = (prompt_file.parent / 'answers.jsonl').read_text(encoding='utf-8')
+    assert [json.loads(line) for line in text.splitlines()] == earlier
+    assert not list(prompt_file.parent.glob('*.tmp'))
 
 
 # Mistakes

@@ -148,6 +148,25 @@ def test_scores_are_drawn_below_with_what_gpt2_reaches(drawn):
     assert set(published.get_ydata()) == {plot.GPT2_SCORES['lambada_acc']}
 
 
+def test_kept_models_have_rings_around_their_val_loss(tmp_path, drawn):
+    folder = write_records(
+        tmp_path / 'run',
+        '{"iter": 0, "val_loss": 4.0}',
+        '{"iter": 9, "loss": 3.0, "tokens": 2e6, "seconds": 60}',
+        '{"iter": 10, "val_loss": 2.5, "seconds": 60}',
+        '{"iter": 20, "val_loss": 2.0, "seconds": 120}')
+    for name in ('ckpt.pt', 'ckpt_000010.pt', 'ckpt_000030.pt', 'ckpt_best.pt'):
+        (tmp_path / 'run' / name).write_text('')
+    with script_settings(plot, f'--picture={tmp_path / "x.png"}'):
+        plot.main([folder])
+    (figure, _), = drawn
+
+    rings = [[line.get_xydata().tolist() for line in axes.lines
+              if line.get_label() == 'run, kept models'] for axes in figure.axes]
+    assert rings == [[[[10, 2.5]]], [[[2, 2.5]]], [[[1, 2.5]]]]
+    assert 'run, kept models' in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 @pytest.mark.parametrize('picture', ['x.xyz', 'x', 'a.b/x'])
 def test_a_picture_of_an_unknown_kind_is_refused_before_anything_is_read(picture):
     with pytest.raises(UserError, match=f"picture='{picture}' should end in .*.pdf, .*.png"):

@@ -411,3 +411,13 @@ def test_nanogpt_gets_a_sharded_run_with_its_moments(place, sharded):
         for name, value in moment.items():
             found = saved['optimizer']['state'][index][name]
             torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
+
+
+def test_a_sharded_run_keeps_whole_models(place):
+    """In the format of ckpt.pt, beside the folder of shards."""
+    train(place, 'kept', '--checkpoint=sharded', '--keep_interval=5', '--max_iters=10',
+          strategy='fsdp')
+    folder = place.folder / 'kept'
+    assert {path.name for path in folder.glob('ckpt*')} == {'ckpt_000005.pt', 'ckpt_000010.pt'}
+    kept = run_folder.newest_checkpoint(folder / 'ckpt_000010.pt')
+    assert_same(kept.model, run_folder.newest_checkpoint(folder).model)

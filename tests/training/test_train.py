@@ -457,6 +457,41 @@ def test_a_new_run_replaces_another_only_when_told_to(trained):
     assert trained.records('out-new') == trained.records('out-toy')
 
 
+def kept_weights(folder):
+    """{name of a kept model: its weights}"""
+    return {path.name: torch.load(path, weights_only=True)['model']
+            for path in sorted(folder.glob('ckpt_*.pt'))}
+
+
+def test_kept_models_are_those_of_their_iterations_also_after_a_resume(trained):
+    """They change no step, and each is evaluated. A resumed run writes equal ones."""
+    trained.train('out-kept', '--keep_interval=4')
+    records = trained.records('out-kept')
+    assert [r for r in records if 'loss' in r] == [
+        r for r in trained.records('out-toy') if 'loss' in r]
+    assert [r['iter'] for r in records if 'val_loss' in r] == [0, 4, 5, 8, 10, 12, 15, 16, 20]
+    whole = kept_weights(trained.folder / 'out-kept')
+    assert list(whole) == [f'ckpt_0000{n:02}.pt' for n in (4, 8, 12, 16, 20)]
+
+    # a model that another run trains for as long
+    trained.train('out-as-long', '--max_iters=8')
+    alone = torch.load(trained.folder / 'out-as-long' / 'ckpt.pt', weights_only=True)['model']
+    assert all(torch.equal(alone[name], whole['ckpt_000008.pt'][name]) for name in alone)
+
+    # a run that goes on from iteration 10, beside a file that was damaged
+    trained.train('out-kept-parts', '--keep_interval=4', '--max_iters=10')
+    (trained.folder / 'out-kept-parts' / 'ckpt_000012.pt').write_bytes(b'damaged')
+    trained.train('out-kept-parts', '--keep_interval=4', '--init_from=resume')
+    parts = kept_weights(trained.folder / 'out-kept-parts')
+    assert list(parts) == list(whole)
+    for file, weights in whole.items():
+        assert all(torch.equal(weights[name], parts[file][name]) for name in weights)
+
+    # a run in its place removes them
+    trained.train('out-kept-parts', '--overwrite=True', '--max_iters=4', '--keep_interval=4')
+    assert list(kept_weights(trained.folder / 'out-kept-parts')) == ['ckpt_000004.pt']
+
+
 def test_a_log_line_has_its_numbers(trained):
     shown = trained.train('out-log', '--max_iters=2').stdout
     lines = [line for line in shown.splitlines() if line.startswith('iter ')]
