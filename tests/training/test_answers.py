@@ -168,7 +168,7 @@ def test_a_prompt_has_the_tokens_of_the_dataset_before_the_answer(place, monkeyp
     tokens = np.fromfile(place.folder / 'data' / 'answers' / 'train.bin', '<u2')
     starts = np.flatnonzero(tokens == SPEC.end_of_text)
     question = conversation(7)[1].text
-    ids = sample.encode_question(question, tokenizer, loaded.chat)
+    ids = sample.Prompter(tokenizer, loaded.chat, '').encode(question)
     found = [start for start in starts if tokens[start:start + len(ids)].tolist() == ids]
     assert len(found) == 1
     after = tokenizer.decode(tokens[found[0] + len(ids):][:100])
