@@ -159,13 +159,15 @@ def main(overrides):
 
     # the model and the tasks
     with env.raise_on_all_ranks():
-        model, tokenizer_spec, iter_num = load_model(GPT, init_from, out_dir)
+        model, tokenizer_spec, iter_num, description = load_model(GPT, init_from, out_dir)
         tokenizer = Tokenizer(tokenizer_spec)
         block_size = model.config.block_size
         if text:
             own_text = read_text(tokenizer, block_size)
         else:
             loaded, missing = load_tasks(tasks, Path(data), tokenizer, block_size, limit)
+    if description:
+        print_text(description, file=sys.stderr)
     model.to(env.device)
 
     # a text

@@ -292,7 +292,7 @@ def main(overrides):
     env = start_environment(device, dtype, compile)
 
     # the model and its prompt, or its file of prompts
-    model, spec, _ = load_model(GPT, init_from, out_dir)
+    model, spec, _, description = load_model(GPT, init_from, out_dir)
     tokenizer = Tokenizer(spec)
     block_size = model.config.block_size
     n_texts = num_samples
@@ -307,6 +307,8 @@ def main(overrides):
                        f'{block_size:,}', file=sys.stderr)
     print0(configurator.describe_settings(overrides), file=sys.stderr)
     print_text(env.summary, file=sys.stderr)
+    if description:
+        print_text(description, file=sys.stderr)
 
     # the model on its device
     model.to(env.device, DTYPES[env.dtype]).eval()
