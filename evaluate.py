@@ -159,13 +159,17 @@ def main(overrides):
 
     # the model and the tasks
     with env.raise_on_all_ranks():
-        model, tokenizer_spec, iter_num, _ = load_model(GPT, init_from, out_dir)
-        tokenizer = Tokenizer(tokenizer_spec)
+        loaded_model = load_model(GPT, init_from, out_dir)
+        model = loaded_model.model
+        iter_num = loaded_model.iter_num
+        tokenizer = Tokenizer(loaded_model.spec)
         block_size = model.config.block_size
         if text:
             own_text = read_text(tokenizer, block_size)
         else:
             loaded, missing = load_tasks(tasks, Path(data), tokenizer, block_size, limit)
+    if loaded_model.description:
+        print_text(loaded_model.description, file=sys.stderr)
     model.to(env.device)
 
     # a text

@@ -337,6 +337,8 @@ def main(overrides):
                        f'{block_size:,}', file=sys.stderr)
     print0(configurator.describe_settings(overrides), file=sys.stderr)
     print_text(env.summary, file=sys.stderr)
+    if loaded.description:
+        print_text(loaded.description, file=sys.stderr)
 
     # the model on its device
     model.to(env.device, DTYPES[env.dtype]).eval()

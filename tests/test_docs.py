@@ -58,7 +58,7 @@ def test_the_page_on_python_gives_what_it_says(trained):
     model = GPT.from_checkpoint(out_dir)
     logits, _ = model(idx[:, :-1], targets=idx[:, 1:])
     losses = F.cross_entropy(logits[0], idx[0, 1:], reduction='none')
-    assert torch.equal(names['idx'], idx) and names['iter_num'] == 20
+    assert torch.equal(names['idx'], idx) and names['loaded'].iter_num == 20
     torch.testing.assert_close(names['of_each_token'][:, 0], -losses.detach())
     assert names['embeddings'].shape == (1, 7, 32)
     assert names['text'].startswith('abcdefg') and len(names['text']) == 107

@@ -14,7 +14,6 @@ from engine.checkpoint.kept import NAME
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
 from engine.hf.tokenizer_json import pretrained_spec
-from engine.log import log
 from engine.tokenizer import GPT2, TokenizerJson, TokenizerSpec
 
 
@@ -25,17 +24,18 @@ class LoadedModel(NamedTuple):
     spec: the spec of its tokenizer.
     iter_num: the iteration of the run, or None for Hugging Face weights.
     chat: the layout of the conversations that it was trained on, or None.
+    description: a line for people that says which model of a run it is; None for Hugging Face
+        weights.
     """
     model: nn.Module
     spec: TokenizerSpec
     iter_num: int | None
     chat: ChatLayout | None = None
+    description: str | None = None
 
 
 def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
     """The model of the run in out_dir, or that of Hugging Face weights.
-
-    It logs which model of the run that is.
 
     GPT: the class of the model, which this module cannot import.
     init_from: 'resume' for the run in out_dir, else the name of a hub model or a folder of weights.
@@ -54,8 +54,7 @@ def load_run(GPT, out_dir):
 
     check_vocabulary(model, spec, out_dir,
                      'restore the dataset in data/ that the model was trained on')
-    log.info(describe_model(saved))
-    return LoadedModel(model, spec, saved.iter_num, checkpoint_chat(saved))
+    return LoadedModel(model, spec, saved.iter_num, checkpoint_chat(saved), describe_model(saved))
 
 
 def describe_model(saved: Checkpoint) -> str:
@@ -91,7 +90,7 @@ def load_pretrained(GPT, source):
     check_vocabulary(model, spec, source,
                      'put its own tokenizer.json beside the weights, or give them rows for these '
                      f'with resize_token_embeddings({spec.vocab_size}) of transformers')
-    return LoadedModel(model, spec, None)
+    return LoadedModel(model, spec, None, None)
 
 
 def check_vocabulary(model, spec, source, advice):

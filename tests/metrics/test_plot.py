@@ -1,6 +1,5 @@
 import json
 import math
-import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -101,18 +100,6 @@ def test_losses_of_different_tokenizers_are_drawn_per_byte_where_it_is_known(
     assert figure.axes[0].get_ylabel() == unit
     curves = [line.get_ydata()[0] for line in figure.axes[0].lines]
     assert curves == pytest.approx(np.repeat(losses, 2))
-
-
-def test_a_log_of_many_lines_is_drawn_in_linear_time(drawn):
-    """train_gpt2's 60,000 iterations: ten times as many lines would take a hundred times as long
-    if each looked at all others."""
-    def seconds(lines):
-        records = [dict(iter=i, seconds=i, loss=3.0, tokens=(i + 1) * 1e6) for i in range(lines)]
-        began = time.process_time()
-        plot.prepare_run('a', records, 1, 'C0')
-        return time.process_time() - began
-    few = min(seconds(2000) for _ in range(3))
-    assert seconds(20000) < 40 * few
 
 
 def test_a_batch_that_grows_moves_the_tokens_of_each_iteration(drawn):
