@@ -2,7 +2,7 @@
 
     text_files      find_files, read_text, read_documents, split_position and others read text
     web_file        download_file fetches a file from a web address
-    conversations   choose_layout makes documents of rows with prompts and answers
+    conversations   choose_row_layout makes documents of rows with prompts and answers
     encode          safe_pieces and document_pieces cut text; in_order keeps every core at work
     dataset_writer  dataset_writer writes train.bin and val.bin
     shard_writer    ShardWriter writes shards of equal length, in several processes if wanted

@@ -8,14 +8,14 @@ from prepare_harness import load, meta
 
 from engine.chat_layout import ChatLayout
 from engine.errors import UserError
-from engine.prepare.conversations import RowSettings, choose_layout, parse_template
+from engine.prepare.conversations import RowSettings, choose_row_layout, parse_template
 from engine.tokenizer import Tokenizer, read_meta
 
 
 def layout_of(rows, **settings):
     settings = RowSettings(**settings)
     settings.check()
-    return choose_layout('mine.jsonl', rows, settings)
+    return choose_row_layout('mine.jsonl', rows, settings)
 
 
 def document(row, **settings):
