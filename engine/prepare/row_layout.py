@@ -57,6 +57,10 @@ def choose_column(name, rows, field):
     """The column that has the text."""
     columns = first_values(rows)
     if field is not None:
+        value = columns.get(field)
+        if value is not None and type(value) is not str:
+            raise UserError(f'the column {field} of {name} holds no text, but {shorten(value)}; '
+                            f'the columns are {describe_columns(columns)}')
         if field in columns:
             return field
         raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '
