@@ -237,11 +237,13 @@ class Input:
         self.chars = {chr(code) for code in np.flatnonzero(seen)}
 
     def all_chars(self):
-        """The characters of the text, and those of markers that a prompt may need."""
-        markers = ''
+        """The characters of the text, and those that prompts of a model need."""
+        needed = ''
+        if self.in_segments:
+            needed += '\n'              # what samples begin with by default
         if self.chat:
-            markers = ''.join(self.chat.to_dict().values())
-        return self.chars | set(markers)
+            needed += ''.join(self.chat.to_dict().values())
+        return self.chars | set(needed)
 
     def tell_separators(self):
         """Say how many documents the separator makes of texts, if any."""

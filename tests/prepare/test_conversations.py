@@ -255,6 +255,12 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(data, monkeypatch, tmp
     assert mask == [0, 0, 0, 0, 1, 1, 1] * 10
 
 
+def test_characters_that_prompts_need_are_in_the_vocabulary(data, monkeypatch):
+    rows = [dict(question='a', answer='b')] * 10
+    tokenizer, _, _ = prepared(data, monkeypatch, rows, tokenizer='char')
+    assert set(tokenizer.chars) == {*'ab\n\x03', *'<|system|><|user|><|assistant|><|end|>'}
+
+
 def test_the_answer_of_a_text_is_refused(data, monkeypatch, tmp_path):
     (tmp_path / 'plain.txt').write_text('A text. ' * 100)
     script = load(data, 'text', monkeypatch, f'--input={tmp_path / "plain.txt"}',
