@@ -27,7 +27,7 @@ from engine.chat_layout import ChatLayout, document_start
 from engine.errors import UserError
 from engine.hf.tokenizer_json import named_spec, train_bpe
 from engine.prepare import text_files
-from engine.prepare.conversations import RowSettings, choose_layout
+from engine.prepare.conversations import RowSettings, choose_row_layout
 from engine.prepare.dataset_writer import Piece, dataset_writer
 from engine.prepare.documents import read_segments
 from engine.prepare.encode import CountingEncoder, document_pieces, safe_pieces
@@ -142,7 +142,7 @@ def separator_text():
 
 # Reading: once to count, and once more to encode
 
-def layout_of(source):
+def choose_layout(source):
     """The RowLayout of a file with rows; None for a text and for a file without rows.
 
     This is the place that decides how rows become documents.
@@ -155,7 +155,7 @@ def layout_of(source):
     rows = first_rows(source)
     if not rows:
         return None
-    return choose_layout(str(source), rows, row_settings())
+    return choose_row_layout(str(source), rows, row_settings())
 
 
 class Input:
@@ -163,7 +163,7 @@ class Input:
 
     def __init__(self, sources: list[Source]):
         self.sources = sources
-        self.layouts = [layout_of(source) for source in sources]
+        self.layouts = [choose_layout(source) for source in sources]
         self.files: list[FileContent] = []
         self.chars = set()              # with 'char', all characters of the text
         self.tell_kinds()
@@ -237,11 +237,13 @@ class Input:
         self.chars = {chr(code) for code in np.flatnonzero(seen)}
 
     def all_chars(self):
-        """The characters of the text, and those of markers that a prompt may need."""
-        markers = ''
+        """The characters of the text, and those that prompts of a model need."""
+        needed = ''
+        if self.in_segments:
+            needed += '\n'              # what samples begin with by default
         if self.chat:
-            markers = ''.join(self.chat.to_dict().values())
-        return self.chars | set(markers)
+            needed += ''.join(self.chat.to_dict().values())
+        return self.chars | set(needed)
 
     def tell_separators(self):
         """Say how many documents the separator makes of texts, if any."""

@@ -10,7 +10,7 @@
     held_out        HeldOut chooses what val.bin holds
     next_command    next_lines suggests the command that trains on a dataset
     web_file        download_file fetches a file from a web address
-    conversations   choose_layout makes documents of rows with prompts and answers
+    conversations   choose_row_layout makes documents of rows with prompts and answers
     encode          safe_pieces and document_pieces cut text; in_order keeps every core at work
     dataset_writer  dataset_writer writes train.bin and val.bin
     shard_writer    ShardWriter writes shards of equal length, in several processes if wanted

@@ -1,6 +1,6 @@
 """Rows with prompts and answers as documents, of which only the answers count in the loss.
 
-choose_layout says how rows become documents: by two templates, or by what their columns suggest.
+choose_row_layout says how rows become documents: by two templates, or by what the columns suggest.
 The values of a row come from files of others. So a template takes each value as text, and reads no
 attribute of it.
 """
@@ -115,7 +115,7 @@ def text_of(value: Any) -> str | None:
 
 # Layouts
 
-def choose_layout(name: str, rows: list[dict], settings: RowSettings) -> RowLayout:
+def choose_row_layout(name: str, rows: list[dict], settings: RowSettings) -> RowLayout:
     """The layout of rows, as the settings say, or else as the columns suggest.
 
     name: the file, for messages. rows: its first rows.

@@ -8,14 +8,14 @@ from prepare_harness import load, meta
 
 from engine.chat_layout import ChatLayout
 from engine.errors import UserError
-from engine.prepare.conversations import RowSettings, choose_layout, parse_template
+from engine.prepare.conversations import RowSettings, choose_row_layout, parse_template
 from engine.tokenizer import Tokenizer, read_meta
 
 
 def layout_of(rows, **settings):
     settings = RowSettings(**settings)
     settings.check()
-    return choose_layout('mine.jsonl', rows, settings)
+    return choose_row_layout('mine.jsonl', rows, settings)
 
 
 def document(row, **settings):
@@ -253,6 +253,12 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(data, monkeypatch, tmp
     _, tokens, mask = prepared(data, monkeypatch, rows, tokenizer=str(tmp_path / 'letters'))
     assert tokens == [0, 2, 3, 4, 5, 6, 1] * 10
     assert mask == [0, 0, 0, 0, 1, 1, 1] * 10
+
+
+def test_characters_that_prompts_need_are_in_the_vocabulary(data, monkeypatch):
+    rows = [dict(question='a', answer='b')] * 10
+    tokenizer, _, _ = prepared(data, monkeypatch, rows, tokenizer='char')
+    assert set(tokenizer.chars) == {*'ab\n\x03', *'<|system|><|user|><|assistant|><|end|>'}
 
 
 def test_the_answer_of_a_text_is_refused(data, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.prepare import text_files
 from engine.prepare.held_out import FileContent, HeldOut
 from engine.prepare.next_command import LARGE, MEDIUM, SMALL, next_lines
-from engine.prepare.row_layout import Segment, text_layout
+from engine.prepare.row_layout import RowLayout, Segment, text_layout
 
 STORIES = [f'Story number {i}, which is short.\nAnd its end.' for i in range(60)]
 
@@ -88,7 +88,7 @@ def test_segments_that_do_not_count_are_masked_and_the_end_counts_as_the_last(
     def question_layout(source, field=None):
         def make(values):
             return [Segment(values['text'], counts=False), Segment(' yes', counts=True)]
-        return text_layout('a', [dict(text='a')]).__class__(make, 'questions', None, True)
+        return RowLayout(make, 'questions', in_segments=True, has_masks=True)
 
     script = load(data, 'text', monkeypatch, name='mine',
                   input=str(write_jsonl(tmp_path / 'a.jsonl', STORIES)))
@@ -171,7 +171,7 @@ def test_a_single_row_gives_its_end_and_a_masked_one_is_refused(data, tmp_path, 
 
     script = load(data, 'text', monkeypatch, input=str(path), name='mine')
     layout = text_layout('a', [dict(text='a')])
-    layout.has_masks = True
+    layout.in_segments = True
     monkeypatch.setattr(script, 'choose_layout', lambda source: layout)
     with pytest.raises(UserError, match='has a single document'):
         script.main()
