@@ -29,8 +29,8 @@ from engine.tokenizer import Tokenizer
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (the model in out_dir), or Hugging Face weights: gpt2, another
-                            # name, or a folder
+init_from = 'resume'        # resume (the model in out_dir), the folder of a run, or Hugging Face
+                            # weights: gpt2, another name, or a folder
 out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written
 # tasks
 tasks = 'hellaswag,lambada,wikitext2'   # names of files in data, without .jsonl or .txt; core for

@@ -517,7 +517,7 @@ def test_a_prompt_ends_where_its_text_does(template, before, after, text):
     assert file.encode(text) == [vocabulary[token] for token in before + text.split()]
     if '[SEP]' not in text:
         document = [vocabulary[token] for token in before + text.split() + after]
-        assert file.encode_ordinary(text, as_document=True) == document
+        assert file.encode_data(text, as_document=True) == document
 
 
 # Characters without a token
@@ -562,7 +562,7 @@ def test_a_tokenizer_that_drops_nothing_costs_no_time(options):
     if is_byte_level:
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert not TokenizerJson(tokenizer.to_str()).drops_characters
-    assert len(TokenizerJson(tokenizer.to_str()).encode_ordinary('é')) > 0
+    assert len(TokenizerJson(tokenizer.to_str()).encode_data('é')) > 0
 
     # one byte is missing
     if is_byte_level:
