@@ -25,13 +25,26 @@ from engine.downloads import Download, download_files, try_three_times
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
+from engine.prepare.documents import (
+    DocumentFormat,
+    Position,
+    count_rows,
+    files_of_part,
+    find_document_files,
+    read_documents,
+    split_position,
+)
 from engine.prepare.encode import CountingEncoder, document_pieces
 from engine.prepare.shard_writer import DocumentPiece, ShardWriter
-from engine.prepare.text_files import Position
 from engine.tokenizer import Tokenizer
 
-input = ''                      # .parquet or .jsonl with a field `text`, .txt as one document, or a
-                                # folder of them; '' downloads FineWeb-Edu from the Hugging Face hub
+input = ''                      # .parquet, .jsonl, .json or .csv with a document in each row, .txt
+                                # as one document, or a folder of .parquet, .jsonl and .txt; ''
+                                # downloads FineWeb-Edu from the Hugging Face hub
+field = ''                      # the column of rows that has the text; '' takes `text`, or else the
+                                # only column with text
+encoding = ''                   # how texts are encoded, such as cp1252; '' is UTF-8, or what the
+                                # byte order mark of a file says
 sample = 'sample-10BT'          # sample-10BT, sample-100BT, sample-350BT, a crawl such as
                                 # CC-MAIN-2024-10, or all
 tokenizer = 'gpt2'              # gpt2, a folder with a tokenizer, such as one that export.py wrote,
@@ -68,6 +81,16 @@ def hub_pattern():
                     f'crawl such as CC-MAIN-2024-10, or all')
 
 
+def document_format():
+    """What the settings say about files of documents."""
+    return DocumentFormat(field or None, encoding or None)
+
+
+def input_key(files):
+    """A text that changes with the files and with how they are read."""
+    return text_files.fingerprint(files) + document_format().key
+
+
 class Documents(NamedTuple):
     """The files that all parts read together."""
     files: list[Path]           # those of other parts need not be on this machine
@@ -79,9 +102,9 @@ def find_documents(pattern, number, parts):
     """The Documents. The files of the hub that part number `number` of `parts` reads are
     downloaded. They stay in the hub's cache."""
     if input:
-        files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
+        files = find_document_files(input)
         sizes = [path.stat().st_size for path in files]
-        return Documents(files, sizes, text_files.fingerprint(files))
+        return Documents(files, sizes, input_key(files))
 
     try:
         sizes = try_three_times(partial(list_hub, pattern), HUB)
@@ -92,7 +115,7 @@ def find_documents(pattern, number, parts):
         if not sizes:
             raise UserError(f'sample={sample!r} has no files on the hub; {HUB.page} lists those '
                             f'that there are')
-        needed = text_files.files_of_part(list(sizes.values()), number, parts)
+        needed = files_of_part(list(sizes.values()), number, parts)
         names = list(sizes)
         folder = download_files(HUB, [names[index] for index in needed])
 
@@ -121,7 +144,7 @@ def list_cache(folder, pattern):
         name = path.relative_to(folder)
         if name.match(pattern):             # the cache may have other samples too
             sizes[name.as_posix()] = path.stat().st_size
-            rows += text_files.open_parquet(path).metadata.num_rows
+            rows += count_rows(path)
 
     if sample == 'sample-10BT' and rows < 0.99 * DOCUMENTS:
         place = folder / PurePosixPath(pattern).parent
@@ -132,11 +155,12 @@ def list_cache(folder, pattern):
 
 def read_pieces(files, begin, end, encoder):
     """The DocumentPieces of the documents from the Position `begin` on, up to `end`."""
+    form = document_format()
     for number in range(begin.file, min(end.file + 1, len(files))):
         start = begin.position if number == begin.file else 0
         if Position(number, start) >= end:
             return                  # the file of another part, which need not be here
-        for document in text_files.read_documents(files[number], start):
+        for document in read_documents(files[number], start, form):
             position = Position(number, document.position)
             if position >= end:
                 return
@@ -168,13 +192,13 @@ def main():
     if not input:
         Tokenizer(spec)     # one that cannot be loaded should fail before hours of downloading
     documents = find_documents(pattern, number, parts)
-    begin = text_files.split_position(documents.files, documents.sizes, number, parts)
-    end = text_files.split_position(documents.files, documents.sizes, number + 1, parts)
+    begin = split_position(documents.files, documents.sizes, number, parts)
+    end = split_position(documents.files, documents.sizes, number + 1, parts)
 
     def read(document):
         """What is left of this part, from `document` on, or all of it for None."""
         yield from read_pieces(documents.files, document or begin, end, encoder)
-        if input and text_files.fingerprint(documents.files) != documents.key:
+        if input and input_key(documents.files) != documents.key:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
 

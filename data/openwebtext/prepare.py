@@ -2,7 +2,7 @@
 token.
 
     python data/openwebtext/prepare.py                      # downloads 24 GB, writes 18 GB
-    python data/openwebtext/prepare.py --input=docs.jsonl   # or .parquet, .txt, a folder of them
+    python data/openwebtext/prepare.py --input=docs.jsonl   # or .parquet, .csv, .txt, a folder
 
 One document in 2,000 is held out. After a stop, the same command continues.
 """
@@ -25,11 +25,18 @@ from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import document_spec
 from engine.prepare import text_files
 from engine.prepare.dataset_writer import Piece, dataset_writer
+from engine.prepare.documents import DocumentFormat, find_document_files, read_documents
+from engine.prepare.documents import count_documents as count_file
 from engine.prepare.encode import CountingEncoder, document_pieces
 from engine.tokenizer import Tokenizer
 
-input = ''          # .parquet or .jsonl with a field `text`, .txt as one document, or a folder of
-                    # them; '' downloads OpenWebText from the Hugging Face hub
+input = ''          # .parquet, .jsonl, .json or .csv with a document in each row, .txt as one
+                    # document, or a folder of .parquet, .jsonl and .txt; '' downloads OpenWebText
+                    # from the Hugging Face hub
+field = ''          # the column of rows that has the text; '' takes `text`, or else the only column
+                    # with text
+encoding = ''       # how texts are encoded, such as cp1252; '' is UTF-8, or what the
+                    # byte order mark of a file says
 max_docs = 0        # how many documents to use, from the first on; 0 uses all
 tokenizer = 'gpt2'  # gpt2, a folder with a tokenizer, such as one that export.py wrote, or a hub
                     # name
@@ -41,6 +48,11 @@ DOCUMENTS = 8_013_769           # in all of OpenWebText
 DOCUMENTS_IN_A_FILE = 90_000    # at least: the hub has 80 files of about 100,000 documents each
 VAL_FRACTION = 0.0005           # share of the documents that is held out
 VAL_SEED = 2357                 # seed of their choice
+
+
+def document_format():
+    """What the settings say about files of documents."""
+    return DocumentFormat(field or None, encoding or None)
 
 
 def download():
@@ -58,7 +70,8 @@ def count_documents(files):
     """The number of documents in each file."""
     bar = tqdm(desc='counting', unit=' documents', unit_scale=True, delay=1, disable=None)
     with bar:
-        counts = [text_files.count_documents(path, bar) for path in files]
+        form = document_format()
+        counts = [count_file(path, bar, form) for path in files]
 
     # without a network the hub's client returns what its cache has
     expected = min(max_docs or DOCUMENTS, DOCUMENTS)
@@ -80,11 +93,12 @@ def choose_val_documents(total):
 
 def read_pieces(files, counts, start, stop, val_documents, encoder):
     """The Pieces of the documents numbered start to stop. counts: how many each file has."""
+    form = document_format()
     first = 0                               # the number of the file's first document
     for path, count in zip(files, counts):
         if start < first + count and first < stop:
             skip = max(start - first, 0)
-            documents = islice(text_files.read_documents(path), skip, stop - first)
+            documents = islice(read_documents(path, form=form), skip, stop - first)
             for number, document in enumerate(documents, first + skip):
                 split = 'val' if number in val_documents else 'train'
                 for text, is_last in document_pieces(document.texts, encoder):
@@ -100,7 +114,7 @@ def main():
 
     # the documents
     if input:
-        files = text_files.find_files(input, text_files.DOCUMENT_ENDINGS, log_skipped=True)
+        files = find_document_files(input)
     else:
         Tokenizer(spec)     # one that cannot be loaded should fail before hours of downloading
         files = download()
@@ -120,7 +134,7 @@ def main():
     digest = spec.tokenizer_sha256
     if digest is None:
         digest = 'gpt2'
-    key = f'{before}, {total} documents, {digest}'
+    key = f'{before}, {total} documents, {digest}{document_format().key}'
     with dataset_writer(FOLDER, spec, key) as writer:
         start = writer.documents
         if start:

@@ -1,16 +1,17 @@
-"""A dataset from text of your own: a UTF-8 file, or a folder of them, to data/NAME.
+"""A dataset from text of your own: text files, JSON lines, tables, parquet files, to data/NAME.
 
     python data/text/prepare.py book.txt                # to data/book
     python data/text/prepare.py notes --name=diary --tokenizer=char
     python data/text/prepare.py --input=notes --tokenizer=bpe --vocab_size=4096
+    python data/text/prepare.py posts.csv --field=content
 
-Except with characters, each file is a document, followed by the tokenizer's end-of-text token.
+Except with characters, the tokenizer's end-of-text token follows each document: each row, each part
+of a text that a separator ends, or else each file.
 """
 
-import shlex
+import codecs
 import sys
-from decimal import Decimal
-from itertools import groupby
+from collections import Counter
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -24,21 +25,37 @@ import configurator
 from engine.errors import UserError
 from engine.hf.tokenizer_json import named_spec, train_bpe
 from engine.prepare import text_files
-from engine.prepare.dataset_writer import dataset_writer
-from engine.prepare.encode import CountingEncoder, safe_pieces
+from engine.prepare.dataset_writer import Piece, dataset_writer
+from engine.prepare.documents import choose_text_layout, read_segments
+from engine.prepare.encode import CountingEncoder, document_pieces, safe_pieces
+from engine.prepare.held_out import FileContent, HeldOut
+from engine.prepare.kinds import CSV, TEXT, Source, find_sources
+from engine.prepare.next_command import has_gpu, next_lines
+from engine.prepare.row_layout import Segment
+from engine.prepare.rows import DELIMITER_NAMES, find_delimiter
 from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
 
-input = ''              # the file or folder to read; hidden files in a folder are skipped
+input = ''              # the file or folder to read: text, .jsonl, .ndjson, .json with a list,
+                        # .csv, .tsv, .parquet, each also as .gz, or a .zip of them; hidden files in
+                        # a folder are skipped
 name = ''               # name of the dataset, a folder in data/; '' uses the input's name without
                         # its ending
 tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the characters of the
                         # text; 'bpe': byte pair encoding trained on this text; or a folder with a
                         # tokenizer, a dataset's such as data/notes, or a hub name such as
                         # HuggingFaceTB/SmolLM2-135M
+field = ''              # the column of rows that has the text; '' takes `text`, or else the only
+                        # column with text
+separator = '<|endoftext|>'     # what ends a document within a text file: '\n' makes a document of
+                        # each line, '' one of each file
+encoding = ''           # how texts are encoded, such as cp1252; '' is UTF-8, or what the byte order
+                        # mark of a file says
 vocab_size = 4096       # how many tokens --tokenizer=bpe trains, at least 257
-val_fraction = 0.1      # share of all characters, the last ones, that is held out as val.bin
+val_fraction = 0.1      # share that is held out as val.bin: of all documents, or of the end of
+                        # each long text
 num_proc = 0            # how many cores encode, 0 for all; the result is the same
 
+PLAIN = TEXT            # what is not worth a line
 LONGEST_NAME = 200      # bytes; a file system takes 255, and endings such as .tmp are added
 
 
@@ -62,12 +79,31 @@ def check_settings():
                         f'--val_fraction=0.1')
     if not input:
         raise UserError('no text is named; type python data/text/prepare.py PATH, the path of a '
-                        'UTF-8 file or of a folder of them')
+                        'file or of a folder of them')
+    check_encoding()
+
+
+def check_encoding():
+    """Raise UserError for an encoding that Python does not know."""
+    if not encoding:
+        return
+    try:
+        'a'.encode(encoding)            # 'hex' and others are no encodings of text
+        codecs.getincrementaldecoder(encoding)
+    except (LookupError, ValueError):
+        raise UserError(f'encoding={encoding!r} is unknown; try --encoding=cp1252, gb18030, cp932 '
+                        f'or another that Python knows') from None
+
+
+def input_name():
+    """The name of the input without its ending, of which .jsonl.gz is one."""
+    path = text_files.input_path(input).resolve()
+    return Path(path.name.removesuffix('.gz')).stem
 
 
 def dataset_folder():
     """The folder to write to."""
-    chosen = name or text_files.input_path(input).resolve().stem
+    chosen = name or input_name()
     folder = FOLDER.parent / chosen
     if not chosen or chosen.startswith('.') or set(chosen) & set('\\/:\0'):
         raise UserError(f'name={chosen!r} should be a plain folder name, such as --name=mytext')
@@ -79,83 +115,161 @@ def dataset_folder():
     return folder
 
 
+def separator_text():
+    """The text that ends a document, or None. A backslash and n are a newline, as in Python."""
+    text = separator
+    for typed, meant in (('\\n', '\n'), ('\\r', '\r'), ('\\t', '\t')):
+        text = text.replace(typed, meant)
+    if not text:
+        return None
+    return text
+
+
 # Reading: once to count, and once more to encode
 
-def count_characters(files):
-    """The number of characters of each file, and with 'char' the set of all characters."""
-    counts = []
-    seen = np.zeros(0x110000, bool)         # which code points occur
-    bar = tqdm(desc='reading', unit=' characters', unit_scale=True, delay=1, disable=None)
-    with bar:
-        for path in files:
-            count = 0
-            for text in text_files.read_text(path):
-                count += len(text)
-                if tokenizer == 'char':
-                    seen[code_points(text)] = True
-                bar.update(len(text))
-            counts.append(count)
-    return counts, {chr(code) for code in np.flatnonzero(seen)}
+def choose_layout(source):
+    """The RowLayout of a file with rows; None for a text and for a file without rows.
 
-
-def train_characters(total):
-    """How many of all characters train.bin gets."""
-    share = 1 - Decimal(str(val_fraction))      # exact: 0.93 of 100 is 93, not 92.99...
-    cut = int(total * share)
-    if not 0 < cut < total:
-        raise UserError(f'{input} has {total:,} characters, and val_fraction={val_fraction} leaves '
-                        f'{cut:,} to train on; --input= takes more text')
-    return cut
-
-
-def split_at(texts, cut):
-    """(split, text) of a file's pieces: the first `cut` characters are 'train', the rest 'val'."""
-    for text in texts:
-        if cut > 0:
-            yield 'train', text[:cut]
-        if len(text) > cut:
-            yield 'val', text[max(cut, 0):]
-        cut -= len(text)
-
-
-def read_splits(files, counts, cut):
-    """(split, texts of one document) of all files. The first `cut` characters of them all are
-    'train'."""
-    for path, count in zip(files, counts):
-        parts = split_at(text_files.read_text(path), cut)
-        for split, group in groupby(parts, key=lambda part: part[0]):
-            yield split, (text for _, text in group)
-        cut = max(cut - count, 0)
-
-
-def read_pieces(documents, encoder):
-    """(split, text, False) of all documents, as the writer takes them.
-
-    encode() adds the end of a document: to a text that is one, or for an empty text.
+    This is the place that decides how rows become documents.
     """
-    for split, texts in documents:
+    if source.kind == TEXT:
+        return None
+    return choose_text_layout(source, field or None)
+
+
+class Input:
+    """The files that are read, and what was found in them."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.layouts = [choose_layout(source) for source in sources]
+        self.files: list[FileContent] = []
+        self.chars = set()              # with 'char', all characters of the text
+        self.tell_kinds()
+
+    @property
+    def has_masks(self) -> bool:
+        """Some segments do not count in the loss."""
+        return any(layout.has_masks for layout in self.layouts if layout)
+
+    def tell_kinds(self):
+        """Say what the files were taken for, a line for each kind, except plain UTF-8 text."""
+        kinds = Counter()
+        examples = {}
+        for source, layout in zip(self.sources, self.layouts):
+            what = describe_source(source, layout)
+            kinds[what] += 1
+            examples.setdefault(what, source)
+
+        for what, count in kinds.items():
+            if what != PLAIN:
+                name = str(examples[what]) if count == 1 else f'{count:,} files'
+                print0(f'{name}: read as {what}')
+
+    def read(self, source, layout):
+        """The documents of a file, of which each is read before the next one."""
+        if source.kind != TEXT and layout is None:
+            return []                   # no rows
+        documents = read_segments(source, layout, separator_text(), tokenizer == 'char')
+        if layout and tokenizer == 'char':
+            return map(end_with_newline, documents)
+        return documents
+
+    def read_all(self):
+        """The documents of each file."""
+        for source, layout in zip(self.sources, self.layouts):
+            yield self.read(source, layout)
+
+    def count(self):
+        """Read all files, and count what is in them."""
+        seen = np.zeros(0x110000, bool)         # which code points occur
+        bar = tqdm(desc='reading', unit=' characters', unit_scale=True, delay=1, disable=None)
+        with bar:
+            for documents, layout in zip(self.read_all(), self.layouts):
+                content = FileContent(layout)
+                for segments in documents:
+                    if segments == []:
+                        content.empty += 1
+                        continue
+                    content.documents += 1
+                    for text, _ in segments:
+                        content.characters += len(text)
+                        if tokenizer == 'char':
+                            seen[code_points(text)] = True
+                        bar.update(len(text))
+                self.files.append(content)
+        self.chars = {chr(code) for code in np.flatnonzero(seen)}
+
+    def tell_separators(self):
+        """Say how many documents the separator makes of texts, if any."""
+        separated = [file for file in self.files if not file.layout and file.documents > 1]
+        if separated:
+            found = sum(file.documents for file in separated)
+            print0(f'the text is divided at {separator_text()!r} into {found:,} documents; '
+                   f'--separator= (nothing) leaves it whole')
+
+
+def describe_source(source, layout):
+    """What a file was taken for, for a line that is printed."""
+    what = source.kind
+    if source.kind == CSV:
+        what = f'a table with {DELIMITER_NAMES[find_delimiter(source)]} between its fields'
+    if source.encoding != 'utf-8':
+        what += f' in {source.encoding}'
+    if layout:
+        what += f'; {layout.description}'
+    return what
+
+
+def end_with_newline(segments):
+    """A document of a row, which a newline follows: characters have no end-of-text token."""
+    if segments == [] or segments[-1].text.endswith('\n'):
+        return segments
+    return [*segments, Segment('\n', segments[-1].counts)]
+
+
+def read_pieces(documents, encoder, has_masks):
+    """The Pieces of all SplitDocuments.
+
+    encode() adds the end of a document: to a text that is one, or for an empty text. Where masks
+    are written, the writer adds it.
+    """
+    for split, segments in documents:
         if encoder.chars:
-            for text in texts:
-                yield split, text, False
+            for text, counts in segments:
+                yield Piece(split, text, False, counts)
+        elif has_masks:
+            yield from masked_pieces(split, segments, encoder)
         elif encoder.splits_like_gpt2:
-            for text, _ in safe_pieces(texts):
+            for text, _ in safe_pieces(segment.text for segment in segments):
                 if text:
-                    yield split, text, False
-            yield split, '', False
+                    yield Piece(split, text, False)
+            yield Piece(split, '', False)
         else:
-            yield split, ''.join(texts), False
+            yield Piece(split, ''.join(segment.text for segment in segments), False)
+
+
+def masked_pieces(split, segments, encoder):
+    """The Pieces of a document whose segments are encoded one by one. The end-of-text token counts
+    where the last segment does."""
+    counts = True
+    for text, counts in segments:
+        for piece, _ in document_pieces([text], encoder):
+            if piece:
+                yield Piece(split, piece, False, counts)
+    yield Piece(split, '', True, counts)
 
 
 def train_tokenizer(documents, total):
-    """The spec of a byte-level BPE tokenizer, trained on the text of train.bin: `total` characters
-    of `documents`."""
+    """The spec of a byte-level BPE tokenizer, trained on the text of train.bin: about `total`
+    characters of SplitDocuments."""
     bar = tqdm(desc='training the tokenizer', total=total, unit=' characters', unit_scale=True,
                delay=1, disable=None)
 
     def train_texts():
-        for split, texts in documents:
+        for split, segments in documents:
             if split == 'train':
-                for text, _ in safe_pieces(texts):
+                for text, _ in safe_pieces(segment.text for segment in segments):
                     yield text
                     bar.update(len(text))
 
@@ -167,49 +281,69 @@ def train_tokenizer(documents, total):
     return spec
 
 
-def next_command(dataset):
-    """The command that trains on the dataset, for a shell."""
-    options = [f'--dataset={dataset}', f'--out_dir=out-{dataset}']
-    if tokenizer == 'char':
-        return shlex.join(['python', 'train.py', 'config/train_stdlib_char.py', *options])
-    return shlex.join(['python', 'train.py', 'config/train_gpt2.py', *options,
-                       '--wandb_log=False'])
-
-
 def main():
     spec = chosen_spec()            # a name that leads nowhere fails before the text is read
     check_settings()
     folder = dataset_folder()
 
     # read and count
-    files = text_files.find_files(input, log_skipped=True)
+    files = text_files.find_files(input)
     before = text_files.fingerprint(files)
-    counts, chars = count_characters(files)
-    total = sum(counts)
-    cut = train_characters(total)
+    texts = Input(find_sources(input, encoding or None))
+    texts.count()
+    texts.tell_separators()
+    total = sum(file.characters for file in texts.files)
+    held_out = HeldOut(val_fraction, texts.files)
+    check_split(held_out, total)
 
     # the tokenizer
     if tokenizer == 'bpe':
-        spec = train_tokenizer(read_splits(files, counts, cut), cut)
+        spec = train_tokenizer(held_out.split(texts.read_all()), total)
     elif tokenizer == 'char':
-        spec = char_spec(chars)
+        spec = char_spec(texts.chars)
     encoder = Tokenizer(spec)
     counting = CountingEncoder(encoder)
 
     def encode(text):
         is_end = not text or not encoder.splits_like_gpt2
-        return counting.encode(text, as_document=is_end)
+        return counting.encode(text, as_document=is_end and not texts.has_masks)
 
     # encode and write
-    with dataset_writer(folder, encoder.spec) as writer:
-        pieces = read_pieces(read_splits(files, counts, cut), encoder)
+    with dataset_writer(folder, encoder.spec, has_masks=texts.has_masks) as writer:
+        pieces = read_pieces(held_out.split(texts.read_all()), encoder, texts.has_masks)
         writer.write(pieces, encode, total, cores=num_proc)
         counting.finish()
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
-    print0(f'files: {len(files):,}, of them empty: {counts.count(0):,}; characters: {total:,}')
-    print0(f'next: {next_command(folder.name)}')
+    tell_the_end(texts, held_out, folder, writer.tokens)
+
+
+def check_split(held_out, total):
+    """Raise UserError where train or val would be empty."""
+    if held_out.has_both_splits:
+        return
+    if held_out.documents == 1 and not held_out.ends:
+        raise UserError(f'{input} has a single document, and train and val need one each; --input= '
+                        f'takes more')
+    cut = int(total * held_out.train_share)
+    raise UserError(f'{input} has {total:,} characters, and val_fraction={val_fraction} leaves '
+                    f'{cut:,} to train on; --input= takes more text')
+
+
+def tell_the_end(texts, held_out, folder, tokens):
+    """Say what was read, what val holds, and what to type next. tokens: of each split."""
+    documents = sum(file.documents for file in texts.files)
+    empty = sum(file.empty for file in texts.files)
+    total = sum(file.characters for file in texts.files)
+    left_out = ''
+    if empty:
+        left_out = f', without {empty:,} that are empty'
+    print0(f'files: {len(texts.files):,}; documents: {documents:,}{left_out}; '
+           f'characters: {total:,}')
+    print0(f'val.bin holds {held_out.describe()}')
+    for line in next_lines(folder.name, tokens, tokenizer == 'char', has_gpu()):
+        print0(line)
 
 
 if __name__ == '__main__':

@@ -135,6 +135,7 @@ class DatasetWriter:
     """The files of a dataset while they are written; see dataset_writer().
 
     documents: how many documents are written, including those of an earlier run with the same key.
+    tokens: how many tokens each split has, {'train': n, 'val': n}, once the dataset is whole.
     """
 
     def __init__(self, folder: Path, meta: DatasetMeta, key: str, has_masks: bool):
@@ -145,6 +146,7 @@ class DatasetWriter:
         self.dtype = DTYPES[token_dtype(meta.spec.vocab_size)]
         self.end_of_text = meta.spec.end_of_text
         self.documents = 0
+        self.tokens = None
         self.saved_at = time.monotonic()
         self.files = {}                         # {file name: UnfinishedFile}
         self.finished = None                    # the journal, if nothing is left to write
@@ -277,6 +279,7 @@ class DatasetWriter:
         """Replace the earlier dataset."""
         journal = self.finished or self.publish()
         meta = journal.describe_dataset()
+        self.tokens = meta.tokens
         log.info(f'{self.folder}: train.bin has {meta.tokens["train"]:,} tokens, '
                  f'val.bin {meta.tokens["val"]:,}; '
                  f'vocabulary {meta.spec.vocab_size:,} ({meta.spec.label})')

@@ -32,6 +32,7 @@ from engine.dataloader.token_files import (
 )
 from engine.errors import UserError
 from engine.log import log
+from engine.prepare.documents import Position
 from engine.prepare.encode import batch_pieces, in_order
 from engine.prepare.publish import (
     complete_shards,
@@ -43,7 +44,6 @@ from engine.prepare.publish import (
     write_json,
     write_lock,
 )
-from engine.prepare.text_files import Position
 from engine.tokenizer import DatasetMeta, TokenizerSpec
 
 COPIED_TOKENS = 1 << 20         # tokens copied at once

@@ -23,6 +23,8 @@ from engine.metrics.metrics_file import MetricsWriter
 from engine.metrics.step_log import short_number
 from engine.training import optim, parallel
 
+MANY_EPOCHS = 100           # a run that reads its text so often says so
+
 # The batch
 
 class RankShare(NamedTuple):
@@ -198,7 +200,10 @@ class Run:
         return self.batch_schedule.rank_share(self.progress.tokens).micro_steps
 
     def summary(self, data: TokenDataset, max_iters: int, env: Environment) -> str:
-        """Two lines to show: what an iteration computes, and how much of `data` the run reads."""
+        """Lines to show: what an iteration computes, and how much of `data` the run reads.
+
+        A third one is a note where the run would read a dataset MANY_EPOCHS times or more.
+        """
         schedule = self.batch_schedule
         iter_num = self.progress.iter_num
         micro_steps, micro_batch_size = schedule.rank_share(self.progress.tokens)
@@ -213,7 +218,10 @@ class Run:
         text = (f'{data.name}: {available:,} tokens to train on; '
                 f'{max(max_iters, iter_num):,} iterations read {short_number(tokens)}, '
                 f'{tokens / available:.3g} epochs')
-        return f'{batch}\n{text}'
+        lines = [batch, text]
+        if iterations_left and not self.settings['eval_only']:
+            lines += many_epochs_note(data, tokens)
+        return '\n'.join(lines)
 
     def open_out_dir(self, saved: Checkpoint | None, command: list, env: Environment):
         """Make out_dir ready for saves, and open its files. Called once the run is sure to start.
@@ -344,6 +352,10 @@ class Run:
         log.info(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, '
                  f'{self.writer.elapsed()}; best val loss {progress.best_val_loss:.4f} '
                  f'at iteration {progress.best_iter}')
+        if progress.best_iter == 0 and math.isfinite(progress.best_val_loss):
+            log.info('note: the val loss was best at iteration 0, before this run trained the '
+                     'model: val.bin may hold another kind of text than train.bin, or '
+                     '--learning_rate may be too high')
         if not stopped_early:
             log.info('to train longer, resume with more --max_iters and --lr_decay_iters')
         log.info(f'next: python sample.py --out_dir={shlex.quote(self.out_dir)}')
@@ -359,6 +371,16 @@ class Run:
         env.barrier()
         if stop_signal:
             raise SystemExit(128 + stop_signal)
+
+
+def many_epochs_note(data: TokenDataset, tokens: int) -> list[str]:
+    """A line, if a run that reads so many tokens reads a dataset MANY_EPOCHS times or more."""
+    epochs = {part.name: part.share * tokens / part.data.n_train_tokens for part in data.parts}
+    name = max(epochs, key=epochs.get)
+    if epochs[name] < MANY_EPOCHS:
+        return []
+    return [f'note: this run reads {name} {epochs[name]:,.0f} times, so that it will know the text '
+            f'by heart; --max_iters and --lr_decay_iters take fewer iterations']
 
 
 def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,

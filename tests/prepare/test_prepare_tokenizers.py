@@ -33,7 +33,7 @@ def folder(workspace):
 
 def prepare(workspace, *flags, code=0, name='mine'):
     return workspace.run('data/text/prepare.py', '--input=documents', f'--name={name}',
-                         '--val_fraction=0.2', *flags, code=code)
+                         '--val_fraction=0.2', '--separator=', *flags, code=code)
 
 
 def tokens(folder, split, name='mine'):
@@ -45,12 +45,11 @@ def contents(folder):
 
 
 def split_documents():
-    """[(split, text)] as the script's readme has them: the last fifth of all characters is val."""
-    cut = int(len(TEXT) * 0.8)
+    """[(split, text)]: the last fifth of each text is val."""
     parts = []
     for text in DOCUMENTS:
-        parts += [('train', text[:max(cut, 0)]), ('val', text[max(cut, 0):])]
-        cut -= len(text)
+        cut = int(len(text) * 0.8)
+        parts += [('train', text[:cut]), ('val', text[cut:])]
     return [(split, text) for split, text in parts if text]
 
 
@@ -178,12 +177,12 @@ def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder
     prepare(workspace, '--tokenizer=bpe', '--vocab_size=300')
     before = contents(folder / 'data' / 'mine')
 
-    (folder / 'documents' / '9.txt').write_bytes(b'text\0text')
+    (folder / 'documents' / '9.txt').write_bytes(b'text\xfftext')
     try:
         refused = prepare(workspace, '--tokenizer=bpe', '--vocab_size=310', code=2)
     finally:
         (folder / 'documents' / '9.txt').unlink()
-    assert 'is NUL' in refused.stderr and contents(folder / 'data' / 'mine') == before
+    assert 'is not UTF-8' in refused.stderr and contents(folder / 'data' / 'mine') == before
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -22,6 +22,7 @@ from engine.dataloader.batches import TokenDataset
 from engine.downloads import download_files
 from engine.errors import RunError, UserError
 from engine.prepare import dataset_writer, encode, publish, shard_writer, text_files
+from engine.prepare.documents import files_of_part, read_documents, split_position
 from engine.tokenizer import GPT2, Tokenizer, TokenizerSpec, char_spec
 
 END = 50256
@@ -90,17 +91,17 @@ def test_parts_are_shares_of_the_bytes(documents):
     sizes = [path.stat().st_size for path in files]
 
     def positions(path, start=0):
-        return [document.position for document in text_files.read_documents(path, start)]
+        return [document.position for document in read_documents(path, start)]
 
     every = [(number, position) for number, path in enumerate(files)
              for position in positions(path)]
     for parts in (1, 2, 3, 10, 97):
-        borders = [text_files.split_position(files, sizes, part, parts)
+        borders = [split_position(files, sizes, part, parts)
                    for part in range(parts + 1)]
         found = []
         for part, (begin, end) in enumerate(zip(borders, borders[1:])):
             share = [place for place in every if begin <= place < end]
-            needed = text_files.files_of_part(sizes, part, parts)
+            needed = files_of_part(sizes, part, parts)
             assert {number for number, _ in share} <= set(needed)
             found += share
         assert found == every
@@ -110,9 +111,9 @@ def test_parts_are_shares_of_the_bytes(documents):
     for start in lines[::7]:
         assert positions(files[1], start) == [position for position in lines if position >= start]
     assert not positions(files[0], 80)
-    rows = [''.join(document.texts) for document in text_files.read_documents(files[0])]
+    rows = [''.join(document.texts) for document in read_documents(files[0])]
     for row in (0, 6, 7, 8, 79):
-        document = next(text_files.read_documents(files[0], row))
+        document = next(read_documents(files[0], row))
         assert ''.join(document.texts) == rows[row]
 
 

@@ -1,0 +1,95 @@
+"""How a row becomes a document: which column has its text, and which parts of it count in the loss.
+
+A row is a dict, {column: value}. A document is a list of Segments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.errors import UserError, shorten
+
+
+class Segment(NamedTuple):
+    """A part of a document."""
+    text: str
+    counts: bool = True         # its tokens count in the loss
+
+
+@dataclass
+class RowLayout:
+    """What makes documents of the rows of a file.
+
+    make: the segments of a row, {column: value}, or [] where its text is null and it is left out.
+        Raises ValueError with a reason that follows the name of the row, such as 'has no answer'.
+    description: what was taken for what, for a line that is printed.
+    columns: the columns that `make` reads, or None for all of them.
+    has_masks: some segments do not count in the loss.
+    """
+    make: Callable[[dict], list[Segment]]
+    description: str
+    columns: list[str] | None = None
+    has_masks: bool = False
+
+
+def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLayout:
+    """The layout of rows whose document is the text of one column.
+
+    name: the file, for messages. rows: its first rows, by which the column is chosen. field: the
+    column; None takes `text`, or else the only column with text.
+
+    Raises UserError, with the columns and a value of each, where there is no such column.
+    """
+    column = choose_column(name, rows, field)
+
+    def make(values):
+        if column not in values:
+            raise ValueError(f'has no string under `{column}`: {shorten(values)}')
+        text = values[column]
+        if text is None:
+            return []
+        if type(text) is not str:
+            raise ValueError(f'has no string under `{column}`: {shorten(text)}')
+        return [Segment(text)]
+
+    return RowLayout(make, f'the text is in the column {column}', [column])
+
+
+def choose_column(name, rows, field):
+    """The column that has the text."""
+    columns = {}                        # {column: its first value that is not null}
+    for row in rows:
+        for column, value in row.items():
+            if columns.get(column) is None:
+                columns[column] = value
+
+    if field is not None:
+        if field in columns:
+            return field
+        raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '
+                        f'name one of these, as in --field={next(iter(columns), "NAME")}')
+    if 'text' in columns:
+        return 'text'
+
+    texts = [column for column, value in columns.items() if is_prose(value)]
+    if len(texts) == 1:
+        return texts[0]
+    named = next(iter([*texts, *columns]), 'NAME')
+    raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
+                    f'name the column that has the text, as in --field={named}')
+
+
+def is_prose(value):
+    """True for a string that is no number."""
+    if type(value) is not str:
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
+
+
+def describe_columns(columns):
+    """Text such as "id (0), content ('And old...')"."""
+    return ', '.join(f'{column} ({shorten(value)})' for column, value in columns.items())

@@ -1,0 +1,268 @@
+"""Files as people have them: what they are, their rows, their encodings."""
+
+import csv
+import gzip
+import io
+import json
+import zipfile
+
+import pytest
+
+from engine.errors import UserError
+from engine.prepare import rows, text_files
+from engine.prepare.documents import split_at_separator
+from engine.prepare.kinds import CSV, JSON, JSON_LINES, PARQUET, TEXT, find_sources
+from engine.prepare.row_layout import text_layout
+from engine.prepare.rows import find_delimiter, read_rows
+from engine.prepare.text_encoding import guess_encoding
+
+RECORDS = [
+    dict(id='0', text='plain'),
+    dict(id='1', text='a "quoted", word;\nand a line\r\nof Windows\ttab | bar'),
+    dict(id='2', text='naïve 你好 \U0001F468\u200d\U0001F469\u200d\U0001F467'),
+    dict(id='3', text=''),
+] * 20
+
+
+def as_csv(delimiter, ending='\r\n'):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ['id', 'text'], delimiter=delimiter, lineterminator=ending)
+    writer.writeheader()
+    writer.writerows(RECORDS)
+    return file.getvalue().encode()
+
+
+def as_parquet():
+    pa = pytest.importorskip('pyarrow')
+    pq = pytest.importorskip('pyarrow.parquet')
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(RECORDS), file, row_group_size=9)
+    return file.getvalue()
+
+
+LINES = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in RECORDS).encode()
+MARK = b'\xef\xbb\xbf'
+FILES = {
+    'a.jsonl': (JSON_LINES, LINES),
+    'mark.jsonl': (JSON_LINES, MARK + LINES),
+    'a.ndjson': (JSON_LINES, LINES.replace(b'\n', b'\r\n')),
+    'wide.jsonl': (JSON_LINES, LINES.decode().encode('utf-16')),
+    'lines.json': (JSON_LINES, LINES),
+    'lines.txt': (JSON_LINES, LINES),
+    'list.json': (JSON, json.dumps(RECORDS, indent=1).encode()),
+    'one_line.json': (JSON, MARK + json.dumps(RECORDS).encode()),
+    'list.jsonl': (JSON, json.dumps(RECORDS).encode()),
+    'a.csv': (CSV, as_csv(',')),
+    'mark.csv': (CSV, MARK + as_csv(',', '\n')),
+    'semicolons.csv': (CSV, as_csv(';')),
+    'bars.csv': (CSV, as_csv('|')),
+    'tabs.csv': (CSV, as_csv('\t')),
+    'a.tsv': (CSV, as_csv('\t')),
+}
+
+
+def packed(name, content):
+    """(name, content) of a file with the content, and of a .gz and a .zip of it."""
+    yield name, content
+    yield f'{name}.gz', gzip.compress(content)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f'folder/{name}', content)
+    yield f'{name}.zip', file.getvalue()
+
+
+@pytest.mark.parametrize('block', [7, 1 << 18])
+@pytest.mark.parametrize('name', [*FILES, 'a.parquet'])
+def test_every_kind_of_file_has_the_same_rows(tmp_path, monkeypatch, name, block):
+    monkeypatch.setattr(text_files, 'BLOCK', block)
+    kind, content = FILES.get(name) or (PARQUET, as_parquet())
+    for path, data in packed(name, content):
+        (tmp_path / path).write_bytes(data)
+        source, = find_sources(tmp_path / path)
+        assert source.kind == kind
+        assert [row.values for row in read_rows(source)] == RECORDS
+
+
+@pytest.mark.parametrize('name, text, kind', [
+    ('a.txt', 'a text {"with": 1}\nof two lines', TEXT),
+    ('a.txt', '{"one": "object"}', TEXT),
+    ('a.txt', '[a list]\n[of links]', TEXT),
+    ('a.txt', '[{"text": "one"}, {"text": "two"}]', JSON),
+    ('notes', '{"text": "one"}\n{"text": "two"}\n', JSON_LINES),
+    ('a.py', 'x = {}\n', TEXT),
+    ('a.json', '{\n "text": "one object"\n}', JSON),
+])
+def test_a_kind_is_told_by_name_and_content(tmp_path, name, text, kind):
+    (tmp_path / name).write_text(text)
+    source, = find_sources(tmp_path / name)
+    assert source.kind == kind
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'%PDF-1.4\n%\xe2\xe3', 'is a PDF; pdftotext makes text of it'),
+    (b'\x89PNG\r\n\x1a\n\0', 'is an image'),
+    (b'RIFF\0\0\0\0WEBPVP8', 'is an image'),
+    (b'\xd0\xcf\x11\xe0\0', 'Microsoft Office'),
+    (b'\0' * 257 + b'ustar\0', 'is a tar archive; unpack it'),
+    (b'ab\0cd', 'is binary: byte 2 is NUL'),
+    ('wide text\n'.encode('utf-16-be'), 'add --encoding=utf-16-be'),
+    (b'PK\x03\x04 and no more', 'is a damaged zip'),
+    (gzip.compress(b'text' * 1000)[:-20], 'is damaged'),
+])
+def test_what_holds_no_text_is_refused_by_what_it_is(tmp_path, content, words):
+    (tmp_path / 'a.txt').write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        for source in find_sources(tmp_path / 'a.txt'):
+            list(text_files.read_source(source))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('member, what', [
+    ('word/document.xml', 'a Word document'), ('xl/workbook.xml', 'an Excel table'),
+    ('META-INF/container.xml', 'an EPUB book')])
+def test_documents_that_are_zips_are_named(tmp_path, member, what):
+    with zipfile.ZipFile(tmp_path / 'a.bin', 'w') as archive:
+        archive.writestr(member, '<text/>')
+    with pytest.raises(UserError, match=what):
+        find_sources(tmp_path / 'a.bin')
+
+
+def test_a_zip_within_a_zip_is_refused_and_hidden_files_are_left_out(tmp_path):
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, 'w') as archive:
+        archive.writestr('a.txt', 'text')
+    with zipfile.ZipFile(tmp_path / 'outer.zip', 'w') as archive:
+        archive.writestr('b.txt', 'text')
+        archive.writestr('__MACOSX/._b.txt', b'\0')
+        archive.writestr('.hidden', 'no')
+    assert [source.member for source in find_sources(tmp_path / 'outer.zip')] == ['b.txt']
+
+    with zipfile.ZipFile(tmp_path / 'outer.zip', 'a') as archive:
+        archive.writestr('inner.zip', inner.getvalue())
+    with pytest.raises(UserError, match='inner.zip is a zip within a zip; unpack it'):
+        find_sources(tmp_path / 'outer.zip')
+
+
+def test_binaries_in_a_folder_are_left_out_with_a_count(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('text')
+    (tmp_path / 'cover.png').write_bytes(b'\x89PNG\r\n')
+    (tmp_path / 'Thumbs.db').write_bytes(b'\xd0\xcf\x11\xe0\0')
+    assert [source.path.name for source in find_sources(tmp_path)] == ['a.txt']
+    assert 'leaving out 2 files that hold no text' in capsys.readouterr().out
+
+
+# rows that cannot be read
+
+@pytest.mark.parametrize('name, text, words', [
+    ('a.jsonl', '{"text": "a"}\n{"text": a}\n', 'line 2 is not JSON'),
+    ('a.jsonl', '{"text": "a"}\n["text"]\n', 'line 2 has no string'),
+    ('a.json', '[{"text": "a"}, {"text": oops, "more": "and more text"}]', 'row 2 is not JSON'),
+    ('a.json', '[{"text": "a"}, {"text": "b"}', 'ends within its list, after row 2'),
+    ('a.json', '[{"text": "a"}, 7]', 'row 2 has no string'),
+    ('a.csv', 'id,text\n1,a\n2,b,c\n', 'row 2 after the names of the columns .* 3 fields'),
+    ('a.csv', 'id,text\n1,a\n2,"b\n3,c\n4,d\n', 'row 2 .* a field in quotes does not end'),
+    ('a.csv', 'text\n' + 'a' * 300 + '\n', 'longer than 200 bytes'),
+    ('a.jsonl', '{"text": "' + 'a' * 300 + '"}\n', 'longer than 200 bytes'),
+    ('a.json', '[{"text": "' + 'a' * 300 + '"}]', 'longer than 200 bytes'),
+])
+def test_a_row_that_cannot_be_read_is_named(tmp_path, monkeypatch, name, text, words):
+    monkeypatch.setattr(rows, 'MAX_ROW', 200)
+    monkeypatch.setattr(text_files, 'BLOCK', 16)
+    (tmp_path / name).write_text(text)
+    source, = find_sources(tmp_path / name)
+    with pytest.raises(UserError, match=words) as error:
+        list(read_rows(source))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text, delimiter', [
+    ('text\nOne, two; three\nfour\n', ','), ('a;b\n1,5;2,5\n3,5;4,5\n', ';'),
+    ('a\tb\n1\t2\n', '\t'), ('a,b\n1,5" pipe\n', ','),
+    ('text\n"one\nrow, in; quotes"\n', ','), ('', ',')])
+def test_the_delimiter_is_the_one_that_all_rows_agree_on(tmp_path, text, delimiter):
+    (tmp_path / 'a.csv').write_text(text)
+    source, = find_sources(tmp_path / 'a.csv')
+    assert find_delimiter(source) == delimiter
+
+
+# the column
+
+@pytest.mark.parametrize('row, column', [
+    (dict(title='a', text='b'), 'text'), (dict(id=7, content='b'), 'content'),
+    (dict(id='7', content='b'), 'content'), (dict(id='x1', body='b', label=None), None)])
+def test_the_column_is_text_or_the_only_one_with_text(row, column):
+    first_is_null = [dict.fromkeys(row), row]
+    if column is None:
+        with pytest.raises(UserError, match=r"only id \('x1'\), body \('b'\), label \(None\)"):
+            text_layout('a.jsonl', first_is_null)
+        return
+    layout = text_layout('a.jsonl', first_is_null)
+    assert layout.make(row) == [(row[column], True)] and layout.make(dict.fromkeys(row)) == []
+
+
+def test_a_named_column_must_exist_and_hold_text():
+    table = [dict(id=7, content='b')]
+    with pytest.raises(UserError, match='no column `body`, only id'):
+        text_layout('a.jsonl', table, 'body')
+    with pytest.raises(ValueError, match='no string under `id`: 7'):
+        text_layout('a.jsonl', table, 'id').make(table[0])
+
+
+# separators
+
+@pytest.mark.parametrize('separator', ['<|endoftext|>', '\n', '\n\n', 'aa'])
+@pytest.mark.parametrize('step', [1, 2, 5, 1000])
+def test_a_text_is_divided_as_split_does_wherever_its_pieces_end(separator, step):
+    text = 'one<|endoftext|>two aaa\n\n\nthree\n<|endoftext|><|endoftext|>four<|endoftext'
+    texts = [text[i:i + step] for i in range(0, len(text), step)]
+    for keep, ending in ((False, ''), (True, separator)):
+        documents = {}
+        for number, part in split_at_separator(texts, separator, keep):
+            documents[number] = documents.get(number, '') + part
+        expected = text.split(separator)
+        expected = [part + ending for part in expected[:-1]] + [expected[-1]]
+        assert [documents.get(i, '') for i in range(len(expected))] == expected
+
+
+# encodings
+
+@pytest.mark.parametrize('encoding, text', [
+    ('cp1252', 'It’s “an old” café — naïve…'),
+    ('cp1252', 'Über die Straße führt für Müller ein schöner Weg'),
+    ('cp1250', 'Zażółć gęślą jaźń, książę'),
+    ('cp1251', 'Широкая электрификация южных губерний даст мощный толчок'),
+    ('koi8-r', 'Широкая электрификация южных губерний даст мощный толчок'),
+    ('gb18030', '我们在这里看到了一个新的世界，它很大。'),
+    ('big5', '我們在這裡看到了一個新的世界，它很大。'),
+    ('shift_jis', '吾輩は猫である。名前はまだ無い。'),
+    ('euc-jp', '吾輩は猫である。名前はまだ無い。'),
+    ('euc-kr', '나는 오늘 학교에 가서 친구를 만났다. 그리고 집으로 돌아왔다.'),
+])
+@pytest.mark.parametrize('block', [1 << 18, 64])
+def test_the_refusal_names_the_encoding_and_the_advice_reads_the_text(tmp_path, monkeypatch,
+                                                                      encoding, text, block):
+    monkeypatch.setattr(text_files, 'BLOCK', block)
+    text = f'Some English first.\n{text}\n' * 30
+    data = text.encode(encoding)
+    assert guess_encoding(data) == encoding
+    (tmp_path / 'a.txt').write_bytes(data)
+    source, = find_sources(tmp_path / 'a.txt')
+    with pytest.raises(UserError, match=f'add --encoding={encoding}'):
+        list(text_files.read_source(source))
+    source, = find_sources(tmp_path / 'a.txt', encoding)
+    assert ''.join(text_files.read_source(source)) == text
+
+
+def test_noise_has_no_encoding():
+    assert guess_encoding(bytes(range(128, 256)) * 20) is None
+
+
+@pytest.mark.parametrize('block', [1, 3, 1 << 18])
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-32'])
+def test_a_byte_order_mark_decides_and_is_dropped(tmp_path, monkeypatch, encoding, block):
+    monkeypatch.setattr(text_files, 'BLOCK', block)
+    text = 'naïve 你好 🙂\n' * 9
+    (tmp_path / 'a.txt').write_bytes(text.encode(encoding))
+    source, = find_sources(tmp_path / 'a.txt')
+    assert ''.join(text_files.read_source(source)) == text
+    assert ''.join(text_files.read_text(tmp_path / 'a.txt')) == text
