@@ -79,9 +79,12 @@ def chosen_spec():
     """The spec of the tokenizer that a setting names; None if it comes from the text."""
     if tokenizer in ('char', 'bpe'):
         return None
-    if any(Path(tokenizer, name).exists() for name in RUN_FILES):
-        from engine.checkpoint.load_model import run_spec  # PyTorch takes seconds to import
-        return run_spec(Path(tokenizer))
+    path = Path(tokenizer)
+    if path.name in RUN_FILES or any((path / name).exists() for name in RUN_FILES):
+        from engine.checkpoint import load_model, run_folder  # PyTorch takes seconds to import
+        run = run_folder.find_run(tokenizer)
+        if run:
+            return load_model.run_spec(run)
     return tokenizer_json.named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
 
 
