@@ -41,8 +41,7 @@ from engine.tokenizer import Tokenizer
 input = ''                      # .parquet, .jsonl, .json or .csv with a document in each row, .txt
                                 # as one document, or a folder of .parquet, .jsonl and .txt; ''
                                 # downloads FineWeb-Edu from the Hugging Face hub
-field = ''                      # the column of rows that has the text; '' takes `text`, or else the
-                                # only column with text
+field = 'text'                  # the column of rows that has the text
 encoding = ''                   # how texts are encoded, such as cp1252; '' is UTF-8, or what the
                                 # byte order mark of a file says
 sample = 'sample-10BT'          # sample-10BT, sample-100BT, sample-350BT, a crawl such as
@@ -83,7 +82,7 @@ def hub_pattern():
 
 def document_format():
     """What the settings say about files of documents."""
-    return DocumentFormat(field or None, encoding or None)
+    return DocumentFormat(field, encoding or None)
 
 
 def input_key(files):

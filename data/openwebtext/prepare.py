@@ -33,8 +33,7 @@ from engine.tokenizer import Tokenizer
 input = ''          # .parquet, .jsonl, .json or .csv with a document in each row, .txt as one
                     # document, or a folder of .parquet, .jsonl and .txt; '' downloads OpenWebText
                     # from the Hugging Face hub
-field = ''          # the column of rows that has the text; '' takes `text`, or else the only column
-                    # with text
+field = 'text'      # the column of rows that has the text
 encoding = ''       # how texts are encoded, such as cp1252; '' is UTF-8, or what the
                     # byte order mark of a file says
 max_docs = 0        # how many documents to use, from the first on; 0 uses all
@@ -52,7 +51,7 @@ VAL_SEED = 2357                 # seed of their choice
 
 def document_format():
     """What the settings say about files of documents."""
-    return DocumentFormat(field or None, encoding or None)
+    return DocumentFormat(field, encoding or None)
 
 
 def download():

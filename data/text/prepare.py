@@ -252,6 +252,8 @@ class Input:
                         if self.is_char:
                             seen[code_points(text)] = True
                         bar.update(len(text))
+                if not content.documents:       # an empty file
+                    content.empty = max(1, content.empty)
                 self.files.append(content)
         self.chars = {chr(code) for code in np.flatnonzero(seen)}
 

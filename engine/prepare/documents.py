@@ -29,10 +29,10 @@ AFTER_ALL = 1 << 62             # a position after all documents of any file
 class DocumentFormat(NamedTuple):
     """What a person says about files of documents.
 
-    field: the column of the text; None takes `text`, or the only column with text.
+    field: the column of the text.
     encoding: of texts without a byte order mark; None is UTF-8.
     """
-    field: str | None = None
+    field: str = 'text'
     encoding: str | None = None
 
     @property
@@ -241,7 +241,10 @@ def read_segments(
         return
 
     texts = read_source(source)
-    parts = split_at_separator(texts, separator, keep_separator)
+    first = next(texts, '')
+    if separator and '\r\n' in first:           # the lines of Windows
+        separator = separator.replace('\n', '\r\n')
+    parts = split_at_separator(chain([first], texts), separator, keep_separator)
     for _, group in groupby(parts, key=lambda part: part.document):
         yield text_segments((part.text for part in group), keep_separator)
 

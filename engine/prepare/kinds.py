@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from engine.errors import UserError
 from engine.log import log
 from engine.prepare import text_files
-from engine.prepare.text_encoding import find_mark, guess_wide_encoding
+from engine.prepare.text_encoding import decode_sample, find_mark, guess_wide_encoding
 
 TEXT = 'text'
 JSON_LINES = 'JSON lines'           # an object in each line
@@ -133,7 +134,8 @@ class Source:
         if self.member is None:
             file = stack.enter_context(open(self.path, 'rb'))
         else:
-            archive = stack.enter_context(zipfile.ZipFile(self.path))
+            stat = self.path.stat()
+            archive = open_zip(self.path, stat.st_size, stat.st_mtime_ns)
             file = stack.enter_context(archive.open(self.member))
         if self.is_gzip:
             file = stack.enter_context(gzip.GzipFile(fileobj=file))
@@ -141,6 +143,15 @@ class Source:
 
     def damaged(self, error):
         return UserError(f'{self} is damaged: {error}; download or pack it again')
+
+
+@lru_cache(maxsize=8)
+def open_zip(path, size, changed):
+    """The open zipfile.ZipFile at `path`. It is kept open, as it lists its files when it opens.
+
+    size, changed: of the file, so that another file of this name is opened anew.
+    """
+    return zipfile.ZipFile(path)
 
 
 # Finding sources
@@ -241,6 +252,8 @@ def identify(source: Source, encoding: str | None = None) -> Source:
             raise UserError(f'{source} is {wide} without a byte order mark; add --encoding={wide}')
         if b'\0' in head:
             raise NotText(source, f'binary: byte {head.index(0):,} is NUL', NO_TEXT)
+    elif not marked and decode_sample(head, 'utf-8') and not head.isascii():
+        log.info(f'note: {source} is valid UTF-8, and is read as {encoding}')
 
     text = codecs.getincrementaldecoder(encoding)('replace').decode(head[len(mark):])
     return replace(source, encoding=encoding, kind=text_kind(source.name, text))

@@ -64,6 +64,10 @@ def choose_column(name, rows, field):
                 columns[column] = value
 
     if field is not None:
+        value = columns.get(field)
+        if value is not None and type(value) is not str:
+            raise UserError(f'the column {field} of {name} holds no text, but {shorten(value)}; '
+                            f'the columns are {describe_columns(columns)}')
         if field in columns:
             return field
         raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '

@@ -278,7 +278,10 @@ def find_delimiter(source: Source) -> str:
     best = ','
     most = 1
     for delimiter in DELIMITERS:
-        widths = [len(fields) for fields in csv.reader(lines, delimiter=delimiter) if fields]
+        try:
+            widths = [len(fields) for fields in csv.reader(lines, delimiter=delimiter) if fields]
+        except csv.Error:       # read_csv says so, if all of them fail
+            continue
         if len(widths) > 1:
             widths.pop()        # the last row may be cut
         if widths and min(widths) == max(widths) and widths[0] > most:

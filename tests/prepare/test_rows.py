@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.prepare import rows, text_files
-from engine.prepare.documents import split_at_separator
+from engine.prepare.documents import read_segments, split_at_separator
 from engine.prepare.kinds import CSV, JSON, JSON_LINES, PARQUET, TEXT, find_sources
 from engine.prepare.row_layout import text_layout
 from engine.prepare.rows import find_delimiter, read_rows
@@ -204,8 +204,10 @@ def test_a_named_column_must_exist_and_hold_text():
     table = [dict(id=7, content='b')]
     with pytest.raises(UserError, match='no column `body`, only id'):
         text_layout('a.jsonl', table, 'body')
-    with pytest.raises(ValueError, match='no string under `id`: 7'):
-        text_layout('a.jsonl', table, 'id').make(table[0])
+    with pytest.raises(UserError, match='column id of a.jsonl holds no text, but 7'):
+        text_layout('a.jsonl', table, 'id')
+    with pytest.raises(ValueError, match='no string under `content`: 7'):
+        text_layout('a.jsonl', table).make(dict(content=7))
 
 
 # separators
@@ -222,6 +224,14 @@ def test_a_text_is_divided_as_split_does_wherever_its_pieces_end(separator, step
         expected = text.split(separator)
         expected = [part + ending for part in expected[:-1]] + [expected[-1]]
         assert [documents.get(i, '') for i in range(len(expected))] == expected
+
+
+def test_a_line_of_windows_is_a_document_too(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'one\r\ntwo\r\n\r\nthree')
+    source, = find_sources(tmp_path / 'a.txt')
+    documents = read_segments(source, None, '\n', keep_separator=False)
+    texts = [''.join(segment.text for segment in document) for document in documents]
+    assert texts == ['one', 'two', '', 'three']
 
 
 # encodings
@@ -266,3 +276,11 @@ def test_a_byte_order_mark_decides_and_is_dropped(tmp_path, monkeypatch, encodin
     source, = find_sources(tmp_path / 'a.txt')
     assert ''.join(text_files.read_source(source)) == text
     assert ''.join(text_files.read_text(tmp_path / 'a.txt')) == text
+
+
+def test_a_text_in_utf8_that_is_read_as_something_else_is_told(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('café', encoding='utf-8')
+    (tmp_path / 'b.txt').write_bytes('café au lait'.encode('cp1252'))
+    assert [source.encoding for source in find_sources(tmp_path, 'cp1252')] == ['cp1252'] * 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and 'a.txt is valid UTF-8, and is read as cp1252' in lines[0]

@@ -134,10 +134,11 @@ class Stoppable:
 
         # this object takes the place of the script's tokenizer
         self.splits_like_gpt2 = True
+        self.drops_characters = False
         monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 
-    def encode_to_numpy(self, text):
+    def encode_to_numpy(self, text, as_document=False):
         self.encoded.append(text)
         if len(self.encoded) == self.stop_at:
             raise KeyboardInterrupt
