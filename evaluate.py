@@ -32,8 +32,8 @@ from engine.tokenizer import Tokenizer
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (the model in out_dir), or Hugging Face weights: gpt2, another
-                            # name, or a folder
+init_from = 'resume'        # resume (the model in out_dir), the folder of a run, or Hugging Face
+                            # weights: gpt2, another name, or a folder
 out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written; or a kept model,
                             # as out/ckpt_001000.pt
 # tasks

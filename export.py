@@ -112,7 +112,7 @@ def read_folders(folders):
         raise UserError('name a run and the folder to write, '
                         'as in: python export.py out-shakespeare my-gpt2')
 
-    source = folders[0]
+    source = run_of(folders[0])
     target = Path(folders[1])
     is_empty_folder = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_empty_folder:
@@ -123,6 +123,14 @@ def read_folders(folders):
 
     # where a link to an empty folder leads: that folder is replaced, and the link stays
     return source, target.resolve()
+
+
+def run_of(source):
+    """The folder of the run `source`, which may also be its ckpt.pt."""
+    path = Path(source)
+    if path.name == 'ckpt.pt' and path.is_file():
+        return str(path.parent)
+    return source
 
 
 @contextmanager

@@ -33,9 +33,9 @@ from engine.tokenizer import Tokenizer
 from model import GPT
 
 # model
-init_from = 'resume'        # resume (the model in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-                            # another hub name, or a folder of Hugging Face weights, with their
-                            # tokenizer
+init_from = 'resume'        # resume (the model in out_dir), the folder of a run, gpt2, gpt2-medium,
+                            # gpt2-large, gpt2-xl, another hub name, or a folder of Hugging Face
+                            # weights, with their tokenizer
 out_dir = 'out'             # where ckpt.pt lies; or a kept model, as out/ckpt_001000.pt
 # text
 start = '\n'                # what to continue: text, or FILE:PATH

@@ -20,7 +20,7 @@ from console import print0, print_text, report_errors, status  # before torch: s
 import torch
 
 import configurator
-from engine.checkpoint import run_folder
+from engine.checkpoint import load_model, run_folder
 from engine.dataloader.batches import train_batches
 from engine.dataloader.open_dataset import open_dataset
 from engine.device import derive_seed
@@ -28,7 +28,6 @@ from engine.distributed import hard_exit, report_first_failure, start_environmen
 from engine.errors import UserError
 from engine.evaluation.results import TaskScorer
 from engine.generation.generate import TextSampler
-from engine.hf.tokenizer_json import check_same_tokens, download_pretrained
 from engine.metrics.health import HealthMonitor
 from engine.metrics.step_log import StepLog
 from engine.tokenizer import padded_vocab_size
@@ -41,9 +40,10 @@ from model import GPT, GPTConfig
 # what most runs set
 out_dir = 'out'          # folder of the model, the state and the metrics of the run
 init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
-                         # weights: gpt2, gpt2-medium, -large, -xl, OWNER/NAME[@REVISION], a folder
-dataset = 'openwebtext'  # a folder of data/ that its prepare.py has filled; or a mixture, by
-                         # shares of the sequences: openwebtext:0.7,mine:0.3
+                         # weights to begin with: gpt2, gpt2-medium, -large, -xl,
+                         # OWNER/NAME[@REVISION], a folder of them, or the folder of a run
+dataset = 'openwebtext'  # a folder of data/, or a path; or a mixture, by shares of the
+                         # sequences: openwebtext:0.7,mine:0.3
 n_layer = 12             # blocks; loaded weights keep their own shape
 n_head = 12              # heads of attention in each block
 n_embd = 768             # channels, a multiple of n_head
@@ -275,13 +275,12 @@ def build_model(saved, data, overrides):
         vocab_size = padded_vocab_size(data.vocab_size)
         return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     else:
-        model = GPT.from_pretrained(init_from, {'dropout': dropout})
-        check_same_tokens(init_from, model.config.vocab_size, dataset, data.tokenizer)
+        model = load_model.load_to_train(GPT, init_from, dataset, data.tokenizer, dropout)
 
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
                         f'and the model only {model.config.vocab_size}; restore what it was '
-                        f'trained on, or train a new model in another --out_dir')
+                        f'trained on, or start a run with its weights: --init_from={out_dir}')
     settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
@@ -297,7 +296,7 @@ def build_model(saved, data, overrides):
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
     settings_checks.check_training(globals(), combinations=init_from not in ('resume', 'auto'))
-    download_pretrained(init_from)              # before rank_timeout counts
+    load_model.download_source(init_from)       # before rank_timeout counts
     env = start_environment(device, dtype, compile, backend, rank_timeout)
     if env.device.type == 'cpu':
         keep_freed_memory()                     # fewer page faults, the same numbers

@@ -13,7 +13,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from engine.downloads import Download, download_url, try_three_times
 from engine.errors import UserError
 
 END_OF_TEXT = 50256             # GPT-2's token between documents
+PADDED_SIZE = 50304             # GPT-2's 50257 tokens, rounded up to a multiple of 64
 
-# The keys in files, in their order. Every tokenizer has its name and its size first, and then the
-# keys of its kind. meta.json goes on with META_KEYS.
+# The keys in files, in their order. Every tokenizer has its name and its size first, then the keys
+# of its kind, and special_tokens where that is not None. meta.json goes on with META_KEYS.
 KEYS = dict(
     gpt2=(),
     char=('chars', 'end_of_text'),
@@ -66,6 +67,11 @@ class TokenizerSpec:
     tokenizer_json: str | None = None       # the text of tokenizer.json
     tokenizer_config: str | None = None     # the text of tokenizer_config.json
 
+    # Of 'gpt2' and 'hf': what a special token becomes that a text spells, such as <|endoftext|>.
+    # True: that token. False: ordinary text. None, as in all datasets before this field: ordinary
+    # text in the data, and the token in a prompt.
+    special_tokens: bool | None = None
+
     @classmethod
     def from_dict(cls, found: Any) -> 'TokenizerSpec':
         """The spec that `found` describes: the content of a meta.json, or a checkpoint's tokenizer.
@@ -80,9 +86,13 @@ class TokenizerSpec:
         if type(size) is not int or not 0 < size <= MAX_VOCAB_SIZE:
             raise UserError(f'vocab_size is {size!r}')
 
+        special = found.get('special_tokens')
+        if type(special) not in (bool, type(None)):
+            raise UserError(f'special_tokens is {special!r}')
+
         kind = found.get('tokenizer')
         if kind == 'gpt2' and size == GPT2.vocab_size:
-            return GPT2
+            return replace(GPT2, special_tokens=special)
 
         if kind == 'char':
             check_char_keys(found)
@@ -91,7 +101,8 @@ class TokenizerSpec:
         else:
             raise UserError(f'unknown tokenizer {kind!r} of {size} tokens')
 
-        return cls(kind, size, **{key: found.get(key) for key in KEYS[kind]})
+        fields = {key: found.get(key) for key in KEYS[kind]}
+        return cls(kind, size, special_tokens=special, **fields)
 
     @property
     def label(self) -> str:
@@ -107,6 +118,8 @@ class TokenizerSpec:
         # Most vocabularies of characters have no such token, and no such key.
         if self.kind == 'char' and self.end_of_text is None:
             del fields['end_of_text']
+        if self.special_tokens is not None:
+            fields['special_tokens'] = self.special_tokens
         return fields
 
 
@@ -160,18 +173,34 @@ def char_spec(chars: Collection[str], ends_documents: bool = False) -> Tokenizer
     return TokenizerSpec('char', len(chars), chars=in_order, end_of_text=end)
 
 
+def add_characters(spec: TokenizerSpec, chars: Collection[str]) -> TokenizerSpec:
+    """A spec of characters with more of them, whose ids follow those that it has.
+
+    Raises UserError where they are too many.
+    """
+    size = spec.vocab_size + len(chars)
+    if size > MAX_CHARS:
+        raise UserError(f'{size:,} different characters are too many, as a vocabulary of '
+                        f'characters has at most {MAX_CHARS:,}; try --tokenizer=gpt2')
+    return replace(spec, vocab_size=size, chars=spec.chars + ''.join(sorted(chars)))
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """The vocabulary of a new model for that many tokens.
 
-    GPT-2's 50257 are padded to 50304, which multiplies faster. 65 characters stay 65.
+    GPT-2's 50257 are padded to 50304, which multiplies faster, and tokens that were added to them
+    take rows of the padding. 65 characters stay 65.
     """
-    if vocab_size == GPT2.vocab_size:
-        return 50304
+    if GPT2.vocab_size <= vocab_size <= PADDED_SIZE:
+        return PADDED_SIZE
     return vocab_size
 
 
 def same_tokens(spec: TokenizerSpec, other: TokenizerSpec) -> bool:
-    """True where both specs give every text the same ids, wherever they came from."""
+    """True where an id means the same in both specs, wherever they came from.
+
+    They may differ in what they make of special tokens that a text spells.
+    """
     decisive = ('kind', 'vocab_size', 'chars', 'tokenizer_sha256')
     return all(getattr(spec, name) == getattr(other, name) for name in decisive)
 
@@ -183,6 +212,7 @@ class Tokenizer:
 
     Attributes: every id is below vocab_size. end_of_text is the id between documents, or None.
     chars has the characters of a vocabulary of characters, and is None in other kinds.
+    special_tokens has the texts of the special tokens.
     splits_like_gpt2 is True where engine.prepare.encode.safe_pieces may cut a text.
     drops_characters is True where a text may have characters that become no token.
 
@@ -191,6 +221,7 @@ class Tokenizer:
     """
 
     chars: str | None = None
+    special_tokens: Collection[str] = ()
     splits_like_gpt2 = False
     drops_characters = False
 
@@ -209,27 +240,33 @@ class Tokenizer:
         if self.vocab_size > 1 << 16:
             self.dtype = '<u4'
 
+        # whether special tokens that a text spells count as such
+        self.special_in_prompts = spec.special_tokens is not False
+        self.special_in_data = spec.special_tokens is True
+
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt.
 
-        Special tokens that the text spells, such as `<|endoftext|>`, count as such, and a tokenizer
-        of Hugging Face adds what it puts before a text. UserError for what cannot be encoded.
+        Special tokens that the text spells, such as `<|endoftext|>`, count as such, unless the spec
+        says that they are ordinary text. A tokenizer of Hugging Face adds what it puts before a
+        text. UserError for what cannot be encoded.
         """
         raise NotImplementedError
 
     def encode_to_numpy(self, text: str, as_document: bool = False) -> np.ndarray:
-        """An array of ids, in which special tokens that the text spells are ordinary text.
+        """An array of ids, for data.
 
-        GPT-2's ids equal those of tiktoken's encode_ordinary. A character tokenizer expects
-        characters of its own only. as_document: with what a tokenizer of Hugging Face puts around a
-        text, such as `<s>`, and with end_of_text after it.
+        Special tokens that the text spells are ordinary text, unless the spec says that they count
+        as such. GPT-2's ids then equal those of tiktoken's encode_ordinary. A character tokenizer
+        expects characters of its own only. as_document: with what a tokenizer of Hugging Face puts
+        around a text, such as `<s>`, and with end_of_text after it.
         """
-        ids = self.encode_ordinary(text, as_document)
+        ids = self.encode_data(text, as_document)
         if as_document and self.end_of_text is not None and self.end_of_text not in ids[-1:]:
             ids = np.append(ids, np.array(self.end_of_text, self.dtype))
         return ids
 
-    def encode_ordinary(self, text, as_document):
+    def encode_data(self, text, as_document):
         """The array of encode_to_numpy, without an end_of_text of our own after it."""
         raise NotImplementedError
 
@@ -256,6 +293,7 @@ class Tokenizer:
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, by tiktoken."""
 
+    special_tokens = ('<|endoftext|>',)
     splits_like_gpt2 = True
 
     def __init__(self, spec=GPT2):
@@ -263,14 +301,22 @@ class GPT2Tokenizer(Tokenizer):
         self.bpe = load_gpt2_encoding()
 
     def encode(self, text):
-        return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+        return self.bpe.encode(text, **self.special_arguments(self.special_in_prompts))
 
-    def encode_ordinary(self, text, as_document):
+    def encode_data(self, text, as_document):
+        arguments = self.special_arguments(self.special_in_data)
         try:
-            ids = self.bpe.encode_to_numpy(text, disallowed_special=())
+            ids = self.bpe.encode_to_numpy(text, **arguments)
         except (UnicodeEncodeError, AttributeError):    # half a surrogate pair; tiktoken < 0.9
-            ids = np.array(self.bpe.encode_ordinary(text))
+            ids = np.array(self.bpe.encode(text, **arguments))
         return ids.astype(self.dtype)
+
+    def special_arguments(self, count):
+        """The arguments of tiktoken with which special tokens that a text spells count as such."""
+        allowed = set()
+        if count:
+            allowed.update(self.special_tokens)
+        return dict(allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids):
         return self.bpe.decode_bytes(ids)
@@ -304,7 +350,7 @@ class CharTokenizer(Tokenizer):
 
         return [self.ids[char] for char in text]
 
-    def encode_ordinary(self, text, as_document):
+    def encode_data(self, text, as_document):
         return self.table[code_points(text)]
 
     def decode_bytes(self, ids):
@@ -317,7 +363,10 @@ class HFTokenizer(Tokenizer):
     def __init__(self, spec):
         super().__init__(spec)
         self.file = TokenizerJson(spec.tokenizer_json)
+        self.special_tokens = self.file.special_tokens
         self.splits_like_gpt2 = self.file.splits_like_gpt2
+        if self.special_in_data and not self.file.special_tokens_stay_whole:
+            self.splits_like_gpt2 = False
         self.drops_characters = self.file.drops_characters
 
         is_same_file = self.file.fingerprint == spec.tokenizer_sha256
@@ -326,10 +375,11 @@ class HFTokenizer(Tokenizer):
                             f'prepare the dataset again')
 
     def encode(self, text):
-        return self.file.encode(text)
+        return self.file.encode(text, self.special_in_prompts)
 
-    def encode_ordinary(self, text, as_document):
-        return np.array(self.file.encode_ordinary(text, as_document), self.dtype)
+    def encode_data(self, text, as_document):
+        ids = self.file.encode_data(text, as_document, self.special_in_data)
+        return np.array(ids, self.dtype)
 
     def decode_bytes(self, ids):
         return b''.join(map(self.file.decode_bytes, ids))
@@ -462,7 +512,8 @@ class TokenizerJson:
     """Text to ids and single ids to bytes, as the text of a tokenizer.json says.
 
     Attributes: parts is the parsed file. vocab_size is one more than the largest id. fingerprint is
-    that of `fingerprint`. Raises UserError where the file is damaged.
+    that of `fingerprint`. special_tokens has the texts of the special tokens. Raises UserError
+    where the file is damaged.
     """
 
     def __init__(self, tokenizer_json: str):
@@ -475,6 +526,7 @@ class TokenizerJson:
         self.fingerprint = fingerprint(self.parts)
         added = self.tokenizer.get_added_tokens_decoder()
         self.added = {i: token.content for i, token in added.items()}
+        self.special_tokens = [token.content for token in added.values() if token.special]
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
 
@@ -486,13 +538,14 @@ class TokenizerJson:
         if '"ByteLevel"' in decoder:
             self.bytes_of_letters = {letter: byte for byte, letter in enumerate(byte_letters())}
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with special tokens as such.
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt.
 
         What the tokenizer puts before a text is there, such as `<s>`. What it puts after one is
         not: behind `</s>`, a model would not go on with the text.
+        special_tokens: whether those that the text spells count as such.
         """
-        encoded = self.run(self.tokenizer, text, add_special_tokens=True)
+        encoded = self.run(self.reader(special_tokens), text, add_special_tokens=True)
         return encoded.ids[:len(encoded.ids) - self.count_after(encoded)]
 
     def count_after(self, encoded):
@@ -504,12 +557,21 @@ class TokenizerJson:
             return 0
         return is_added[::-1].index(0)
 
-    def encode_ordinary(self, text: str, as_document: bool = False) -> list[int]:
-        """The ids, with special tokens as ordinary text.
+    def encode_data(
+        self, text: str, as_document: bool = False, special_tokens: bool = False,
+    ) -> list[int]:
+        """The ids, for data.
 
         as_document: with what the tokenizer puts around a text.
+        special_tokens: whether those that the text spells count as such.
         """
-        return self.run(self.ordinary, text, add_special_tokens=as_document).ids
+        return self.run(self.reader(special_tokens), text, add_special_tokens=as_document).ids
+
+    def reader(self, special_tokens):
+        """The library's tokenizer for texts whose special tokens count as such, or do not."""
+        if special_tokens:
+            return self.tokenizer
+        return self.ordinary
 
     def run(self, tokenizer, text, add_special_tokens):
         """The library's Encoding of a text."""
@@ -540,7 +602,14 @@ class TokenizerJson:
             return False
         if not all(token['special'] for token in self.parts['added_tokens']):
             return False
-        return not self.encode_ordinary('', as_document=True)
+        return not self.encode_data('', as_document=True)
+
+    @cached_property
+    def special_tokens_stay_whole(self) -> bool:
+        """True where no place that engine.prepare.encode.safe_pieces may cut lies in a special
+        token, or in the white space that the token takes with it."""
+        return not any(token['rstrip'] or re.search(r'\s', token['content'])
+                       for token in self.parts['added_tokens'] if token['special'])
 
     @cached_property
     def drops_characters(self) -> bool:
@@ -581,7 +650,7 @@ class TokenizerJson:
     @cached_property
     def token_before(self):
         """A list of one id that any token can follow; of none, if the vocabulary has no 'a'."""
-        return self.encode_ordinary('a')[-1:]
+        return self.encode_data('a')[-1:]
 
 
 def load(tokenizer_json):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +82,24 @@ def test_gpt2_tokens_come_back_and_may_end_within_a_character():
     assert 50256 not in tokenizer.encode_to_numpy('<|endoftext|>')
 
 
+@pytest.mark.parametrize('meaning, in_prompt, in_data', [
+    (None, True, False), (True, True, True), (False, False, False)])
+def test_a_special_token_that_a_text_spells_is_one_where_the_spec_says_so(
+        meaning, in_prompt, in_data):
+    try:
+        tokenizer = Tokenizer(replace(GPT2, special_tokens=meaning))
+    except RunError as error:
+        pytest.skip(str(error))
+    ordinary = tokenizer.bpe.encode_ordinary('a<|endoftext|>b')
+    special = [64, 50256, 65]
+
+    def expected(is_special):
+        return special if is_special else ordinary
+
+    assert tokenizer.encode('a<|endoftext|>b') == expected(in_prompt)
+    assert tokenizer.encode_to_numpy('a<|endoftext|>b').tolist() == expected(in_data)
+
+
 # Meta files
 
 def test_a_token_has_as_many_bytes_as_its_text_without_those_between_documents():
@@ -146,6 +165,8 @@ HF = TokenizerSpec('hf', 9, None, 8, 'name', None, 'fingerprint', '{}', '{"a": 1
      '{"tokenizer": "hf", "vocab_size": 9, "end_of_text": 8, "tokenizer_name": "name", '
      '"tokenizer_revision": null, "tokenizer_sha256": "fingerprint", "tokenizer_json": "{}", '
      '"tokenizer_config": "{\\"a\\": 1}", "sha256": {"train.bin": "a"}, "source": "b"}'),
+    (DatasetMeta(replace(GPT2, special_tokens=False)),
+     '{"tokenizer": "gpt2", "vocab_size": 50257, "special_tokens": false}'),
     (DatasetMeta(GPT2, dtype='uint16', tokens=dict(train=5, val=2)),
      '{"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", '
      '"tokens": {"train": 5, "val": 2}}'),

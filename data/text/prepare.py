@@ -13,7 +13,9 @@ of a text that a separator ends, or else each file.
 import codecs
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
@@ -25,7 +27,7 @@ from tqdm import tqdm
 import configurator
 from engine.chat_layout import ChatLayout, document_start
 from engine.errors import UserError
-from engine.hf.tokenizer_json import named_spec, train_bpe
+from engine.hf import tokenizer_json
 from engine.prepare import text_files
 from engine.prepare.conversations import RowSettings, choose_row_layout
 from engine.prepare.dataset_writer import Piece, dataset_writer
@@ -36,7 +38,14 @@ from engine.prepare.kinds import CSV, TEXT, Source, find_sources
 from engine.prepare.next_command import has_gpu, next_lines
 from engine.prepare.row_layout import Segment
 from engine.prepare.rows import DELIMITER_NAMES, find_delimiter, first_rows
-from engine.tokenizer import MAX_VOCAB_SIZE, Tokenizer, char_spec, code_points
+from engine.tokenizer import (
+    CHAR_END,
+    MAX_VOCAB_SIZE,
+    Tokenizer,
+    add_characters,
+    char_spec,
+    code_points,
+)
 
 input = ''              # the file or folder to read: text, .jsonl, .ndjson, .json with a list,
                         # .csv, .tsv, .parquet, each also as .gz, or a .zip of them; hidden files in
@@ -45,8 +54,13 @@ name = ''               # name of the dataset, a folder in data/; '' uses the in
                         # its ending
 tokenizer = 'gpt2'      # 'gpt2': byte pair encoding, 50,257 tokens; 'char': the characters of the
                         # text; 'bpe': byte pair encoding trained on this text; or a folder with a
-                        # tokenizer, a dataset's such as data/notes, or a hub name such as
-                        # HuggingFaceTB/SmolLM2-135M
+                        # tokenizer, a dataset's such as data/notes, a run's such as out-notes, or
+                        # a hub name such as HuggingFaceTB/SmolLM2-135M
+add_tokens = ''         # new special tokens, such as <|user|>,<|bot|>; auto adds the characters
+                        # that a vocabulary of characters lacks
+special_tokens: Literal['auto', True, False] = 'auto'   # True: a special token that the text or a
+                        # prompt spells, such as <|endoftext|>, becomes that token; False: it is
+                        # ordinary text; auto: True, or what the dataset or run of `tokenizer` has
 field = ''              # the column of rows that has the text; '' takes `text`, or else the only
                         # column with text
 prompt = ''             # what comes before the answer in a row's document, such as
@@ -65,6 +79,7 @@ val_fraction = 0.1      # share that is held out as val.bin: of all documents, o
 num_proc = 0            # how many cores encode, 0 for all; the result is the same
 
 PLAIN = TEXT            # what is not worth a line
+RUN_FILES = ('ckpt.pt', 'state.pt', 'state')    # a folder of a run has some of these
 LONGEST_NAME = 200      # bytes; a file system takes 255, and endings such as .tmp are added
 
 
@@ -74,10 +89,58 @@ def chosen_spec():
     """The spec of the tokenizer that a setting names; None if it comes from the text."""
     if tokenizer in ('char', 'bpe'):
         return None
-    spec = named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
-    if spec.kind == 'char':
-        raise UserError(f'{tokenizer} has a vocabulary of characters, which may lack those of this '
-                        f'text; try --tokenizer=char')
+    path = Path(tokenizer)
+    if path.name in RUN_FILES or any((path / name).exists() for name in RUN_FILES):
+        from engine.checkpoint import load_model, run_folder  # PyTorch takes seconds to import
+        run = run_folder.find_run(tokenizer)
+        if run:
+            return load_model.run_spec(run)
+    return tokenizer_json.named_spec(tokenizer, '--tokenizer=char, --tokenizer=bpe, ')
+
+
+def check_add_tokens(spec):
+    """Raise UserError where there is no vocabulary of characters to add some to."""
+    if add_tokens != 'auto' or tokenizer == 'char' or (spec and spec.kind == 'char'):
+        return
+    raise UserError(f'add_tokens=auto adds characters to a vocabulary of characters, which '
+                    f'{tokenizer} is not; name tokens, as in --add_tokens=NEW,OTHER, or none')
+
+
+def with_characters(spec, chars, ends_documents):
+    """The spec of characters, with all in `chars`, those of the text.
+
+    ends_documents: the vocabulary has an end-of-text token as well.
+    """
+    needed = set(chars)
+    if ends_documents and spec.end_of_text is None:
+        needed.add(CHAR_END)
+
+    lacking = sorted(needed - set(spec.chars))
+    if lacking:
+        first = ' '.join(map(repr, lacking[:10]))
+        if add_tokens != 'auto':
+            raise UserError(f'{tokenizer} lacks {len(lacking):,} characters of the text: {first}; '
+                            f'--add_tokens=auto adds them')
+        print0(f'characters that {tokenizer} lacks are added: {len(lacking):,}, {first}')
+        spec = add_characters(spec, lacking)
+
+    if ends_documents and spec.end_of_text is None:
+        spec = replace(spec, end_of_text=spec.chars.index(CHAR_END))
+    return spec
+
+
+def with_special_tokens(spec):
+    """The spec with the tokens of --add_tokens, and with what it makes of special tokens."""
+    if add_tokens not in ('', 'auto'):
+        names = [token.strip() for token in add_tokens.split(',')]
+        spec = tokenizer_json.add_tokens(spec, names)
+    if spec.kind == 'char':             # which has no special tokens
+        return spec
+
+    if special_tokens != 'auto':
+        return replace(spec, special_tokens=special_tokens)
+    if spec.special_tokens is None:
+        return replace(spec, special_tokens=True)
     return spec
 
 
@@ -133,6 +196,8 @@ def dataset_folder():
 def separator_text():
     """The text that ends a document, or None. A backslash and n are a newline, as in Python."""
     text = separator
+    if special_tokens is False and text == tokenizer_json.END:      # it is ordinary text
+        return None
     for typed, meant in (('\\n', '\n'), ('\\r', '\r'), ('\\t', '\t')):
         text = text.replace(typed, meant)
     if not text:
@@ -161,11 +226,12 @@ def choose_layout(source):
 class Input:
     """The files that are read, and what was found in them."""
 
-    def __init__(self, sources: list[Source]):
+    def __init__(self, sources: list[Source], is_char: bool):
         self.sources = sources
+        self.is_char = is_char          # the tokens are characters
         self.layouts = [choose_layout(source) for source in sources]
         self.files: list[FileContent] = []
-        self.chars = set()              # with 'char', all characters of the text
+        self.chars = set()              # with is_char, all characters of the text
         self.tell_kinds()
 
     @property
@@ -204,8 +270,8 @@ class Input:
         """The documents of a file, of which each is read before the next one."""
         if source.kind != TEXT and layout is None:
             return []                   # no rows
-        documents = read_segments(source, layout, separator_text(), tokenizer == 'char')
-        if layout and tokenizer == 'char' and not self.in_segments:
+        documents = read_segments(source, layout, separator_text(), self.is_char)
+        if layout and self.is_char and not self.in_segments:
             return map(end_with_newline, documents)
         return documents
 
@@ -228,7 +294,7 @@ class Input:
                     content.documents += 1
                     for text, _ in segments:
                         content.characters += len(text)
-                        if tokenizer == 'char':
+                        if self.is_char:
                             seen[code_points(text)] = True
                         bar.update(len(text))
                 if not content.documents:       # an empty file
@@ -322,7 +388,7 @@ def train_tokenizer(documents, total):
                     bar.update(len(text))
 
     with bar:
-        spec = train_bpe(train_texts(), vocab_size)
+        spec = tokenizer_json.train_bpe(train_texts(), vocab_size)
     if spec.vocab_size < vocab_size:
         print0(f'note: the text has pairs for {spec.vocab_size:,} tokens, not for '
                f'{vocab_size:,}')
@@ -331,13 +397,15 @@ def train_tokenizer(documents, total):
 
 def main():
     spec = chosen_spec()            # a name that leads nowhere fails before the text is read
+    is_char = tokenizer == 'char' or (spec is not None and spec.kind == 'char')
+    check_add_tokens(spec)
     check_settings()
     folder = dataset_folder()
 
     # read and count
     files = text_files.find_files(input)
     before = text_files.fingerprint(files)
-    texts = Input(find_sources(input, encoding or None))
+    texts = Input(find_sources(input, encoding or None), is_char)
     texts.count()
     texts.tell_separators()
     total = sum(file.characters for file in texts.files)
@@ -349,7 +417,9 @@ def main():
         spec = train_tokenizer(held_out.split(texts.read_all()), total)
     elif tokenizer == 'char':
         spec = char_spec(texts.all_chars(), ends_documents=texts.in_segments)
-    encoder = Tokenizer(spec)
+    elif is_char:
+        spec = with_characters(spec, texts.all_chars(), ends_documents=texts.in_segments)
+    encoder = Tokenizer(with_special_tokens(spec))
     counting = CountingEncoder(encoder)
 
     def encode(text):
@@ -395,7 +465,7 @@ def tell_the_end(texts, held_out, folder, tokens):
     print0(f'files: {len(texts.files):,}; documents: {documents:,}{left_out}; '
            f'characters: {total:,}')
     print0(f'val.bin holds {held_out.describe()}')
-    for line in next_lines(folder.name, tokens, tokenizer == 'char', has_gpu()):
+    for line in next_lines(folder.name, tokens, texts.is_char, has_gpu()):
         print0(line)
 
 

@@ -1,9 +1,11 @@
-"""A model and its tokenizer, from a run or from Hugging Face weights."""
+"""A model and its tokenizer, from a run or from Hugging Face weights; tokens that are new to it."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from engine.chat_layout import ChatLayout
@@ -13,8 +15,9 @@ from engine.checkpoint.gathered import MODEL
 from engine.checkpoint.kept import NAME
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
-from engine.hf.tokenizer_json import pretrained_spec
-from engine.tokenizer import GPT2, TokenizerJson, TokenizerSpec
+from engine.hf.tokenizer_json import download_pretrained, extends, pretrained_spec, tokens_from
+from engine.log import log
+from engine.tokenizer import GPT2, TokenizerSpec, same_tokens
 
 
 class LoadedModel(NamedTuple):
@@ -35,15 +38,19 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(GPT: type, init_from: str, out_dir: str | Path) -> LoadedModel:
-    """The model of the run in out_dir, or that of Hugging Face weights.
+    """The model of a run, or that of Hugging Face weights.
 
     GPT: the class of the model, which this module cannot import.
-    init_from: 'resume' for the run in out_dir, else the name of a hub model or a folder of weights.
+    init_from: 'resume' for the run in out_dir, else the folder of a run, the name of a hub model or
+        a folder of weights.
     out_dir: the folder of a run, or one file of it, such as ckpt_001000.pt.
     Raises UserError where the weights or the tokenizer cannot be used.
     """
     if init_from == 'resume':
         return load_run(GPT, out_dir)
+    run = run_folder.find_run(init_from)
+    if run:
+        return load_run(GPT, run)
     return load_pretrained(GPT, init_from)
 
 
@@ -52,8 +59,9 @@ def load_run(GPT, out_dir):
     model = GPT.from_checkpoint(saved)
     spec = checkpoint_spec(saved)
 
+    dataset = (saved.config or {}).get('dataset')
     check_vocabulary(model, spec, out_dir,
-                     'restore the dataset in data/ that the model was trained on')
+                     f'restore the dataset that the model was trained on: dataset={dataset!r:.200}')
     return LoadedModel(model, spec, saved.iter_num, checkpoint_chat(saved), describe_model(saved))
 
 
@@ -88,9 +96,10 @@ def load_pretrained(GPT, source):
     spec = pretrained_spec(source) or GPT2
 
     check_vocabulary(model, spec, source,
-                     'put its own tokenizer.json beside the weights, or give them rows for these '
-                     f'with resize_token_embeddings({spec.vocab_size}) of transformers')
-    return LoadedModel(model, spec, None, None)
+                     'put its own tokenizer.json beside the weights, or give them rows for these, '
+                     f'as train.py --init_from={shlex.quote(source)} does, or '
+                     f'resize_token_embeddings({spec.vocab_size}) of transformers')
+    return LoadedModel(model, spec, None)
 
 
 def check_vocabulary(model, spec, source, advice):
@@ -101,11 +110,14 @@ def check_vocabulary(model, spec, source, advice):
 
     beyond = ''
     if spec.tokenizer_json:
-        tokenizer = TokenizerJson(spec.tokenizer_json).tokenizer
-        tokens = [str(tokenizer.id_to_token(i)) for i in range(size, spec.vocab_size)]
-        beyond = f': {" ".join(tokens)[:100]} beyond them'
+        beyond = f': {" ".join(tokens_from(spec, size))[:100]} beyond them'
     raise UserError(f'{source} has {size} tokens, and its tokenizer '
                     f'{spec.vocab_size}{beyond}; {advice}')
+
+
+def run_spec(run: Path) -> TokenizerSpec:
+    """The tokenizer spec of the run in the folder `run`. Raises UserError as checkpoint_spec."""
+    return checkpoint_spec(run_folder.newest_checkpoint(run))
 
 
 def checkpoint_spec(saved: Checkpoint) -> TokenizerSpec:
@@ -132,3 +144,92 @@ def checkpoint_chat(saved: Checkpoint) -> ChatLayout | None:
         return ChatLayout.from_dict(saved.chat)
     except UserError as error:
         raise UserError(f'{saved.path}: {error}') from None
+
+
+# Weights to train further, on a dataset
+
+def download_source(init_from: str) -> None:
+    """Download what --init_from of train.py names on the hub, if it names a hub model.
+
+    Raises UserError and RunError as download_pretrained.
+    """
+    if not run_folder.find_run(init_from):
+        download_pretrained(init_from)
+
+
+def load_to_train(GPT: type, source: str, dataset: str, spec: TokenizerSpec,
+                  dropout: float) -> nn.Module:
+    """The model of a run's folder, a hub model, or a folder of weights, to train on a dataset.
+
+    dataset, spec: the setting that names the dataset, and the spec of its tokenizer. If the dataset
+    has more tokens than the weights were trained with, the model gets rows for them.
+    Raises UserError where the weights cannot be used, or were trained on other tokens.
+    """
+    run = run_folder.find_run(source)
+    if run:
+        saved = run_folder.newest_checkpoint(run)
+        model = GPT.from_checkpoint(saved, dropout)
+        known = checkpoint_spec(saved)
+    else:
+        model = GPT.from_pretrained(source, {'dropout': dropout})
+        known = pretrained_spec(source)
+
+    size = model.config.vocab_size
+    check_same_tokens(source, known, size, dataset, spec)
+    n_trained = size
+    if known:
+        n_trained = min(size, known.vocab_size)
+    if spec.vocab_size > n_trained:
+        grow_embedding(model, n_trained, spec.vocab_size)
+        tokens = ' '.join(map(repr, tokens_from(spec, n_trained)))
+        log.info(f'note: new tokens {tokens[:100]}: their rows of the embedding begin as the mean '
+                 f'of the others; it has {model.config.vocab_size:,} rows')
+    return model
+
+
+def check_same_tokens(source, known, size, dataset, spec):
+    """UserError where weights were trained on other tokens than a dataset has.
+
+    known: the spec of the weights' tokenizer. Without one, it is None, and only a vocabulary of
+    characters can be told apart. size: how many tokens the weights have.
+    """
+    if known:
+        fits = same_tokens(known, spec) or extends(spec, known)
+    elif spec.kind == 'char':
+        fits = spec.vocab_size == size
+    else:
+        fits = spec.vocab_size <= size or extends(spec, GPT2)
+    if fits:
+        return
+
+    suggestion = source
+    if known is None or known.kind == 'gpt2':
+        suggestion = 'gpt2'
+    raise UserError(f'the tokens of {dataset} are not those of {source}; prepare its text with '
+                    f'data/text/prepare.py --tokenizer={shlex.quote(suggestion)}')
+
+
+def grow_embedding(model: nn.Module, n_trained: int, n_tokens: int) -> None:
+    """Give a GPT's embedding and head rows for n_tokens tokens, of which n_trained were trained.
+
+    The rows from n_trained on become the mean of those before. Some may be there already, as
+    padding.
+    """
+    size = model.config.vocab_size
+    n_rows = max(size, n_tokens)
+
+    def grown(weight):
+        rows = weight.new_empty(n_rows, weight.size(1))
+        rows[:size] = weight
+        rows[n_trained:n_tokens] = weight[:n_trained].mean(dim=0)
+        return nn.Parameter(rows)
+
+    with torch.no_grad():
+        model.transformer.wte.weight = grown(model.transformer.wte.weight)
+        if model.config.tied:
+            model.lm_head.weight = model.transformer.wte.weight
+        else:
+            model.lm_head.weight = grown(model.lm_head.weight)
+    model.transformer.wte.num_embeddings = n_rows
+    model.lm_head.out_features = n_rows
+    model.config.vocab_size = n_rows

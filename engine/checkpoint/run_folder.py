@@ -41,6 +41,21 @@ def holds_run(out_dir: str | Path) -> bool:
                         f'choose another --out_dir') from None
 
 
+def find_run(source: str) -> Path | None:
+    """The folder of the run that `source` names: itself, or that of its ckpt.pt.
+
+    None where `source` names no run. A folder with a config.json holds weights of Hugging Face.
+    """
+    if not source:
+        return None
+    path = Path(source)
+    if path.name == MODEL and path.is_file():
+        return path.parent
+    if path.is_dir() and not (path / 'config.json').exists() and holds_run(path):
+        return path
+    return None
+
+
 def load_state(out_dir: str | Path) -> tuple[Checkpoint, list[str]]:
     """The newest state in out_dir that can be read, and notes on what was wrong with others.
 

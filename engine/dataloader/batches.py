@@ -6,6 +6,8 @@ between batches, so a resumed run and any number of ranks draw the same ones.
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +85,7 @@ class Part(NamedTuple):
 
 
 class TokenDataset:
-    """The token files of data/NAME, checked once: see engine.dataloader.token_files.
+    """The token files of data/NAME or of a path, checked once: see engine.dataloader.token_files.
 
     sampling: 'windows' draws training windows evenly over the text, and 'epoch' reads every window
     once before any comes again. documents: 'any' starts a window anywhere, and 'whole' starts
@@ -100,6 +102,7 @@ class TokenDataset:
     """
 
     def __init__(self, name: str, sampling: str = 'windows', documents: str = 'any'):
+        self.setting = name
         self.folder = dataset_folder(name)
         check_order(sampling, documents)
         self.sampling = sampling
@@ -134,11 +137,11 @@ class TokenDataset:
 
     def find_files(self):
         """The token files of both splits. UserError where a split is missing or being replaced."""
-        name = self.folder.name
         files = find_token_files(self.folder)
         if not files['train'] or not files['val']:
-            raise UserError(f'dataset {name!r} has no train.bin and val.bin in {self.folder}, nor '
-                            f'shards of both; {advice(name)}')
+            cure = advice(self.folder, self.setting)
+            raise UserError(f'dataset {self.setting!r} has no train.bin and val.bin in '
+                            f'{self.folder}, nor shards of both; {cure}')
 
         if (self.folder / REPLACING).exists():
             raise UserError(f'{self.folder} is being replaced; if no prepare.py runs, start it '
@@ -375,40 +378,55 @@ def check_order(sampling: str, documents: str) -> None:
 
 
 def dataset_folder(name: str) -> Path:
-    """The folder data/NAME. UserError where `name` is not a plain folder name."""
-    if not is_folder_name(name):
-        raise UserError(f'dataset={name!r} should be the name of a folder in {DATA}')
-    return DATA / name
+    """The folder that the setting `dataset` names: data/NAME, or that of a path.
+
+    A relative path begins at data/, as in nanoGPT. UserError for what can be no path.
+    """
+    if not is_path(name):
+        raise UserError(f'dataset={name!r:.100} should be the name of a folder in {DATA}, or a '
+                        f'path')
+    return DATA / os.path.expanduser(name)
 
 
-def is_folder_name(name):
-    """True for a name that stays within its folder on every system."""
-    if not isinstance(name, str) or not name:
+def is_path(name):
+    """True for what a file system accepts as a path."""
+    if not isinstance(name, str) or not name or '\0' in name or len(name) > 2000:
         return False
-    if name.startswith('.') or set(name) & set('/\\:\0'):
-        return False
-    return len(name.encode('utf-8', 'replace')) <= 200
+    return all(len(part.encode('utf-8', 'replace')) <= 200 for part in Path(name).parts)
 
 
 def dataset_tokenizer(name: str | None) -> TokenizerSpec:
-    """The tokenizer spec of data/NAME; GPT-2's where `name` is None or there is no such folder."""
+    """The tokenizer spec of the dataset that a checkpoint names, as nanoGPT's do.
+
+    It is GPT-2's where `name` is None, where there is no such folder, and for a path of another
+    machine, which is not looked up.
+    """
     if not name:
         return GPT2
-    return read_meta(dataset_folder(name))
+    folder = dataset_folder(name)
+    if name.startswith(('//', '\\\\')):
+        return GPT2
+    return read_meta(folder)
 
 
-def advice(name):
-    """What to type where data/NAME is not a dataset."""
-    folder = DATA / name
+def advice(folder, setting):
+    """What to type where `folder` is not a dataset. setting: what named it."""
+    name = folder.name
     if (folder / 'unfinished.json').exists() or (folder / 'unfinished').exists():
         return 'prepare.py stopped before it finished; run the same command again'
-    if (folder / 'prepare.py').is_file():
+    is_in_data = folder.parent == DATA
+    if (folder / 'prepare.py').is_file() and is_in_data:
         return f'run: python data/{name}/prepare.py'
+    if Path(setting).is_dir() and folder != Path(setting).resolve():
+        return (f'a relative path begins at {DATA}; '
+                f'try --dataset={shlex.quote(str(Path(setting).resolve()))}')
 
     token_files = [*DATA.glob('*/train.bin'), *DATA.glob('*/*train_*.bin')]
     prepared = ', '.join(sorted({path.parent.name for path in token_files}))
-    return (f'prepared datasets: {prepared or "none"}; for text of your own run: '
-            f'python data/text/prepare.py --input=PATH --name={name}')
+    command = f'python data/text/prepare.py --input=PATH --name={name}'
+    if not is_in_data:
+        command += f', and name --dataset={name}'
+    return f'prepared datasets: {prepared or "none"}; for text of your own run: {command}'
 
 
 def read_chat(folder, meta):

@@ -4,9 +4,11 @@ Nothing here runs code of a hub or of a folder.
 """
 
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from engine.downloads import Download, download_files, split_revision
@@ -20,9 +22,10 @@ from engine.tokenizer import (
     TokenizerSpec,
     byte_letters,
     check_ids,
+    fingerprint,
+    load,
     load_gpt2_encoding,
     read_meta,
-    same_tokens,
 )
 
 END = '<|endoftext|>'
@@ -32,6 +35,10 @@ VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 
 SENTENCEPIECE_FILES = {'tokenizer.model', 'spiece.model'}
 DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
               'added_tokens.json', 'config.json')
+
+# A run of letters, or of spaces, that train_bpe takes as a word, at most
+LONGEST_WORD = 1000
+LONG_RUN = re.compile(rf'\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}')
 
 # Those that name ids
 WITH_IDS = ('tokenizer.json', 'vocab.json', 'added_tokens.json', 'tokenizer_config.json')
@@ -76,30 +83,6 @@ def download_pretrained(source: str) -> None:
             raise
 
 
-def check_same_tokens(
-    source: str, vocab_size: int, dataset: str, spec: TokenizerSpec,
-) -> None:
-    """UserError where pretrained weights were trained on other tokens than a dataset has.
-
-    source: a hub name or folder of weights, which have vocab_size tokens. dataset, spec: the name
-    of the dataset and the spec of its tokenizer. Without a tokenizer beside the weights, only a
-    vocabulary of characters can be told apart.
-    """
-    known = pretrained_spec(source)
-    if known:
-        fits = same_tokens(known, spec)
-    else:
-        fits = spec.kind != 'char' or spec.vocab_size == vocab_size
-    if fits:
-        return
-
-    suggestion = source
-    if known in (None, GPT2):
-        suggestion = 'gpt2'
-    raise UserError(f'the tokens of {dataset} are not those of {source}; prepare its text with '
-                    f'data/text/prepare.py --tokenizer={suggestion}')
-
-
 # The tokenizer that a person names
 
 def document_spec(source: str) -> TokenizerSpec:
@@ -125,7 +108,7 @@ def named_spec(source: str, others: str = '') -> TokenizerSpec:
     if source == 'gpt2':
         return GPT2
 
-    if source and Path(source, 'meta.json').is_file():
+    if source and any(Path(source, name).is_file() for name in ('meta.json', 'meta.pkl')):
         return read_meta(Path(source))
 
     is_folder = source and Path(source).is_dir()
@@ -277,7 +260,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerSpec:
     """The spec of a byte-level BPE tokenizer with GPT-2's splitting pattern, trained on `texts`.
 
     It has vocab_size tokens, fewer where the texts are short: the end-of-text token, 256 bytes, and
-    merges. The same texts give the same tokenizer.
+    merges. The same texts give the same tokenizer. A text without spaces is cut into words of
+    LONGEST_WORD characters, as the time grows with the square of a word's length.
     Source: Sennrich et al. 2016 (arXiv:1508.07909), on bytes as in GPT-2.
     """
     import tokenizers
@@ -289,10 +273,93 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerSpec:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], show_progress=sys.stderr.isatty(),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(bounded_words(texts), trainer)
 
     config = tokenizer_config('PreTrainedTokenizerFast', END)
     return hf_spec(tokenizer.to_str(), config, tokenizer.token_to_id(END), OWN_BPE)
+
+
+def bounded_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where LONGEST_WORD characters have no space between them, or are all space."""
+    for text in texts:
+        start = 0
+        for run in LONG_RUN.finditer(text):
+            yield text[start:run.end()]
+            start = run.end()
+        if start < len(text):
+            yield text[start:]
+
+
+# Tokens that are added to a tokenizer
+
+def add_tokens(spec: TokenizerSpec, tokens: Iterable[str]) -> TokenizerSpec:
+    """The spec with new special tokens, such as `<|user|>`, whose ids follow those that it has.
+
+    Raises UserError for a token that the tokenizer has, and for one that is named twice.
+    """
+    from tokenizers import AddedToken
+    name = spec.tokenizer_name or spec.kind
+    tokenizer = load(tokenizer_files(spec)['tokenizer.json'])
+    known = tokenizer.get_vocab(with_added_tokens=True).keys()
+    seen = set()
+    for token in tokens:
+        if not token.strip() or token != token.strip():
+            raise UserError(f'the token {token!r} begins or ends with white space; name it '
+                            f'without')
+        if token in known:
+            raise UserError(f'{token!r} is a token of {name} already; leave it out')
+        if token in seen:
+            raise UserError(f'{token!r} is named twice; leave one out')
+        seen.add(token)
+
+    added = [AddedToken(token, normalized=False, special=True) for token in tokens]
+    tokenizer.add_special_tokens(added)
+    for i, token in enumerate(tokens, spec.vocab_size):
+        if tokenizer.token_to_id(token) != i:
+            raise UserError(f'the tokenizer {name} leaves out ids below {spec.vocab_size:,}, so '
+                            f'tokens cannot be added behind them; name another --tokenizer=')
+
+    config = spec.tokenizer_config
+    if spec.kind == 'gpt2':
+        config = tokenizer_config('PreTrainedTokenizerFast', END)
+    elif spec.kind == 'char':
+        config = tokenizer_config('PreTrainedTokenizerFast')
+    added_spec = hf_spec(tokenizer.to_str(), config, spec.end_of_text, name)
+    return replace(added_spec, special_tokens=spec.special_tokens)
+
+
+def extends(spec: TokenizerSpec, known: TokenizerSpec) -> bool:
+    """True where `spec` has all tokens of `known` with the same ids, and more behind them."""
+    if spec.vocab_size <= known.vocab_size:
+        return False
+    if spec.kind == 'char':
+        return known.kind == 'char' and spec.chars.startswith(known.chars)
+    if spec.kind != 'hf':
+        return False
+
+    parts = TokenizerJson(spec.tokenizer_json).parts
+    parts['added_tokens'] = [token for token in parts['added_tokens']
+                             if token['id'] < known.vocab_size]
+    return fingerprint(parts) == fingerprint_of(known)
+
+
+def fingerprint_of(spec):
+    """The fingerprint of the tokenizer.json that a spec is exported as."""
+    if spec.kind == 'gpt2':
+        return GPT2_FINGERPRINT
+    if spec.kind == 'char':
+        return TokenizerJson(char_tokenizer(spec.chars).to_str()).fingerprint
+    return spec.tokenizer_sha256
+
+
+def tokens_from(spec: TokenizerSpec, first: int) -> list[str]:
+    """The texts of the tokens whose ids are `first` or more."""
+    if spec.kind == 'char':
+        return list(spec.chars[first:])
+    if spec.kind == 'gpt2':
+        return []
+    tokenizer = TokenizerJson(spec.tokenizer_json).tokenizer
+    return [str(tokenizer.id_to_token(i)) for i in range(first, spec.vocab_size)]
 
 
 # Files of an export

@@ -38,10 +38,11 @@ def safe_pieces(texts: Iterable[str]) -> Iterator[TextPiece]:
     """
     rest = ''
     for text in texts:
+        searched = max(0, len(rest) - 1)        # no cut lies before it
         rest += text
         start = 0
 
-        while match := CUT.search(rest, start + PIECE):
+        while match := CUT.search(rest, max(start + PIECE, searched)):
             end = match.start() + 1
             yield TextPiece(rest[start:end], False)
             start = end
@@ -60,7 +61,8 @@ def document_pieces(texts: Iterable[str], tokenizer) -> Iterable[TextPiece]:
 
 
 class CountingEncoder:
-    """Encodes texts, and counts the characters for which the tokenizer has no token.
+    """Encodes texts, and counts the characters for which the tokenizer has no token, and the
+    special tokens that the texts spell.
 
     A tokenizer whose `drops_characters` is True leaves these out without a word. White space does
     not count, as many tokenizers only part words at it. Threads may share an encoder.
@@ -71,6 +73,11 @@ class CountingEncoder:
         self.has_no_token = {}          # {character: True or False} of the characters so far
         self.characters = 0             # how many were encoded
         self.dropped = Counter()        # how often each one that has no token was there
+        self.spelled = Counter()        # how often each special token was there
+        self.special = None             # the pattern of any of them
+        if tokenizer.special_tokens:
+            longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
+            self.special = re.compile('|'.join(map(re.escape, longest_first)))
         self.lock = Lock()
 
     def encode(self, text: str, as_document: bool = False) -> np.ndarray:
@@ -81,6 +88,8 @@ class CountingEncoder:
         if self.tokenizer.drops_characters:
             self.count(text)
             self.check_share(max(self.characters, ENOUGH))
+        if self.special:
+            self.count_special(text)
         return self.tokenizer.encode_to_numpy(text, as_document)
 
     def count(self, text):
@@ -89,6 +98,12 @@ class CountingEncoder:
         with self.lock:
             self.characters += len(text)
             self.dropped += found
+
+    def count_special(self, text):
+        found = Counter(self.special.findall(text))
+        if found:
+            with self.lock:
+                self.spelled += found
 
     def is_dropped(self, character):
         if character not in self.has_no_token:
@@ -103,10 +118,17 @@ class CountingEncoder:
                             f'name another --tokenizer=, such as --tokenizer=gpt2')
 
     def log_dropped(self) -> None:
-        """Say what was left out so far, if anything was."""
+        """Say what was left out so far, if anything was, and which special tokens there were."""
         if self.dropped:
             log.info(f'note: the tokenizer has no token for {self.describe_dropped()}; '
                      f'these are left out')
+        if self.spelled:
+            meaning = 'each is ordinary text (special_tokens=False)'
+            if self.tokenizer.special_in_data:
+                meaning = 'each becomes that token (special_tokens=True)'
+            counts = ', '.join(f'{token} {count:,} times'
+                               for token, count in self.spelled.most_common(5))
+            log.info(f'the text spells special tokens: {counts}; {meaning}')
 
     def finish(self) -> None:
         """Say what was left out of the whole text. Raises UserError where it is too much."""

@@ -1,8 +1,10 @@
 """What values the settings of train.py may have, and which of them fit together."""
 
 import math
+from pathlib import Path
 
 from engine.checkpoint.contents import Checkpoint
+from engine.checkpoint.run_folder import find_run
 from engine.dataloader import batches
 from engine.distributed import Environment
 from engine.errors import UserError, check_choice, check_range
@@ -56,6 +58,12 @@ def check_combinations(settings):
         raise UserError(f'health_interval measures whole layers, and '
                         f'strategy={settings["strategy"]} gives a rank a part; '
                         f'try --health_interval=0, or --strategy=ddp')
+
+    source = find_run(settings['init_from'])
+    replaces_source = source and source.resolve() == Path(settings['out_dir']).resolve()
+    if replaces_source and not settings['eval_only']:
+        raise UserError(f'{source} cannot be both what the run begins with and what it replaces; '
+                        f'choose another --out_dir, or go on with --init_from=resume')
 
     if settings['checkpoint'] == 'sharded' and not settings['always_save_checkpoint']:
         raise UserError('checkpoint=sharded keeps the last model, and '

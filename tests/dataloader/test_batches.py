@@ -200,9 +200,23 @@ def test_an_unknown_order_is_refused(folder, order, words):
     assert '\n' not in str(refused.value)
 
 
-@pytest.mark.parametrize('name', [
-    '', '..', '../toy', 'toy/', '/etc', 'a/b', '.hidden', 'a\\b', 'C:toy', 'a\0b', 7, None])
-def test_a_name_that_leaves_the_folder_is_refused(folder, name):
+def test_a_path_names_a_dataset_from_data_on(folder, monkeypatch):
+    expected = TokenDataset('toy').fingerprint
+    parent = folder.parent.name
+    for name in ('./toy', f'../{parent}/toy', 'toy/', str(folder)):
+        data = TokenDataset(name)
+        assert (data.fingerprint, data.name) == (expected, 'toy')
+
+    # the folder that a shell would complete is another one, and the advice names it
+    monkeypatch.chdir(folder.parents[1])
+    with pytest.raises(UserError, match='a relative path begins at') as refused:
+        TokenDataset(f'{parent}/toy')
+    advised = str(refused.value).rpartition('--dataset=')[2]
+    assert TokenDataset(advised).fingerprint == expected
+
+
+@pytest.mark.parametrize('name', ['', 'a\0b', 'a' * 300, 'a/' * 2000, 7, None])
+def test_a_name_that_can_be_no_path_is_refused(folder, name):
     with pytest.raises(UserError, match='dataset='):
         TokenDataset(name)
 

@@ -19,6 +19,9 @@ from hub_stand_in import Hub, commit_of
 from engine.errors import RunError, UserError
 from engine.hf.tokenizer_json import (
     GPT2_FINGERPRINT,
+    add_tokens,
+    bounded_words,
+    extends,
     gpt2_files,
     hf_spec,
     known_spec,
@@ -33,6 +36,7 @@ from engine.tokenizer import (
     GPT2,
     Tokenizer,
     TokenizerJson,
+    add_characters,
     byte_letters,
     char_spec,
     read_meta,
@@ -300,6 +304,18 @@ def test_a_short_text_gives_fewer_tokens():
     assert tokenizer.decode(tokenizer.encode('abab')) == 'abab'
 
 
+@pytest.mark.parametrize('text, lengths', [
+    ('word ' * 1000, [5000]),
+    ('A' * 2500, [1000, 1000, 500]),
+    ('a b' + '\n' * 1500 + 'c', [1003, 501]),
+    ('漢' * 1000, [1000]),
+    ('', [])])
+def test_a_word_is_bounded_only_where_it_is_long(text, lengths):
+    pieces = list(bounded_words([text]))
+    assert ''.join(pieces) == text
+    assert list(map(len, pieces)) == lengths
+
+
 # GPT-2 and characters as files
 
 @pytest.mark.parametrize('without', [(), ('tokenizer.json',), ('vocab.json', 'merges.txt')])
@@ -335,6 +351,64 @@ def test_gpt2s_tokenizer_is_recognized_however_it_is_written(gpt2_folder, tmp_pa
     parts = json.loads(text)
     parts['model']['merges'][100:102] = parts['model']['merges'][101:99:-1]
     assert known_spec(json.dumps(parts)) is None
+
+
+def test_tokens_that_are_added_to_gpt2s_follow_its_own(gpt2_folder):
+    import tiktoken
+    plain = tiktoken.get_encoding('gpt2')
+    markers = {'<|user|>': 50257, '<|bot|>': 50258}
+    reference = tiktoken.Encoding(
+        'with markers', pat_str=plain._pat_str, mergeable_ranks=plain._mergeable_ranks,
+        special_tokens={'<|endoftext|>': 50256, **markers})
+
+    spec = add_tokens(GPT2, list(markers))
+    tokenizer = Tokenizer(spec)
+    text = TEXT + '<|user|>  a <|bot|>\n\n' + TEXT
+    assert spec.vocab_size == 50259
+    assert spec.end_of_text == 50256
+    assert tokenizer.encode(text) == reference.encode(text, allowed_special='all')
+    assert tokenizer.encode_to_numpy(text).tolist() == plain.encode_ordinary(text)
+
+    # cut where a long text is cut, the tokens stay the same
+    counted = Tokenizer(replace(spec, special_tokens=True))
+    assert counted.splits_like_gpt2
+    pieces = [piece for piece, _ in encode.document_pieces([text] * 300, counted)]
+    assert len(pieces) > 1
+    ids = [i for piece in pieces for i in counted.encode_to_numpy(piece).tolist()]
+    assert ids == reference.encode(text * 300, allowed_special='all')
+
+    # a space within a token might be such a place
+    spaced = add_tokens(GPT2, ['<|a user|>'])
+    assert Tokenizer(spaced).splits_like_gpt2
+    assert not Tokenizer(replace(spaced, special_tokens=True)).splits_like_gpt2
+
+
+@pytest.mark.parametrize('start', ['gpt2', 'char', 'bpe'])
+def test_a_vocabulary_with_more_tokens_is_told_from_another(start, request):
+    if start == 'gpt2':
+        request.getfixturevalue('gpt2_folder')
+        known = GPT2
+    elif start == 'char':
+        known = char_spec('abc')
+    else:
+        known = train_bpe([TEXT], 300)
+
+    larger = add_tokens(known, ['<|user|>'])
+    assert extends(larger, known)
+    assert extends(add_tokens(larger, ['<|bot|>']), larger)
+    assert not extends(known, known)
+    assert not extends(known, larger)
+    assert not extends(larger, char_spec('abd'))
+    assert not extends(larger, train_bpe(['abd'], 258))
+    assert same_tokens(larger, add_tokens(known, ['<|user|>']))
+
+
+def test_characters_are_added_behind_the_others():
+    known = char_spec('bd')
+    larger = add_characters(known, 'ca')
+    assert larger.chars == 'bdac'
+    assert extends(larger, known)
+    assert not extends(char_spec('bcd'), known)
 
 
 def test_the_last_merge_of_a_token_is_found():
@@ -517,7 +591,7 @@ def test_a_prompt_ends_where_its_text_does(template, before, after, text):
     assert file.encode(text) == [vocabulary[token] for token in before + text.split()]
     if '[SEP]' not in text:
         document = [vocabulary[token] for token in before + text.split() + after]
-        assert file.encode_ordinary(text, as_document=True) == document
+        assert file.encode_data(text, as_document=True) == document
 
 
 # Characters without a token
@@ -562,7 +636,7 @@ def test_a_tokenizer_that_drops_nothing_costs_no_time(options):
     if is_byte_level:
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert not TokenizerJson(tokenizer.to_str()).drops_characters
-    assert len(TokenizerJson(tokenizer.to_str()).encode_ordinary('é')) > 0
+    assert len(TokenizerJson(tokenizer.to_str()).encode_data('é')) > 0
 
     # one byte is missing
     if is_byte_level:

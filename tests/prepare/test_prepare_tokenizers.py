@@ -33,7 +33,8 @@ def folder(workspace):
 
 def prepare(workspace, *flags, code=0, name='mine'):
     return workspace.run('data/text/prepare.py', '--input=documents', f'--name={name}',
-                         '--val_fraction=0.2', '--separator=', *flags, code=code)
+                         '--val_fraction=0.2', '--separator=', '--special_tokens=False', *flags,
+                         code=code)
 
 
 def tokens(folder, split, name='mine'):
@@ -173,6 +174,48 @@ def test_another_dataset_takes_the_tokenizer_of_a_first(workspace, folder):
     assert text.endswith('Other words, and the end. <|endoftext|>')
 
 
+@pytest.mark.parametrize('source', ['data/toy', 'out-toy', 'out-toy/ckpt.pt'])
+def test_new_text_goes_on_with_a_vocabulary_of_characters(trained, folder, source):
+    """Each command is the one that the message before it names."""
+    (folder / 'more.txt').write_text('abc\nmünze ' * 200, encoding='utf-8')
+    flags = ['data/text/prepare.py', '--input=more.txt', '--name=mine', f'--tokenizer={source}']
+    refused = trained.run(*flags, code=2).stderr
+    assert f"{source} lacks 3 characters of the text: ' ' 'z' 'ü'; --add_tokens=auto" in refused
+
+    trained.run(*flags, '--add_tokens=auto')
+    spec = read_meta(folder / 'data' / 'mine')
+    assert spec.chars == read_meta(folder / 'data' / 'toy').chars + ' zü'
+
+    # a resume has a vocabulary of its own, and names what takes a larger one
+    changed = ['--out_dir=out-toy', '--init_from=resume', '--dataset=mine', '--max_iters=30']
+    refused = trained.run('train.py', *changed, code=2).stderr
+    assert 'start a run with its weights: --init_from=out-toy' in refused
+    shown = trained.train('out-more', '--init_from=out-toy', '--dataset=mine',
+                          '--overwrite=True').stdout
+    assert "new tokens ' ' 'z' 'ü'" in shown
+    assert '20 rows' in shown
+    trained.run('sample.py', '--init_from=out-more', '--device=cpu', '--start=münze',
+                '--num_samples=1', '--max_new_tokens=5')
+
+
+def test_special_tokens_are_the_same_in_data_and_prompts(workspace, folder):
+    text = '<|user|>how are you<|bot|>fine <|endoftext|>' * 40
+    (folder / 'marked.txt').write_text(text, encoding='utf-8')
+    flags = ['data/text/prepare.py', '--input=marked.txt', '--name=mine', '--tokenizer=bpe',
+             '--vocab_size=300', '--separator=', '--add_tokens=<|user|>, <|bot|>']
+    for meaning, is_ordinary in (('True', False), ('False', True)):
+        shown = workspace.run(*flags, f'--special_tokens={meaning}').stdout
+        assert '<|user|> 40 times, <|bot|> 40 times, <|endoftext|> 40 times' in shown
+
+        tokenizer = Tokenizer(read_meta(folder / 'data' / 'mine'))
+        reference = tokenizers.Tokenizer.from_str(tokenizer.spec.tokenizer_json)
+        reference.encode_special_tokens = is_ordinary
+        assert tokenizer.encode(text) == reference.encode(text).ids
+        train = tokens(folder, 'train')
+        assert train[:50] == reference.encode(text).ids[:50]
+        assert (reference.token_to_id('<|user|>') in train) is not is_ordinary
+
+
 def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder):
     prepare(workspace, '--tokenizer=bpe', '--vocab_size=300')
     before = contents(folder / 'data' / 'mine')
@@ -188,7 +231,11 @@ def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder
 @pytest.mark.parametrize('flags, words', [
     (['--tokenizer=bpe', '--vocab_size=256'], 'vocab_size=256 should be at least 257'),
     (['--tokenizer=bpe', '--vocab_size=20000000'], 'vocab_size=20000000 should be'),
-    (['--tokenizer=data/toy'], 'data/toy has a vocabulary of characters'),
+    (['--tokenizer=data/toy'], "data/toy lacks "),
+    (['--add_tokens=auto'], 'add_tokens=auto adds characters to a vocabulary of characters'),
+    (['--add_tokens=<|endoftext|>'], "'<|endoftext|>' is a token of gpt2 already"),
+    (['--add_tokens=<|a|>,,<|b|>'], "the token '' begins or ends with white space"),
+    (['--add_tokens=<|a|>,<|a|>'], "'<|a|>' is named twice"),
     (['--tokenizer=words'], "tokenizer='words' is unknown"),
     (['--tokenizer=documents'], 'documents holds no tokenizer')])
 def test_settings_that_name_no_tokenizer_are_refused(workspace, folder, flags, words):
