@@ -733,7 +733,7 @@ def test_a_resume_that_is_refused_is_refused_on_all_ranks(monkeypatch):
     env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 2, 'one of two ranks')
     env.all_gather = lambda value: [value, value]
     saved = Checkpoint(model_args=SHAPE, config={'strategy': 'fsdp'})
-    opened = run_folder.OpenedRun(saved, [], None)
+    opened = run_folder.OpenedRun(saved, [])
     monkeypatch.setattr(run_folder, 'open_run', lambda *arguments: opened)
     with script_settings(train_script, '--init_from=resume', '--health_interval=5') as overrides:
         with pytest.raises(UserError, match='health_interval measures whole layers') as refused:
