@@ -251,7 +251,8 @@ def test_a_vocabulary_over_65536_takes_four_bytes_per_token(workspace, folder, m
     prepare(workspace, '--tokenizer=large')
     (folder / 'documents' / '9.txt').unlink()
 
-    ids = np.fromfile(folder / 'data' / 'mine' / 'val.bin', '<u4')
+    # a file that is short beside the others is one document, here of train
+    ids = np.fromfile(folder / 'data' / 'mine' / 'train.bin', '<u4')
     spec = read_meta(folder / 'data' / 'mine')
     assert spec.vocab_size == 70_000 and ids.max() > 65_535
     expected = Tokenizer(spec).encode_to_numpy(text, as_document=True)
