@@ -166,7 +166,7 @@ def test_every_option_of_the_model_is_a_setting_of_train_py():
     ('train.py', 'lr', 'learning_rate'),
     ('train.py', 'output_dir', 'out_dir'),
     ('train.py', 'n_layers', 'n_layer'),
-    ('sample.py', 'prompt', 'start'),
+    ('sample.py', 'prompt', 'prompts'),
     ('sample.py', 'data_dir', None),
     ('train.py', 'gradient_checkpointing', None),
     ('train.py', 'padding_side', None),

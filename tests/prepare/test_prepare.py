@@ -229,7 +229,7 @@ def test_each_file_of_a_folder_gives_its_end_to_val(data, tmp_path, monkeypatch,
         (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'in' / name).write_bytes(text.encode('utf-8'))
     load(data, 'text', monkeypatch, input=str(tmp_path / 'in'), name='mine', val_fraction=0.25,
-         separator='', num_proc=cores).main()
+         separator='', special_tokens=False, num_proc=cores).main()
 
     expected = {'train': [], 'val': []}
     for text in texts.values():
@@ -368,6 +368,7 @@ class Stoppable:
         self.monkeypatch = monkeypatch
         self.splits_like_gpt2 = True
         self.drops_characters = False
+        self.special_tokens = ()
         monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 

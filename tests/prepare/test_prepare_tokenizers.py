@@ -233,13 +233,21 @@ def test_a_failure_leaves_the_tokenizer_of_the_earlier_dataset(workspace, folder
     (['--tokenizer=bpe', '--vocab_size=20000000'], 'vocab_size=20000000 should be'),
     (['--tokenizer=data/toy'], "data/toy lacks "),
     (['--add_tokens=auto'], 'add_tokens=auto adds characters to a vocabulary of characters'),
-    (['--add_tokens=<|endoftext|>'], "'<|endoftext|>' is a token of gpt2 already"),
-    (['--add_tokens=<|a|>,,<|b|>'], "the token '' begins or ends with white space"),
-    (['--add_tokens=<|a|>,<|a|>'], "'<|a|>' is named twice"),
     (['--tokenizer=words'], "tokenizer='words' is unknown"),
     (['--tokenizer=documents'], 'documents holds no tokenizer')])
 def test_settings_that_name_no_tokenizer_are_refused(workspace, folder, flags, words):
     refused = prepare(workspace, *flags, code=2).stderr
+    assert words in refused and refused.count('\n') == 1
+    assert not (folder / 'data' / 'mine').exists()
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--add_tokens=<|endoftext|>', "'<|endoftext|>' is a token of gpt2 already"),
+    ('--add_tokens=<|a|>,,<|b|>', "the token '' begins or ends with white space"),
+    ('--add_tokens=<|a|>,<|a|>', "'<|a|>' is named twice"),
+])
+def test_tokens_that_cannot_be_added_are_refused(workspace, folder, gpt2, flag, words):
+    refused = prepare(workspace, flag, code=2).stderr
     assert words in refused and refused.count('\n') == 1
     assert not (folder / 'data' / 'mine').exists()
 

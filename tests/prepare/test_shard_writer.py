@@ -135,6 +135,7 @@ class Stoppable:
         # this object takes the place of the script's tokenizer
         self.splits_like_gpt2 = True
         self.drops_characters = False
+        self.special_tokens = ()
         monkeypatch.setattr(self.script, 'Tokenizer', lambda spec: self)
         monkeypatch.setattr(encode, 'PIECE', 30)
 

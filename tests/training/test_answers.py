@@ -99,8 +99,10 @@ def test_the_logged_losses_are_means_over_the_tokens_that_count(place, monkeypat
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
 def test_two_ranks_have_the_losses_of_one(place, strategy):
     """Though the answers of a micro-batch have different numbers of tokens on each rank."""
-    place.train('out-ranks', *FLAGS, f'--strategy={strategy}', '--overwrite=True', ranks=2)
-    assert losses(place, 'out-ranks') == pytest.approx(losses(place, 'out-answers'), abs=1e-6)
+    place.train('out-answers-ranks', *FLAGS, f'--strategy={strategy}', '--overwrite=True',
+                ranks=2)
+    found = losses(place, 'out-answers-ranks')
+    assert found == pytest.approx(losses(place, 'out-answers'), abs=1e-6)
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(place):

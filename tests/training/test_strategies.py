@@ -415,9 +415,9 @@ def test_nanogpt_gets_a_sharded_run_with_its_moments(place, sharded):
 
 def test_a_sharded_run_keeps_whole_models(place):
     """In the format of ckpt.pt, beside the folder of shards."""
-    train(place, 'kept', '--checkpoint=sharded', '--keep_interval=5', '--max_iters=10',
+    train(place, 'kept-models', '--checkpoint=sharded', '--keep_interval=5', '--max_iters=10',
           strategy='fsdp')
-    folder = place.folder / 'kept'
+    folder = place.folder / 'kept-models'
     assert {path.name for path in folder.glob('ckpt*')} == {'ckpt_000005.pt', 'ckpt_000010.pt'}
     kept = run_folder.newest_checkpoint(folder / 'ckpt_000010.pt')
     assert_same(kept.model, run_folder.newest_checkpoint(folder).model)
