@@ -55,6 +55,7 @@ def test_a_kill_at_each_step_of_a_save_loses_nothing(lab, step):
     lab.finish(lab.launcher, out_dir)
 
 
+@pytest.mark.slow
 def test_a_lost_rank_is_started_again_by_torchrun(two_rank_lab):
     out_dir = two_rank_lab.new_out_dir()
     fault = dict(kind='signal', number=signal.SIGKILL, rank=1, iteration=7, micro_steps=1)

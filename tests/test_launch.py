@@ -80,6 +80,7 @@ def test_the_page_has_each_kind_of_launch():
         assert script in TEXT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not rehearse_network.namespaces_are_allowed(),
                     reason='this user may not make network namespaces')
 def test_a_cut_cable_ends_both_machines_in_time_and_the_restart_continues_exactly():

@@ -159,6 +159,7 @@ def test_any_number_of_shapes_can_be_compiled(monkeypatch, counters):
     assert counters['stats']['unique_graphs'] == 12
 
 
+@pytest.mark.slow
 def test_two_compiled_ranks_train_as_one_process_in_one_graph_each(workspace):
     flags = ['--dropout=0', '--max_iters=4', '--eval_interval=100']
     workspace.train('out-eager', *flags)
