@@ -105,9 +105,9 @@ def test_a_run_may_change_strategy_and_ranks_at_every_resume(place):
     ('--checkpoint=gathered', 'ddp', 3),        # three ranks sum in an order that may change
     ('--checkpoint=gathered', 'fsdp', 3),
     ('--checkpoint=sharded', 'fsdp', 2),
-    ('--recompute=True', 'fsdp', 2),
+    pytest.param('--recompute=True', 'fsdp', 2, marks=pytest.mark.slow),
     ('--dtype=bfloat16', 'fsdp', 2),
-    ('--reduce_dtype=bfloat16', 'fsdp', 2),
+    pytest.param('--reduce_dtype=bfloat16', 'fsdp', 2, marks=pytest.mark.slow),
 ])
 def test_a_run_of_several_ranks_resumes_bit_for_bit(place, flag, strategy, ranks):
     # a resume restores the flags, but for the precision
