@@ -280,7 +280,7 @@ def build_model(saved, data, overrides):
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
                         f'and the model only {model.config.vocab_size}; restore what it was '
-                        f'trained on, or start a run with its weights: --init_from={out_dir}')
+                        f'trained on, or begin another --out_dir with --init_from={out_dir}')
     settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise

@@ -68,8 +68,8 @@ def download_pretrained(source: str) -> None:
     """Download the weights and the tokenizer that --init_from=SOURCE of train.py names on the hub.
 
     Ranks do so before they meet, since a download may take longer than they wait for each other.
-    Raises UserError and RunError on rank 0, as download_files. The other ranks raise theirs when
-    they load the weights.
+    If a download fails, rank 0 raises the UserError or RunError of download_files, and the other
+    ranks raise an error when they load the weights.
     """
     from engine.hf.weights import find_weights
     if source in ('scratch', 'resume', 'auto'):

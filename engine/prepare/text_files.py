@@ -98,8 +98,11 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_source(source) -> Iterator[str]:
-    """The text of a kinds.Source, unchanged, in pieces. A byte order mark is left out, and decides
-    about the encoding. UserError names the byte that is not text."""
+    """The text of a kinds.Source, unchanged, in pieces.
+
+    A byte order mark decides which encoding the text has, and is left out of the text. Raises
+    UserError for a byte that is not text.
+    """
     with source.open() as file:
         yield from decode_file(file, str(source), source.encoding, NAME_ENCODING)
 

@@ -97,7 +97,8 @@ def plan_memory(model: nn.Module, step: Step) -> MemoryPlan:
     n_blocks = sum(p.numel() for p in model.transformer.h.parameters())
     n_products = n_blocks + n_head              # parameters that matrix products read
 
-    # One GPU gives its gradients back after each step; DDP and FSDP keep theirs.
+    # One GPU frees the gradients of a step before the next one. DDP keeps their memory for good.
+    # FSDP is counted in the same way, as its shards of them are small.
     n_gradients = n_parameters
     if step.gpus == 1 and step.micro_steps == 1:
         n_gradients = 0

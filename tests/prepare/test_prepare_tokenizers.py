@@ -189,7 +189,7 @@ def test_new_text_goes_on_with_a_vocabulary_of_characters(trained, folder, sourc
     # a resume has a vocabulary of its own, and names what takes a larger one
     changed = ['--out_dir=out-toy', '--init_from=resume', '--dataset=mine', '--max_iters=30']
     refused = trained.run('train.py', *changed, code=2).stderr
-    assert 'start a run with its weights: --init_from=out-toy' in refused
+    assert 'begin another --out_dir with --init_from=out-toy' in refused
     shown = trained.train('out-more', '--init_from=out-toy', '--dataset=mine',
                           '--overwrite=True').stdout
     assert "new tokens ' ' 'z' 'ü'" in shown
