@@ -71,7 +71,13 @@ def choose_column(name, rows, field):
     texts = [column for column, value in columns.items() if is_prose(value)]
     if len(texts) == 1:
         return texts[0]
-    named = next(iter([*texts, *columns]), 'NAME')
+
+    # a number may be a string, as in a table; anything else cannot be the text
+    strings = [column for column, value in columns.items() if type(value) is str]
+    if columns and not strings:
+        raise UserError(f'{name} has no column of text, only {describe_columns(columns)}; the text '
+                        f'of a row should be a string')
+    named = next(iter([*texts, *strings]), 'NAME')
     raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
                     f'name the column that has the text, as in --field={named}')
 

@@ -211,7 +211,9 @@ class Run:
         iter_num = self.progress.iter_num
         micro_steps, micro_batch_size = schedule.rank_share(self.progress.tokens)
         n_params = self.model.get_num_params(non_embedding=False)
-        batch = (f'{n_params:,} parameters, {micro_steps * env.world_size} micro-batches of '
+        n_micro_batches = micro_steps * env.world_size
+        plural = '' if n_micro_batches == 1 else 'es'
+        batch = (f'{n_params:,} parameters, {n_micro_batches} micro-batch{plural} of '
                  f'{micro_batch_size} x {data.block_size} tokens per iteration, '
                  f'from iteration {iter_num}')
 

@@ -210,6 +210,13 @@ def test_a_named_column_must_exist_and_hold_text():
         text_layout('a.jsonl', table).make(dict(content=7))
 
 
+def test_no_column_is_suggested_where_none_holds_text():
+    with pytest.raises(UserError, match=r'no column of text, only id \(7\), ids \(\[1, 2\]\)'):
+        text_layout('a.jsonl', [dict(id=7, ids=[1, 2])])
+    with pytest.raises(UserError, match='as in --field=code'):     # a number within a table is text
+        text_layout('a.csv', [dict(id=7, code='12')])
+
+
 # separators
 
 @pytest.mark.parametrize('separator', ['<|endoftext|>', '\n', '\n\n', 'aa'])
