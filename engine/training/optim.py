@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from engine import distributed
 from engine.checkpoint.contents import Checkpoint
+from engine.device import cpu_multiplies_bfloat16
 from engine.errors import UserError
 from engine.training import parallel
 
@@ -63,7 +64,8 @@ class Muon(torch.optim.AdamW):
 
     A matrix moves by its momentum with all singular values brought near 1. The formula is that of
     torch.optim.Muon with adjust_lr_fn='original': Nesterov momentum, five Newton-Schulz steps in
-    bfloat16, the rate times sqrt(rows / columns) where that is above 1, decoupled weight decay.
+    bfloat16 where the device has it, the rate times sqrt(rows / columns) where that is above 1,
+    decoupled weight decay.
     Two things differ. Where one weight holds several matrices (queries, keys and values; the gate
     and the value of SwiGLU), each is updated by itself. And matrices of one shape go through
     Newton-Schulz together, which is faster. Under DDP each rank takes a share of the matrices.
@@ -182,10 +184,15 @@ def orthogonalize(x):
 
 
 def precision_on(device):
-    """PRECISION, or float16 on a GPU that has no bfloat16. That one's range is smaller, which
-    suffices: no number here is much above 1."""
+    """PRECISION, or what a device has that does not multiply bfloat16.
+
+    A GPU then takes float16. Its range is smaller, which suffices: no number here is much above 1.
+    A CPU takes float32, as it would emulate bfloat16 and take ten times as long.
+    """
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
+    if device.type == 'cpu' and not cpu_multiplies_bfloat16():
+        return torch.float32
     return PRECISION
 
 

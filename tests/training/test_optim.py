@@ -348,7 +348,9 @@ def test_muon_updates_the_matrices_of_blocks_by_its_formula(changes, muon, momen
         reference.zero_grad()
 
 
-def test_muon_agrees_with_pytorchs_where_a_weight_is_one_matrix():
+def test_muon_agrees_with_pytorchs_where_a_weight_is_one_matrix(monkeypatch):
+    """In bfloat16, as PyTorch's has it on every device."""
+    monkeypatch.setattr(optim, 'precision_on', lambda device: torch.bfloat16)
     names = ('attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
     model = tiny_gpt()
     optimizer = new_optimizer(model, name='muon')
@@ -386,13 +388,18 @@ def test_newton_schulz_brings_singular_values_near_one(precision, smallest, monk
     assert optim.orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
 
 
-def test_a_gpu_without_bfloat16_takes_float16(monkeypatch):
-    capability = (7, 5)
+@pytest.mark.parametrize('capability, precision', [
+    ((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_bfloat16_takes_float16(capability, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    assert optim.precision_on(torch.device('cuda')) == torch.float16
-    assert optim.precision_on(torch.device('cpu')) == torch.bfloat16
-    capability = (8, 0)
-    assert optim.precision_on(torch.device('cuda')) == torch.bfloat16
+    assert optim.precision_on(torch.device('cuda')) == precision
+
+
+@pytest.mark.parametrize('has_bfloat16, precision', [
+    (False, torch.float32), (True, torch.bfloat16)])
+def test_a_cpu_without_bfloat16_takes_float32(has_bfloat16, precision, monkeypatch):
+    monkeypatch.setattr(optim, 'cpu_multiplies_bfloat16', lambda: has_bfloat16)
+    assert optim.precision_on(torch.device('cpu')) == precision
 
 
 @pytest.mark.parametrize('ranks', [2, 3])
