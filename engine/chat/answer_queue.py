@@ -59,7 +59,7 @@ class AnswerQueue:
         self.chat_model = chat_model
         self.max_answers = max_answers
         self.places = threading.BoundedSemaphore(max_answers)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()   # Answers; None ends the thread
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()   # Answers; None wakes the thread
         self.is_closed = False
         self.free: list[TextCache] = []                         # the latest one comes last
         self.n_caches = 0
@@ -67,15 +67,15 @@ class AnswerQueue:
         self.thread.start()
 
     def submit(self, prompt: Prompt, settings: AnswerSettings) -> Answer | None:
-        """An Answer that will be computed; None where max_answers are under way."""
-        if not self.places.acquire(blocking=False):
+        """An Answer that will be computed; None where max_answers are under way, or after close."""
+        if self.is_closed or not self.places.acquire(blocking=False):
             return None
         answer = Answer(prompt, settings)
         self.waiting.put(answer)
         return answer
 
     def close(self) -> None:
-        """End the thread, after its present token. Answers under way end where they are."""
+        """End the thread, after its present token. Answers under way raise RunError."""
         self.is_closed = True
         self.waiting.put(None)
         self.thread.join()
@@ -83,14 +83,16 @@ class AnswerQueue:
     # In the thread of the model
 
     def run(self):
-        while True:
+        while not self.is_closed:
             answer = self.waiting.get()
-            if answer is None:
-                break
-            if self.is_closed:
-                self.finish(answer, RunError('the server has ended'))
-            elif self.take_step(answer):
+            if answer is not None and self.take_step(answer):
                 self.waiting.put(answer)
+
+        # answers that nobody computes any more
+        while not self.waiting.empty():
+            answer = self.waiting.get()
+            if answer is not None:
+                self.finish(answer, RunError('the server has ended'))
 
     def take_step(self, answer):
         """Compute a token of an answer. False at its end."""

@@ -101,14 +101,14 @@ def test_an_interrupt_within_a_pass_leaves_a_cache_that_is_right(layer, pass_num
 
 
 def test_an_answer_beyond_the_context_goes_on_as_without_a_kept_cache():
-    model = make_model(block_size=64)
-    settings = SETTINGS.changed(dict(max_new_tokens=150))
+    model = make_model(block_size=48)
+    settings = SETTINGS.changed(dict(max_new_tokens=70))
     conversation = Conversation(make_chat_model(model), settings)
     reference = make_chat_model(model)
     for text in ('Hi', 'Ho'):
         expected = answer_from_nothing(reference, [Turn('user', text)], settings)
         conversation.turns = []
-        assert ''.join(conversation.ask(text)) == expected and len(expected) == 150
+        assert ''.join(conversation.ask(text)) == expected and len(expected) == 70
 
 
 def test_the_oldest_turns_are_dropped_whole():
@@ -133,11 +133,11 @@ def test_the_note_on_dropped_turns_comes_once(monkeypatch):
     lines = []
     monkeypatch.setattr('engine.chat.conversation.log.info', lines.append)
     conversation = Conversation(make_chat_model(), SETTINGS)
-    for _ in range(9):
+    for _ in range(6):
         list(conversation.ask('Hello'))
     assert len(lines) == 1 and 'reads 256 tokens at most' in lines[0]
     conversation.begin_anew()
-    for _ in range(9):
+    for _ in range(5):
         list(conversation.ask('Hello'))
     assert len(lines) == 2
 
@@ -226,7 +226,7 @@ def test_answers_in_turns_are_those_of_one_after_the_other():
     chat_model = make_chat_model()
     answers = AnswerQueue(chat_model, 3)
     conversations = [[Turn('user', name)] for name in ('Ann', 'Bob', 'Eve')]
-    for _ in range(3):
+    for _ in range(2):
         prompts = [chat_model.prompt(turns, 20) for turns in conversations]
         expected = [answer_from_nothing(chat_model, turns, settings) for turns in conversations]
         under_way = [answers.submit(prompt, settings) for prompt in prompts]
@@ -267,5 +267,17 @@ def test_a_failure_ends_one_answer_and_not_the_queue(monkeypatch):
             answers.submit(prompt, SETTINGS).new_text(5)
     assert len(whole_text(answers.submit(prompt, SETTINGS))) == 20
     answers.close()
-    late = answers.submit(prompt, SETTINGS)
-    assert late.new_text(0.01) == '' and not answers.thread.is_alive()
+
+
+def test_closing_ends_the_answers_under_way():
+    chat_model = make_chat_model()
+    answers = AnswerQueue(chat_model, 2)
+    prompt = chat_model.prompt([Turn('user', 'Hi')], 20)
+    endless = SETTINGS.changed(dict(max_new_tokens=60000))
+    under_way = [answers.submit(prompt, endless) for _ in range(2)]
+    assert all(answer.new_text(5) for answer in under_way)
+    answers.close()
+    for answer in under_way:
+        with pytest.raises(RunError, match='the server has ended'):
+            whole_text(answer)
+    assert not answers.thread.is_alive() and answers.submit(prompt, SETTINGS) is None

@@ -150,7 +150,7 @@ def test_the_computing_stops_when_its_reader_goes(server, monkeypatch):
 
 
 def test_conversations_of_several_readers_never_mix(server):
-    names = ['Ann', 'Bob', 'Eve', 'Ida', 'Kim', 'Lea']
+    names = ['Ann', 'Bob', 'Eve', 'Kim']
     texts = {}
     for name in names:
         texts[name] = text_of(ask(server, f'I am {name}', temperature=0)[1])
@@ -159,9 +159,10 @@ def test_conversations_of_several_readers_never_mix(server):
     wrong = []
 
     def read(name):
-        for _ in range(4):
+        for _ in range(2):
             status = 503
             while status == 503:
+                time.sleep(0.02)
                 status, lines = ask(server, f'I am {name}', temperature=0)
             if text_of(lines) != texts[name]:
                 wrong.append((name, lines))
