@@ -8,7 +8,6 @@
 The text goes to stdout, everything else to stderr.
 """
 
-import codecs
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +28,7 @@ from engine.distributed import start_environment
 from engine.errors import RunError, UserError
 from engine.generation.cpu import optimize_for_generation
 from engine.generation.prompt_file import Prompt, answer_line, read_prompts
+from engine.generation.text import Text
 from engine.tokenizer import Tokenizer
 from model import GPT
 
@@ -120,38 +120,6 @@ def make_prompter(loaded):
         raise UserError('this model was trained on no conversations, so it has no layout for '
                         '--chat=True; leave it out')
     return Prompter(tokenizer, loaded.chat, stop or loaded.chat.end)
-
-
-class Text:
-    """One sample as it grows: whole characters only, and nothing from the text `stop` on."""
-
-    def __init__(self, tokenizer, stop):
-        self.tokenizer = tokenizer
-        self.stop = stop                                # '' where nothing ends it
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.text = ''
-        self.n_shown = 0                                # characters of the text
-        self.ended = False
-
-    def add(self, token, last):
-        """Append a sampled token. last: no more tokens follow."""
-        if self.ended:
-            return
-        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]), final=last)
-        self.ended = last
-        if self.stop and self.stop in self.text:
-            self.text = self.text[:self.text.index(self.stop)]
-            self.ended = True
-
-    def new_part(self):
-        """What can be shown and was not yet. The end of the text may still turn out to begin
-        `stop`."""
-        end = len(self.text)
-        if not self.ended and self.stop:
-            end = max(self.n_shown, end - (len(self.stop) - 1))
-        part = self.text[self.n_shown:end]
-        self.n_shown = end
-        return part
 
 
 def check_settings(overrides):

@@ -90,7 +90,12 @@ def encode_prompt(tokenizer: Tokenizer, segments: Iterable[Segment]) -> list[int
     ids = document_start(tokenizer)
     if tokenizer.end_of_text is not None:
         ids = [tokenizer.end_of_text, *ids]
+    return ids + encode_segments(tokenizer, segments)
 
+
+def encode_segments(tokenizer: Tokenizer, segments: Iterable[Segment]) -> list[int]:
+    """The ids of segments within a document. Raises UserError as encode_prompt."""
+    ids = []
     for text, _ in segments:
         if tokenizer.chars is not None:
             ids += tokenizer.encode(text)               # it refuses other characters

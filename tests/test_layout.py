@@ -7,7 +7,7 @@ import sys
 import pytest
 from harness import ROOT
 
-SCRIPTS = ('train', 'sample', 'bench', 'evaluate', 'export', 'plot', 'scaling')
+SCRIPTS = ('train', 'sample', 'chat', 'bench', 'evaluate', 'export', 'plot', 'scaling')
 ABOVE_ENGINE = {'model', 'configurator', 'console', *SCRIPTS, *(p.stem for p in ROOT.glob('*.py'))}
 
 # {module name: its file} of the whole project
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     'metrics': set(),
     'prepare': {'dataloader.token_files'},
     'evaluation': {'generation.kv_cache'},
+    'chat': {'generation'},
     'checkpoint': set(),
     'training': {'checkpoint', 'metrics', 'dataloader'},
 }
@@ -54,6 +55,7 @@ WITHOUT_TORCH = sorted(
         'engine.metrics.metrics_file',
         'engine.checkpoint.kept',
         'engine.generation.prompt_file',
+        'engine.generation.text',
     }
     | {name for name in ENGINE if name.startswith('engine.prepare.')}
     | {name for name in FILES if name.startswith('data.')}

@@ -152,6 +152,16 @@ def test_a_sample_command_runs_at_toy_size(trained, command):
     assert shown.count('---------------') == configured('sample.py', arguments)['num_samples']
 
 
+@pytest.mark.parametrize('command', [c for c in commands_of('chat.py')
+                                     if not needs_download(c) and '--port=' not in c])
+def test_a_chat_command_runs_at_toy_size(trained, command):
+    """Over an empty input. tests/chat has the answers and the page."""
+    _, arguments = script_and_arguments(command)
+    arguments = [argument for argument in arguments if not argument.startswith('--out_dir=')]
+    result = trained.run('chat.py', *arguments, '--out_dir=out-toy', '--device=cpu')
+    assert 'out-toy/ckpt.pt: the last model' in result.stderr and result.stdout == ''
+
+
 @pytest.mark.parametrize('command', [c for c in commands_of('bench.py') if '--bench=data' not in c])
 def test_a_bench_command_runs_at_toy_size(workspace, command):
     """Those with --bench=data run in test_bench; they would encode 10 MB here too."""

@@ -13,7 +13,12 @@ from torch import nn
 
 from engine.device import evaluation_mode
 from engine.errors import UserError
-from engine.generation.kv_cache import StaticKVCache, decoding_attention, new_caches
+from engine.generation.kv_cache import (
+    StaticKVCache,
+    TextCache,
+    decoding_attention,
+    new_caches,
+)
 from engine.tokenizer import Tokenizer, TokenizerSpec
 
 COMPILED_POSITIONS = 256        # a compiled cache is rounded up to a multiple, at most block_size
@@ -83,7 +88,8 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
            top_k: int | None = None, top_p: float = 1.0, noise: torch.Tensor | None = None,
            vocab_size: int | None = None, exact_window: bool = False, compile: bool = False,
            min_p: float = 0.0, repetition_penalty: float = 1.0,
-           prompt_rest: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+           prompt_rest: torch.Tensor | None = None,
+           text_cache: TextCache | None = None) -> Iterator[torch.Tensor]:
     """Yield the next token of every sequence, (B,), max_new_tokens times, after idx (B, T).
 
     temperature: 0 takes the likeliest token.
@@ -100,6 +106,8 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
     prompt_rest: for prompts of different lengths, of which idx has the beginnings: (B, R) tokens
         that follow idx, and -1 from where on a sequence is sampled. They are read and yielded in
         place of sampled ones, so each sequence gets what it would get alone.
+    text_cache: for one sequence that is not compiled: what of idx it holds is not read again. It
+        then holds what was read, also if the caller takes fewer tokens.
     Raises UserError for bad options.
 
     A full cache does not slide. Learned positions belong to their places. With rotary positions
@@ -117,6 +125,7 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
 
     # caches for the text, or for a whole block where it is longer
     window = idx[:, -block_size:]
+    unread = window                             # what the caches lack
     n_positions = min(block_size, window.size(1) + max_new_tokens)
     decoder = None
     if compile:
@@ -124,26 +133,37 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
         decoder = compiled_decoder(model, B, min(block_size, n_positions), sampling)
         kv_caches = decoder.kv_caches
         seen = decoder.seen.zero_()
+        empty(kv_caches)
     else:
-        kv_caches = new_caches(model, B, n_positions)
         seen = new_seen(model, B, sampling, idx.device)
-    empty(kv_caches)
+        if text_cache is None:
+            kv_caches = new_caches(model, B, n_positions)
+
+    # the caches of an earlier text, as far as it is the same
+    if text_cache is not None:
+        n_held = text_cache.common_length(window[0].tolist())
+        text_cache.truncate(n_held)
+        kv_caches = text_cache.kv_caches
+        unread = window[:, n_held:]
     if repetition_penalty != 1:
         seen.scatter_(1, idx, True)
 
-    # one token after the other; `unread` are those that the caches lack
+    # one token after the other
     n_read_again = block_size if exact_window else math.ceil(block_size / 2)
-    unread = window
     for i in range(max_new_tokens):
         if kv_caches[0].length + unread.size(1) > block_size:
             unread = window[:, -n_read_again:]
             empty(kv_caches)
+            if text_cache is not None:
+                text_cache.ids.clear()
 
         with decoding_attention(idx.device):
             if decoder and kv_caches[0].length:
                 unread = decoder(unread, noise[i])              # (B, 1)
             else:
                 x = model.hidden(unread, kv_caches)
+                if text_cache is not None:
+                    text_cache.ids += unread[0].tolist()
                 unread = next_token(model, x, unread, seen, noise[i], sampling)
         if prompt_rest is not None and i < prompt_rest.size(1):
             given = prompt_rest[:, i:i + 1]                     # (B, 1)

@@ -32,17 +32,20 @@ class KVCache(CausalAttention):
         """Attention over the cached positions and T new ones, which are cached too."""
         T = q.size(2)
         start = self.length
-        # Several queries behind cached keys would need a mask; no caller does this.
-        assert T == 1 or start == 0
-
         self.keys.narrow(2, start, T).copy_(k)
         self.values.narrow(2, start, T).copy_(v)
         self.length = start + T
 
         keys = self.keys.narrow(2, 0, self.length)
         values = self.values.narrow(2, 0, self.length)
-        is_causal = T > 1 and bias is None
-        return attention(q.to(keys.dtype), keys, values, bias, is_causal).to(q.dtype)
+
+        # PyTorch's causal mask lets the first query see one key, and here it sees start + 1.
+        mask = bias
+        if T > 1 and start > 0 and bias is None:
+            places = torch.arange(self.length, device=q.device)
+            mask = places <= places[start:, None]                               # (T, n_keys)
+        is_causal = T > 1 and mask is None
+        return attention(q.to(keys.dtype), keys, values, mask, is_causal).to(q.dtype)
 
 
 class StaticKVCache(KVCache):
@@ -81,6 +84,37 @@ def new_caches(model: nn.Module, batch_size: int, positions: int,
     like = model.transformer.wte.weight
     return [kind(batch_size, config.kv_heads, positions, config.head_size, like)
             for _ in range(config.n_layer)]
+
+
+class TextCache:
+    """The caches of one sequence, with the ids that they hold, for several calls of `stream`.
+
+    Where a text begins as the one before did, the model does not read that beginning again.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.kv_caches = new_caches(model, 1, model.config.block_size)
+        self.ids: list[int] = []
+
+    def common_length(self, ids: list[int]) -> int:
+        """How many ids at the beginning of `ids` it holds. The last one does not count, as the
+        model has to read it to predict the next."""
+        n = 0
+        for held, wanted in zip(self.ids, ids[:-1]):
+            if held != wanted:
+                break
+            n += 1
+        return n
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after the first `length` ids.
+
+        The caches are right after an interrupted pass too, when some layers had read more tokens
+        than others.
+        """
+        del self.ids[length:]
+        for kv_cache in self.kv_caches:
+            kv_cache.length = length
 
 
 def decoding_attention(device: torch.device) -> AbstractContextManager:
