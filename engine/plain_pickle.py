@@ -107,6 +107,8 @@ def plain_list(items=()):
 
 
 HARMLESS = object()         # stands for the factory of a defaultdict; it cannot be called
+FACTORIES = ('int', 'long', 'float', 'str', 'unicode', 'list', 'dict')
+BUILTINS = ('builtins', '__builtin__')      # the second one is of protocols below 3
 NAMES = {
     'collections.OrderedDict': plain_dict,
     'collections.defaultdict': plain_dict,
@@ -114,14 +116,18 @@ NAMES = {
     'numpy._core.multiarray.scalar': numpy_scalar,
     'numpy.core.multiarray.scalar': numpy_scalar,               # before numpy 2
     '_codecs.encode': encode_latin1,
+    **{f'{module}.set': plain_list for module in BUILTINS},
+    **{f'{module}.{name}': HARMLESS for module in BUILTINS for name in FACTORIES},
 }
-for module in ('builtins', '__builtin__'):                      # the second is of protocols below 3
-    NAMES[f'{module}.set'] = plain_list
-    for name in ('int', 'float', 'str', 'list', 'dict'):
-        NAMES[f'{module}.{name}'] = HARMLESS
 
 
 # The unpickler
+
+PLAIN_DISPATCH = {
+    getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+    for name in PLAIN_OPCODES.split()
+}
+
 
 class PlainUnpickler(pickle._Unpickler):
     """Python's own unpickler in Python, with the opcodes of plain values alone.
@@ -160,13 +166,14 @@ class PlainUnpickler(pickle._Unpickler):
         self.stack[-1].update(to_dict(items))
 
     def load_dict(self):
-        self.append(to_dict(self.pop_mark()))
+        items = self.pop_mark()         # which replaces self.append
+        self.append(to_dict(items))
 
     def load_additems(self):
         items = self.pop_mark()
         self.stack[-1].update(map(checked_key, items))
 
-    dispatch = {
+    dispatch = PLAIN_DISPATCH | {
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
         pickle.SETITEM[0]: load_setitem,
@@ -174,11 +181,6 @@ class PlainUnpickler(pickle._Unpickler):
         pickle.DICT[0]: load_dict,
         pickle.ADDITEMS[0]: load_additems,
     }
-
-
-for opcode in PLAIN_OPCODES.split():
-    code = getattr(pickle, opcode)[0]
-    PlainUnpickler.dispatch[code] = pickle._Unpickler.dispatch[code]
 
 
 def refuse_arguments() -> NoReturn:

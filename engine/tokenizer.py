@@ -208,7 +208,7 @@ def vocabulary_spec(vocabulary: Vocabulary) -> TokenizerSpec:
         name = NUMBERS
     elif vocabulary.are_words:
         name = WORDS
-    text = table_json(texts, vocabulary.are_words)
+    parts = table_parts(texts, vocabulary.are_words)
 
     config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
     end = None
@@ -221,13 +221,13 @@ def vocabulary_spec(vocabulary: Vocabulary) -> TokenizerSpec:
         vocab_size=len(texts),
         end_of_text=end,
         tokenizer_name=name,
-        tokenizer_sha256=TokenizerJson(text).fingerprint,
-        tokenizer_json=text,
+        tokenizer_sha256=fingerprint(parts),
+        tokenizer_json=json.dumps(parts),
         tokenizer_config=json.dumps(config)))
 
 
-def table_json(texts, are_words):
-    """The text of a tokenizer.json in which each id has one of `texts`.
+def table_parts(texts, are_words):
+    """The content of a tokenizer.json in which each id has one of `texts`, as the library has it.
 
     are_words: spaces part the tokens of a text. Otherwise the longest token that fits comes next.
     """
@@ -247,10 +247,10 @@ def table_json(texts, are_words):
         splits = [split_at(pattern, 'Isolated')]
         decoder = dict(type='Fuse')     # puts nothing between tokens
 
-    return json.dumps(dict(
+    return dict(
         version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None,
         pre_tokenizer=dict(type='Sequence', pretokenizers=splits),
-        post_processor=None, decoder=decoder, model=model))
+        post_processor=None, decoder=decoder, model=model)
 
 
 def split_at(pattern, behavior):
@@ -605,14 +605,15 @@ class TokenizerJson:
     def __init__(self, tokenizer_json: str):
         check_ids(tokenizer_json)
         self.tokenizer = load(tokenizer_json)
-        self.ordinary = load(tokenizer_json)            # takes special tokens in a text as text
-        self.ordinary.encode_special_tokens = True
-
         self.parts = json.loads(self.tokenizer.to_str())
         self.fingerprint = fingerprint(self.parts)
         added = self.tokenizer.get_added_tokens_decoder()
         self.added = {i: token.content for i, token in added.items()}
         self.special_tokens = [token.content for token in added.values() if token.special]
+        self.ordinary = self.tokenizer                  # takes special tokens in a text as text
+        if self.special_tokens:
+            self.ordinary = load(tokenizer_json)
+            self.ordinary.encode_special_tokens = True
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
 

@@ -196,22 +196,24 @@ def check_sentencepiece(folder):
 
 def has_byte_pairs_alone(folder):
     """True where vocab.json and merges.txt are all that tells of the tokenizer, as the tokenizers
-    library's ByteLevelBPETokenizer saves them. transformers then does not know the kind."""
+    library's ByteLevelBPETokenizer saves them. transformers needs a file that names the kind."""
     has_both = all((folder / name).is_file() for name in BYTE_PAIRS)
-    others = (*VOCABULARIES, 'tokenizer_config.json', 'config.json', 'added_tokens.json')
-    return has_both and not any((folder / name).exists() for name in others
-                                if name not in BYTE_PAIRS)
+    return has_both and not any((folder / name).exists() for name in DOWNLOADED
+                                if name not in (*BYTE_PAIRS, 'config.json'))
 
 
 def read_byte_pairs(folder):
     """What read_with_transformers returns, of a vocab.json and a merges.txt, as GPT-2 has them.
 
-    Raises UserError where their tokens are not made of bytes.
+    Pairs that are not of bytes are read by transformers, if a config.json names their kind.
+    Otherwise raises UserError.
     """
     from tokenizers import AddedToken, models
     tokenizer = byte_level(models.BPE.from_file(*(str(folder / name) for name in BYTE_PAIRS)))
     vocabulary = tokenizer.get_vocab()
     if not vocabulary.keys() >= set(byte_letters()):
+        if (folder / 'config.json').exists():
+            return read_with_transformers(folder)
         raise UserError('its vocab.json lacks tokens for some bytes, so it is not like GPT-2, and '
                         'nothing says how it splits text; save it as a tokenizer.json')
 
