@@ -138,7 +138,8 @@ class PlainUnpickler(pickle._Unpickler):
     def find_class(self, module, name):
         found = NAMES.get(f'{module}.{name}')
         if found is None:
-            raise UserError(f'it asks to run {module}.{name}'[:200])
+            shown = ' '.join(f'{module}.{name}'.split())[:100]
+            raise UserError(f'it asks to run {shown}')
         return found
 
     def load_reduce(self):

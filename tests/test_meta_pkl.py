@@ -183,6 +183,7 @@ HOSTILE = dict(
     function=pickle.dumps(Call(exec, 'ran = True')),
     getattr=pickle.dumps(Call(getattr, 'a', 'upper')),
     path=pickle.dumps(Path('a')),
+    name_of_two_lines=b'\x80\x04\x8c\x03a\nb\x8c\x01c\x93.',
     state=pickle.dumps(State()),
     int_is_not_called=pickle.dumps(Call(int, '9' * 100)),
     dict_is_not_called=pickle.dumps(Call(dict, [(1, 2)])),
