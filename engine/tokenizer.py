@@ -210,12 +210,16 @@ def vocabulary_spec(vocabulary: Vocabulary) -> TokenizerSpec:
         name = WORDS
     parts = table_parts(texts, vocabulary.are_words)
 
+    # transformers marks the end of a text as special, so an export that comes back is the same
     config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
     end = None
-    for end_name in END_NAMES:
-        if end is None and end_name in texts:
-            end = texts.index(end_name)
-            config.update(eos_token=end_name)
+    end_name = next((name for name in END_NAMES if name in texts), None)
+    if end_name:
+        end = texts.index(end_name)
+        config.update(eos_token=end_name)
+        parts['added_tokens'].append(dict(
+            id=end, content=end_name, single_word=False, lstrip=False, rstrip=False,
+            normalized=False, special=True))
     return TokenizerSpec.from_dict(dict(
         tokenizer='hf',
         vocab_size=len(texts),

@@ -32,6 +32,7 @@ from engine.hf.tokenizer_json import (
     tokenizer_files,
     train_bpe,
 )
+from engine.meta_pkl import Vocabulary
 from engine.prepare import encode
 from engine.tokenizer import (
     GPT2,
@@ -42,6 +43,7 @@ from engine.tokenizer import (
     char_spec,
     read_meta,
     same_tokens,
+    vocabulary_spec,
 )
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -545,6 +547,15 @@ def test_byte_pairs_alone_are_enough(tmp_path, beside):
     assert (spec.vocab_size, spec.end_of_text) == (400, 1)
     assert tokenizer.encode(TEXT) == library.encode(TEXT).ids
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize('texts', [['<eos>', 'the', 'cat'], ['a', '\n', '<|endoftext|>', '</s>']])
+def test_the_table_of_a_dataset_comes_back_from_an_export(tmp_path, texts):
+    spec = vocabulary_spec(Vocabulary(len(texts), dict(enumerate(texts)), are_numbers=False))
+    for name, text in tokenizer_files(spec).items():
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    assert same_tokens(named_spec(str(tmp_path)), spec)
+    assert named_spec(str(tmp_path)).end_of_text == spec.end_of_text
 
 
 def test_byte_pairs_alone_may_be_gpt2s(gpt2_folder, tmp_path):
