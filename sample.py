@@ -297,6 +297,8 @@ def main(overrides):
         n_texts = n_answers * check_prompts(prompter, block_size)
     else:
         prompt = read_prompt(start)
+        if start == '\n' and 'start' not in overrides:
+            prompt = prompter.tokenizer.default_prompt()
         ids = prompter.encode(prompt)
         if chat:
             prompt += '\n'                              # shown before the answer

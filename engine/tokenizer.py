@@ -9,12 +9,11 @@
 import hashlib
 import json
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from engine.downloads import Download, download_url, try_three_times
 from engine.errors import UserError
+from engine.meta_pkl import Vocabulary, numbers_only, read_vocabulary
 
 END_OF_TEXT = 50256             # GPT-2's token between documents
 PADDED_SIZE = 50304             # GPT-2's 50257 tokens, rounded up to a multiple of 64
@@ -41,6 +41,14 @@ MAX_CHARS = 1 << 16             # of a vocabulary of characters
 CHAR_END = '\x03'               # the character END OF TEXT of ASCII, after each document
 CHAR_END_NAME = '<|endoftext|>' # how a prompt and a sample spell it, as with other tokenizers
 MAX_FILE_CHARACTERS = 1 << 26   # the tokenizer.json of the largest vocabularies have about half
+
+# tokenizer_name of vocabularies that come with a dataset: of numbers, of words, of anything else
+NUMBERS = 'ids'
+WORDS = 'words'
+PIECES = 'pieces'
+# What such vocabularies call the token after each document, and the one for what they lack
+END_NAMES = ('<|endoftext|>', '<eos>', '</s>', '<EOS>', '[EOS]', '<|eos|>')
+UNKNOWN_NAMES = ('<unk>', '<UNK>', '[UNK]', '<|unk|>')
 
 
 # Specs
@@ -185,6 +193,75 @@ def add_characters(spec: TokenizerSpec, chars: Collection[str]) -> TokenizerSpec
     return replace(spec, vocab_size=size, chars=spec.chars + ''.join(sorted(chars)))
 
 
+def vocabulary_spec(vocabulary: Vocabulary) -> TokenizerSpec:
+    """The spec of a vocabulary that came with a dataset, as a table of tokens.
+
+    Raises UserError where it is too large.
+    """
+    texts = vocabulary.all_texts()
+    if vocabulary.are_characters and not vocabulary.are_numbers:
+        return TokenizerSpec.from_dict(
+            dict(tokenizer='char', vocab_size=len(texts), chars=''.join(texts)))
+
+    name = PIECES
+    if vocabulary.are_numbers:
+        name = NUMBERS
+    elif vocabulary.are_words:
+        name = WORDS
+    parts = table_parts(texts, vocabulary.are_words)
+
+    # transformers marks the end of a text as special, so an export that comes back is the same
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
+    end = None
+    end_name = next((name for name in END_NAMES if name in texts), None)
+    if end_name:
+        end = texts.index(end_name)
+        config.update(eos_token=end_name)
+        parts['added_tokens'].append(dict(
+            id=end, content=end_name, single_word=False, lstrip=False, rstrip=False,
+            normalized=False, special=True))
+    return TokenizerSpec.from_dict(dict(
+        tokenizer='hf',
+        vocab_size=len(texts),
+        end_of_text=end,
+        tokenizer_name=name,
+        tokenizer_sha256=fingerprint(parts),
+        tokenizer_json=json.dumps(parts),
+        tokenizer_config=json.dumps(config)))
+
+
+def table_parts(texts, are_words):
+    """The content of a tokenizer.json in which each id has one of `texts`, as the library has it.
+
+    are_words: spaces part the tokens of a text. Otherwise the longest token that fits comes next.
+    """
+    unknown = next((name for name in UNKNOWN_NAMES if name in texts), '')
+    model = dict(type='WordLevel', vocab={text: i for i, text in enumerate(texts)},
+                 unk_token=unknown)
+    decoder = None                      # puts a space between tokens
+    if are_words:
+        splits = [split_at(' +', 'Removed')]
+        if '\n' in texts:
+            splits.append(split_at(r'\n', 'Isolated'))
+        else:
+            splits.append(dict(type='WhitespaceSplit'))
+    else:
+        longest_first = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+        pattern = '|'.join([*map(re.escape, longest_first), r'[\s\S]'])
+        splits = [split_at(pattern, 'Isolated')]
+        decoder = dict(type='Fuse')     # puts nothing between tokens
+
+    return dict(
+        version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None,
+        pre_tokenizer=dict(type='Sequence', pretokenizers=splits),
+        post_processor=None, decoder=decoder, model=model)
+
+
+def split_at(pattern, behavior):
+    """The part of a tokenizer.json that splits a text at a regular expression."""
+    return dict(type='Split', pattern=dict(Regex=pattern), behavior=behavior, invert=False)
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """The vocabulary of a new model for that many tokens.
 
@@ -252,6 +329,19 @@ class Tokenizer:
         text. UserError for what cannot be encoded.
         """
         raise NotImplementedError
+
+    def default_prompt(self) -> str:
+        """What a sample begins with unless a person says so: a newline, or the first token of a
+        vocabulary that has none."""
+        try:
+            if self.encode('\n'):
+                return '\n'
+        except UserError:
+            pass
+        first = self.decode([0])
+        if first.isspace():
+            return first
+        return first.strip()            # words have a space before them
 
     def encode_to_numpy(self, text: str, as_document: bool = False) -> np.ndarray:
         """An array of ids, for data.
@@ -368,6 +458,7 @@ class HFTokenizer(Tokenizer):
         if self.special_in_data and not self.file.special_tokens_stay_whole:
             self.splits_like_gpt2 = False
         self.drops_characters = self.file.drops_characters
+        self.decode_id = cache(self.file.decode_bytes)      # the bytes of a single id
 
         is_same_file = self.file.fingerprint == spec.tokenizer_sha256
         if not is_same_file or self.file.vocab_size != self.vocab_size:
@@ -382,7 +473,7 @@ class HFTokenizer(Tokenizer):
         return np.array(ids, self.dtype)
 
     def decode_bytes(self, ids):
-        return b''.join(map(self.file.decode_bytes, ids))
+        return b''.join(map(self.decode_id, ids))
 
 
 def code_points(text: str) -> np.ndarray:
@@ -461,23 +552,27 @@ class DatasetMeta:
     def read(cls, folder: Path) -> 'DatasetMeta':
         """What meta.json says of the dataset in `folder`.
 
-        Without the file, the spec comes from nanoGPT's meta.pkl, and without that it is GPT-2's.
-        Raises UserError where the file is damaged or hostile.
+        If it names no tokenizer and no vocab_size, or is missing, the spec comes from nanoGPT's
+        meta.pkl, and without that it is GPT-2's. Raises UserError where a file is damaged or
+        hostile.
         """
         path = folder / 'meta.json'
+        found = {}
         try:
             if path.is_file():
-                return cls.from_dict(json.loads(path.read_text(encoding='utf-8-sig')))
-
-            path = folder / 'meta.pkl'
-            if path.is_file():
-                return cls(read_meta_pkl(path))
+                found = json.loads(path.read_text(encoding='utf-8-sig'))
+            spec = json_spec(found)
+            if spec is None:
+                path = folder / 'meta.pkl'
+                spec = GPT2
+                if path.is_file():
+                    spec = vocabulary_spec(read_vocabulary(path))
+            return cls(spec, **{key: found.get(key) for key in META_KEYS})
         except Exception as error:          # a damaged file can raise anything
             reason = str(error)
             if not isinstance(error, UserError):
                 reason = f'{type(error).__name__}: {error}'
             raise UserError(f'{path} cannot be read: {reason}; prepare the dataset again') from None
-        return cls(GPT2)
 
 
 def read_meta(folder: Path) -> TokenizerSpec:
@@ -485,25 +580,20 @@ def read_meta(folder: Path) -> TokenizerSpec:
     return DatasetMeta.read(folder).spec
 
 
-def read_meta_pkl(path):
-    """The spec of nanoGPT's meta.pkl. A damaged file raises errors of any kind."""
-    with open(path, 'rb') as file:
-        meta = RestrictedUnpickler(file).load()
+def json_spec(found):
+    """The spec that the content of a meta.json names. None where it names none.
 
-    itos = meta['itos']
-    chars = [itos[i] for i in range(meta['vocab_size'])]
-    if not all(type(char) is str and len(char) == 1 for char in chars):
-        raise UserError('itos should map ids to single characters')
-
-    return TokenizerSpec.from_dict(
-        dict(tokenizer='char', vocab_size=len(itos), chars=''.join(chars)))
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers. Refuses a pickle that names a class or function."""
-
-    def find_class(self, module, name):
-        raise UserError(f'it asks to run {module}.{name}')
+    Those that people write may have vocab_size alone, so that only the ids are known.
+    """
+    if not isinstance(found, dict):
+        return TokenizerSpec.from_dict(found)       # which refuses it
+    if found.get('tokenizer') == 'gpt2':
+        return TokenizerSpec.from_dict({'vocab_size': GPT2.vocab_size} | found)
+    if 'tokenizer' in found:
+        return TokenizerSpec.from_dict(found)
+    if 'vocab_size' in found:
+        return vocabulary_spec(numbers_only(found['vocab_size']))
+    return None
 
 
 # Hugging Face's tokenizer.json
@@ -519,14 +609,15 @@ class TokenizerJson:
     def __init__(self, tokenizer_json: str):
         check_ids(tokenizer_json)
         self.tokenizer = load(tokenizer_json)
-        self.ordinary = load(tokenizer_json)            # takes special tokens in a text as text
-        self.ordinary.encode_special_tokens = True
-
         self.parts = json.loads(self.tokenizer.to_str())
         self.fingerprint = fingerprint(self.parts)
         added = self.tokenizer.get_added_tokens_decoder()
         self.added = {i: token.content for i, token in added.items()}
         self.special_tokens = [token.content for token in added.values() if token.special]
+        self.ordinary = self.tokenizer                  # takes special tokens in a text as text
+        if self.special_tokens:
+            self.ordinary = load(tokenizer_json)
+            self.ordinary.encode_special_tokens = True
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
 
@@ -550,6 +641,8 @@ class TokenizerJson:
 
     def count_after(self, encoded):
         """How many tokens the tokenizer has put after a text."""
+        if self.parts['post_processor'] is None:
+            return 0
         is_added = encoded.special_tokens_mask
         if all(is_added):               # the text is empty, so nothing parts before from after
             is_added = self.run(self.tokenizer, 'a', add_special_tokens=True).special_tokens_mask
@@ -581,7 +674,20 @@ class TokenizerJson:
             # 'fast' leaves out positions and takes a third of the time.
             return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except Exception as error:      # a vocabulary without a token for the unknown
-            raise UserError(f'the tokenizer cannot encode this text: {error}') from None
+            reason = self.describe_unknown(text) or str(error)
+            raise UserError(f'the tokenizer cannot encode this text: {reason}') from None
+
+    def describe_unknown(self, text):
+        """The first word of a text that a vocabulary of words lacks, for people, or None."""
+        if self.parts['model']['type'] != 'WordLevel' or not self.parts['pre_tokenizer']:
+            return None
+        vocabulary = self.tokenizer.get_vocab()
+        for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text):
+            if word not in vocabulary:
+                known = ' '.join(map(repr, sorted(vocabulary, key=vocabulary.get)[:10]))
+                return (f'{word[:50]!r} is none of its {len(vocabulary):,} tokens, such as '
+                        f'{known:.200}')
+        return None
 
     @cached_property
     def splits_like_gpt2(self) -> bool:
@@ -649,8 +755,12 @@ class TokenizerJson:
 
     @cached_property
     def token_before(self):
-        """A list of one id that any token can follow; of none, if the vocabulary has no 'a'."""
-        return self.encode_data('a')[-1:]
+        """A list of one id that any token can follow."""
+        try:
+            found = self.encode_data('a')[-1:]
+        except UserError:               # a vocabulary of other words
+            found = []
+        return found or [0]
 
 
 def load(tokenizer_json):

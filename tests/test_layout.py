@@ -19,7 +19,7 @@ ENGINE = sorted(name for name in FILES
 
 # Ground files may be imported by all, and import only each other.
 GROUND = {'errors', 'log', 'atomic_files', 'device', 'distributed', 'tokenizer', 'positions',
-          'attention', 'model_checks', 'downloads', 'chat_layout'}
+          'attention', 'model_checks', 'downloads', 'chat_layout', 'plain_pickle', 'meta_pkl'}
 
 # What the files of each wing may import of other wings: a whole wing, or one of its files.
 MAY_IMPORT = {
@@ -49,7 +49,10 @@ WITHOUT_TORCH = sorted(
         'engine.errors',
         'engine.atomic_files',
         'engine.downloads',
+        'engine.meta_pkl',
+        'engine.plain_pickle',
         'engine.tokenizer',
+        'engine.dataloader.file_formats',
         'engine.dataloader.token_files',
         'engine.dataloader.window_order',
         'engine.metrics.metrics_file',

@@ -233,9 +233,7 @@ def test_a_damaged_meta_json_is_refused(tmp_path, meta, words):
     (pickle.dumps(dict(vocab_size=Evil())), r'it asks to run \w+.system'),
     (b'', ''),
     (pickle.dumps([1]), ''),
-    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a' * 10, 1: 'b'}}),
-     'itos should map ids to single characters'),
-    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}), 'different characters'),
+    (pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}), "ids 0 and 1 are both 'a'"),
     (pickle.dumps({'vocab_size': 10 ** 12, 'itos': {0: 'a'}}), ''),
     (b'\x80\x04r\xff\xff\xff\x7f.', ''),
 ])

@@ -35,6 +35,7 @@ from engine.prepare.documents import read_segments
 from engine.prepare.encode import CountingEncoder, document_pieces, safe_pieces
 from engine.prepare.held_out import FileContent, HeldOut
 from engine.prepare.kinds import CSV, TEXT, Source, find_sources
+from engine.prepare.name_tokenizer import name_tokenizer
 from engine.prepare.next_command import has_gpu, next_lines
 from engine.prepare.row_layout import Segment
 from engine.prepare.rows import DELIMITER_NAMES, find_delimiter, first_rows
@@ -76,6 +77,8 @@ encoding = ''           # how texts are encoded, such as cp1252; '' is UTF-8, or
 vocab_size = 4096       # how many tokens --tokenizer=bpe trains, at least 257
 val_fraction = 0.1      # share that is held out as val.bin: of all documents, or of the end of
                         # each long text
+token_files = ''        # in place of input, a folder with token files that exist already, such as
+                        # shards of llm.c; its meta.json then names `tokenizer`
 num_proc = 0            # how many cores encode, 0 for all; the result is the same
 
 PLAIN = TEXT            # what is not worth a line
@@ -395,7 +398,29 @@ def train_tokenizer(documents, total):
     return spec
 
 
+def name_tokenizer_of_files():
+    """Write the meta.json of token files that exist already."""
+    if input:
+        raise UserError('input and token_files are both named; name one')
+    if tokenizer in ('char', 'bpe') or add_tokens:
+        raise UserError('token_files has ids already, so --tokenizer= should name the tokenizer '
+                        'that made them: gpt2, a folder or a hub name, without add_tokens')
+    folder = Path(token_files).expanduser().resolve()
+    meta = name_tokenizer(folder, chosen_spec())
+    counts = ', '.join(f'{split} has {count:,}' for split, count in meta.tokens.items())
+    print0(f'{folder / "meta.json"}: {meta.dtype} ids of {meta.spec.label}; {counts} tokens')
+
+    dataset = str(folder)
+    if folder.parent == FOLDER.parent:
+        dataset = folder.name
+    for line in next_lines(dataset, meta.tokens, meta.spec.kind == 'char', has_gpu()):
+        print0(line)
+
+
 def main():
+    if token_files:
+        name_tokenizer_of_files()
+        return
     spec = chosen_spec()            # a name that leads nowhere fails before the text is read
     is_char = tokenizer == 'char' or (spec is not None and spec.kind == 'char')
     check_add_tokens(spec)
@@ -439,7 +464,8 @@ def main():
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
-    tell_the_end(texts, held_out, folder, writer.tokens)
+    answers = texts.has_masks and encoder.end_of_text is not None
+    tell_the_end(texts, held_out, folder, writer.tokens, answers)
 
 
 def check_split(held_out, total):
@@ -454,8 +480,11 @@ def check_split(held_out, total):
                     f'{cut:,} to train on; --input= takes more text')
 
 
-def tell_the_end(texts, held_out, folder, tokens):
-    """Say what was read, what val holds, and what to type next. tokens: of each split."""
+def tell_the_end(texts, held_out, folder, tokens, answers):
+    """Say what was read, what val holds, and what to type next.
+
+    tokens: how many each split has. answers: as next_lines has it.
+    """
     documents = sum(file.documents for file in texts.files)
     empty = sum(file.empty for file in texts.files)
     total = sum(file.characters for file in texts.files)
@@ -465,7 +494,7 @@ def tell_the_end(texts, held_out, folder, tokens):
     print0(f'files: {len(texts.files):,}; documents: {documents:,}{left_out}; '
            f'characters: {total:,}')
     print0(f'val.bin holds {held_out.describe()}')
-    for line in next_lines(folder.name, tokens, texts.is_char, has_gpu()):
+    for line in next_lines(folder.name, tokens, texts.is_char, has_gpu(), answers):
         print0(line)
 
 

@@ -8,7 +8,6 @@ step depends on. The state before it stays as `state.prev.pt`.
 import os
 import re
 import shlex
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,27 @@ from engine.atomic_files import advice_on, atomic_write
 from engine.checkpoint.contents import Checkpoint, find_not_finite, tensors_in
 from engine.distributed import is_shard
 from engine.errors import RunError, UserError
+from engine.plain_pickle import NumpyType, numpy_number
 
 MODEL = 'ckpt.pt'
 STATE = 'state.pt'
 PREVIOUS = 'state.prev.pt'
 
-# Formats of struct for the numbers that numpy has, by numpy's names of them
-NUMPY_FORMATS = dict(b1='?', i1='b', i2='h', i4='i', i8='q', u1='B', u2='H', u4='I', u8='Q',
-                     f2='e', f4='f', f8='d')
+# What stands for the names of numpy in a file, such as that of a best_val_loss of numpy.float64
+NUMPY_NAMES = [
+    (NumpyType, 'numpy.dtype'),
+    (numpy_number, 'numpy._core.multiarray.scalar'),
+    (numpy_number, 'numpy.core.multiarray.scalar'),             # before numpy 2
+]
 
 # A program that saves a ckpt.pt anew whose config is an object of some class. A plain object stands
-# for that class, so no code of the file runs.
+# for that class, so no code of the file runs. The file may have numbers of numpy beside it.
 SAVE_AGAIN = (
-    "import os, sys, torch; from types import SimpleNamespace as Plain; path = sys.argv[1]; "
-    "torch.serialization.add_safe_globals([(Plain, '{name}')]); "
+    "import os, sys, numpy as np, torch; from types import SimpleNamespace as Plain; "
+    "path = sys.argv[1]; scalar = np.float64(0).__reduce__()[0]; "
+    "torch.serialization.add_safe_globals([(Plain, '{name}'), np.dtype, "
+    "*[(scalar, 'numpy.' + core + '.multiarray.scalar') for core in ('core', '_core')], "
+    "*[type(np.dtype(code)) for code in '?bhilqBHILQefd']]); "
     "saved = torch.load(path, 'cpu'); args = vars(saved['config']); saved['config'] = args; "
     "saved.setdefault('model_args', args); torch.save(saved, path + '.new'); "
     "os.replace(path + '.new', path)"
@@ -214,36 +220,3 @@ def describe_code(name, path):
     program = SAVE_AGAIN.format(name=name)
     return (f'its config is a {name}, which only code can read; to save it again as plain values, '
             f'type: python -c "{program}" {shlex.quote(str(path))}')
-
-
-# numpy's numbers, such as a best_val_loss of numpy.float64
-
-class NumpyType:
-    """Stands for numpy.dtype, so that nothing of numpy runs on what a file says."""
-
-    def __init__(self, name, *rest):
-        self.name = name
-        self.order = '<'
-
-    def __setstate__(self, state):
-        if state[1] == '>':                         # the bytes of a machine with the other order
-            self.order = '>'
-
-
-def numpy_number(kind, content):
-    """A number of numpy as Python's own. It stands for numpy's function that makes a scalar.
-
-    kind: a NumpyType. content: the bytes of the number.
-    """
-    try:
-        value, = struct.unpack(kind.order + NUMPY_FORMATS[kind.name], content)
-    except (AttributeError, KeyError, TypeError, struct.error):
-        raise UserError('it holds a value of numpy that is not a number') from None
-    return value
-
-
-NUMPY_NAMES = [
-    (NumpyType, 'numpy.dtype'),
-    (numpy_number, 'numpy._core.multiarray.scalar'),
-    (numpy_number, 'numpy.core.multiarray.scalar'),             # before numpy 2
-]

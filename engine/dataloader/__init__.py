@@ -2,7 +2,7 @@
 
 What others use: `open_dataset`, `batches` (TokenDataset, train_batches, eval_batches, prefetch,
 dataset_tokenizer) and `token_files` (the layout of token files, which engine.prepare writes).
-`window_order`, `masks` and `mixture` serve these.
+`window_order`, `file_formats`, `masks` and `mixture` serve these.
 
 This wing imports ground files of engine/ and no other wing. Only `batches` imports torch, so a
 prepare.py, which imports token_files, starts without it.

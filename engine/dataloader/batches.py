@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from engine.chat_layout import ChatLayout
+from engine.dataloader.file_formats import DTYPES
 from engine.dataloader.masks import open_masks
 from engine.dataloader.token_files import (
     REPLACING,
     SPLITS,
-    TOKEN_DTYPES,
     TokenStream,
     check_split,
+    check_width,
     find_token_files,
     token_dtype,
 )
@@ -32,6 +33,7 @@ from engine.distributed import Environment
 from engine.errors import RunError, UserError, check_choice
 from engine.tokenizer import (
     GPT2,
+    NUMBERS,
     DatasetMeta,
     Tokenizer,
     TokenizerSpec,
@@ -123,6 +125,8 @@ class TokenDataset:
         self.tokens = {}
         facts = []
         for split in SPLITS:
+            if meta.dtype is None:
+                check_width(self.folder, files[split], dtype)
             self.tokens[split] = TokenStream(self.folder, files[split], dtype)
             facts.append(check_split(self.tokens[split], split, self.vocab_size, expected))
 
@@ -153,9 +157,9 @@ class TokenDataset:
         dtype = meta.dtype
         if dtype is None:
             return token_dtype(self.vocab_size)
-        if not isinstance(dtype, str) or dtype not in TOKEN_DTYPES:
-            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r}, not uint16 or '
-                            f'uint32; prepare the dataset again')
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise UserError(f'{self.folder / "meta.json"}: dtype is {dtype!r:.100}, and should be '
+                            f'{", ".join(DTYPES)}; prepare the dataset again')
         return dtype
 
     @property
@@ -314,6 +318,8 @@ class TokenDataset:
         Files are checked at the start, shards only in part, and a program may have written over
         them since.
         """
+        if windows.dtype == np.int64:
+            windows = windows.view(np.uint64)       # a negative id is beyond every vocabulary
         largest = windows.max()
         if largest < self.vocab_size:
             return
@@ -330,6 +336,8 @@ class TokenDataset:
         None where that would need a download, or a tokenizer that cannot be read.
         """
         if self.tokenizer.kind == 'gpt2' and not gpt2_is_cached():
+            return None
+        if self.tokenizer.tokenizer_name == NUMBERS:        # whose text is unknown
             return None
         try:
             tokenizer = Tokenizer(self.tokenizer)
@@ -421,7 +429,7 @@ def advice(folder, setting):
         return (f'a relative path begins at {DATA}; '
                 f'try --dataset={shlex.quote(str(Path(setting).resolve()))}')
 
-    token_files = [*DATA.glob('*/train.bin'), *DATA.glob('*/*train_*.bin')]
+    token_files = [*DATA.glob('*/*train*.bin'), *DATA.glob('*/*train*.npy')]
     prepared = ', '.join(sorted({path.parent.name for path in token_files}))
     command = f'python data/text/prepare.py --input=PATH --name={name}'
     if not is_in_data:

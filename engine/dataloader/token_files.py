@@ -1,15 +1,17 @@
 """The token files of a split, one or many, as one stream of tokens.
 
 A split is one file, train.bin, or numbered shards: train_000001.bin, or PREFIX_train_000001.bin.
-A file holds ids, little-endian uint16 or uint32. llm.c's files begin with a header of 1,024 bytes,
-as int32: a magic number, a version, and the number of tokens.
+Files of others may be called PREFIX_train.bin, and end in .npy. engine.dataloader.file_formats says
+how a file holds its ids.
 """
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +20,30 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.atomic_files import atomic_write
+from engine.dataloader.file_formats import (
+    DTYPES,
+    START_BYTES,
+    FileFormat,
+    explain_large_ids,
+    find_width,
+    parse_format,
+    read_format,
+)
 from engine.errors import RunError, UserError
 
 SPLITS = ('train', 'val')
 TOKEN_DTYPES = ('uint16', 'uint32')
-DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4'),
-          'uint8': np.dtype('u1')}                  # of engine.dataloader.masks
 SHARD = re.compile(r'((?:.+_)?)(train|val)_(\d+)\.bin')
 REPLACING = 'replacing.json'        # exists while prepare.py replaces the shards of a folder
 
-# llm.c's files: the type of ids that each (magic number, version) stands for
-HEADER_BYTES = 1024
-PUBLISHED = {(20240520, 1): 'uint16', (20240801, 7): 'uint32'}
+# The names of token files: prefix, split, number of a shard
+NAME = re.compile(r'((?:.+_)?)(train|val)(?:_(\d+))?\.(?:bin|npy)')
+# The first of these layouts that a folder has counts, so what lies beside train.bin never does.
+LAYOUTS = (
+    re.compile(rf'(?:train|val)\.bin|{SHARD.pattern}'),
+    re.compile(r'.+_(?:train|val)\.bin'),
+    re.compile(r'(?:.+_)?(?:train|val)(?:_\d+)?\.npy'),
+)
 
 OPEN_SHARDS = 4096          # most memory maps of one stream; each takes a file descriptor
 SAMPLED_BLOCKS = 64         # blocks of a sharded split that are read at the start
@@ -43,13 +57,6 @@ class TokenFile(NamedTuple):
     name: str
     bytes: int
     inode: int = 0          # 0 where the system has none
-
-
-class FileFormat(NamedTuple):
-    """How a token file holds its ids."""
-
-    dtype: str              # a key of DTYPES
-    header_bytes: int       # bytes before the first token
 
 
 class Contents(NamedTuple):
@@ -80,37 +87,53 @@ def find_token_files(folder: Path) -> dict[str, list[TokenFile]]:
     if not folder.is_dir():
         return found
 
-    for entry in os.scandir(folder):
-        if entry.name not in ('train.bin', 'val.bin') and not SHARD.fullmatch(entry.name):
-            continue
-
-        if not entry.is_file():
-            raise UserError(f'{entry.path} is not a file; remove it, or prepare the dataset again')
-
-        stat = entry.stat()
-        file = TokenFile(entry.name, stat.st_size, stat.st_ino)
-        found[split_of(entry.name)].append(file)
+    entries = list(os.scandir(folder))
+    for layout in LAYOUTS:
+        for entry in entries:
+            if layout.fullmatch(entry.name):
+                found[split_of(entry.name)].append(token_file(entry))
+        if any(found.values()):
+            break
 
     for files in found.values():
-        files.sort(key=lambda file: (shard_order(file.name), file.name))
+        files.sort(key=lambda file: (name_parts(file.name), file.name))
         check_one_dataset(folder, files)
     return found
 
 
-def split_of(name):
+def token_file(entry):
+    """The TokenFile of an entry of os.scandir. UserError where it is not a regular file."""
+    if not entry.is_file():
+        raise UserError(f'{entry.path} is not a file; remove it, or prepare the dataset again')
+    stat = entry.stat()
+    return TokenFile(entry.name, stat.st_size, stat.st_ino)
+
+
+class NameParts(NamedTuple):
+    """What the name of a token file says. Shards are in the order of these."""
+
+    prefix: str
+    split: str
+    number: int             # of a shard; -1 for the only file of a split
+
+
+def name_parts(name: str) -> NameParts:
+    """The parts of a token file's name, whatever its layout."""
+    prefix, split, number = NAME.fullmatch(name).groups()
+    if number is None:
+        number = -1
+    return NameParts(prefix, split, int(number))
+
+
+def split_of(name: str) -> str:
     """The split of a token file with this name."""
-    shard = SHARD.fullmatch(name)
-    if shard:
-        return shard[2]
-    return name.removesuffix('.bin')
+    return name_parts(name).split
 
 
-def shard_order(name):
-    """(prefix, number) of a shard's name; () for the name of a split's only file."""
-    shard = SHARD.fullmatch(name)
-    if shard:
-        return shard[1], int(shard[3])
-    return ()
+def is_shard(name):
+    """True for the name of a numbered token file."""
+    found = NAME.fullmatch(name)
+    return found is not None and found[3] is not None
 
 
 def check_one_dataset(folder, files):
@@ -118,35 +141,14 @@ def check_one_dataset(folder, files):
     if len(files) < 2:
         return
 
-    first = files[0].name
-    last = files[-1].name
-    if shard_order(first)[:1] != shard_order(last)[:1]:
+    first = name_parts(files[0].name)
+    last = name_parts(files[-1].name)
+    is_one_file = min(first.number, last.number) < 0
+    if is_one_file or first.prefix != last.prefix:
+        first = files[0].name
+        last = files[-1].name
         raise UserError(f'{folder} holds {first} and {last}, which are not of one dataset; move '
                         f'one of them away')
-
-
-# The header
-
-def read_format(path, dtype):
-    """The FileFormat of a file: its header's, or `dtype` where it has none."""
-    with open(path, 'rb') as file:
-        return parse_format(path, file.read(12), os.fstat(file.fileno()).st_size, dtype)
-
-
-def parse_format(path, start, size, dtype):
-    """The FileFormat of a file of `size` bytes that begins with the bytes `start`.
-
-    Raises UserError where the size does not fit the number of tokens in the header.
-    """
-    magic, version, tokens = np.frombuffer(start.ljust(12, b'\0'), '<i4').tolist()
-    if (magic, version) not in PUBLISHED:
-        return FileFormat(dtype, 0)
-
-    dtype = PUBLISHED[magic, version]
-    if size != HEADER_BYTES + tokens * DTYPES[dtype].itemsize:
-        raise UserError(f'{path} has {size:,} bytes, which do not fit the {tokens:,} tokens of its '
-                        f'header; download it again')
-    return FileFormat(dtype, HEADER_BYTES)
 
 
 # Opening files
@@ -164,7 +166,7 @@ def shard_opener(
         dtype = file_format.dtype
         try:
             content = map_file(path, files[number].inode)
-            if parse_format(path, content[:12], len(content), dtype) != file_format:
+            if parse_format(path, content[:START_BYTES], len(content), dtype) != file_format:
                 raise UserError(f'it has another format than {files[0].name}')
             # np.memmap is ten times slower.
             return np.frombuffer(content, DTYPES[dtype], counts[number], file_format.header_bytes)
@@ -202,8 +204,8 @@ def open_files_limit():
 class TokenStream:
     """The tokens of several files, one after the other. `len` and slices are those of an array.
 
-    folder: where the files lie. files: at least one, in order. dtype: 'uint16' or 'uint32', which
-    counts where the files have no header. Only the first file is opened at the start.
+    folder: where the files lie. files: at least one, in order. dtype: a key of DTYPES, which counts
+    where the files have no header. Only the first file is opened at the start.
     Raises UserError for files that cannot be tokens.
     """
 
@@ -298,7 +300,8 @@ class TokenStream:
         """(positions, ids) of evenly spaced blocks of tokens: (blocks,) and (blocks, tokens)."""
         last = max(0, len(self) - SAMPLED_TOKENS)
         starts = np.arange(SAMPLED_BLOCKS) * last // (SAMPLED_BLOCKS - 1)
-        return starts, self.windows(starts, min(len(self), SAMPLED_TOKENS))
+        length = min(len(self), SAMPLED_TOKENS)
+        return starts, self.windows(starts, length, self.dtype)
 
 
 # Checks
@@ -311,9 +314,68 @@ def check_split(stream: TokenStream, split: str, vocab_size: int, expected: dict
     """
     contents = read_split(stream, split, expected)
     if contents.largest >= vocab_size:
+        cure = vocabulary_cure(stream, contents)
         raise UserError(f'{contents.path}: token {contents.position:,} has id {contents.largest}, '
-                        f'beyond the vocabulary of {vocab_size}; prepare the dataset again')
+                        f'beyond the vocabulary of {vocab_size}; {cure}')
     return contents.digest
+
+
+def vocabulary_cure(stream, contents):
+    """What to do about an id beyond the vocabulary, of the Contents of a split."""
+    folder = stream.folder
+    if any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
+        return 'prepare the dataset again'
+
+    # Without either file, it was taken for a dataset of GPT-2's tokens.
+    largest = contents.largest
+    meta = {}
+    if not stream.format.header_bytes:
+        wider = explain_large_ids(contents.path, stream.format.dtype)
+        if wider:
+            meta['dtype'] = wider.dtype
+            largest = wider.largest
+    meta = {'vocab_size': 64 * math.ceil((largest + 1) / 64)} | meta
+    return (f'no meta.json says whose ids they are; name their tokenizer with: python '
+            f'data/text/prepare.py --token_files={shlex.quote(str(folder))} --tokenizer=FOLDER, or '
+            f'write {json.dumps(meta)} to {folder / "meta.json"}, with the size of their '
+            f'vocabulary')
+
+
+def find_dtype(folder: Path, files: Sequence[TokenFile], dtype: str) -> str:
+    """The type that the ids of a split's first file seem to have, where nothing names it.
+
+    dtype: the type of the vocabulary. It is also that of a file whose header names another one.
+    """
+    path = folder / files[0].name
+    if read_format(path, dtype).header_bytes:
+        return dtype
+    return find_width(path, dtype) or dtype
+
+
+def check_width(folder: Path, files: Sequence[TokenFile], dtype: str) -> None:
+    """UserError where the ids of a split seem to be wider than those of `dtype`.
+
+    The arguments are those of find_dtype.
+    """
+    wider = find_dtype(folder, files, dtype)
+    if wider == dtype:
+        return
+
+    file = files[0]
+    width = DTYPES[wider].itemsize
+    parts = width // DTYPES[dtype].itemsize
+    text = (f'{folder / file.name} looks like {wider}: as {dtype}, {1 - 1 / parts:.0%} of its '
+            f'numbers are 0')
+    if file.bytes % width:
+        raise UserError(f'{text}, and its {file.bytes:,} bytes are no multiple of {width}; copy it '
+                        f'again, whole')
+
+    meta = folder / 'meta.json'
+    if meta.exists():
+        raise UserError(f'{text}; add "dtype": "{wider}" to {meta}, or "dtype": "{dtype}" if the '
+                        f'zeros are ids')
+    raise UserError(f'{text}; write {{"dtype": "{wider}"}} to {meta}, or {{"dtype": "{dtype}"}} if '
+                    f'the zeros are ids')
 
 
 def read_split(stream: TokenStream, split: str, expected: dict) -> Contents:
@@ -322,7 +384,7 @@ def read_split(stream: TokenStream, split: str, expected: dict) -> Contents:
     One file is read as a whole. Of shards, which may be too many to read, evenly spaced blocks are.
     expected: {name: sha256} of meta.json. Raises UserError where meta.json describes other files.
     """
-    if len(stream.names) == 1 and not SHARD.fullmatch(stream.names[0]):
+    if len(stream.names) == 1 and not is_shard(stream.names[0]):
         return check_file(stream, expected)
     return check_shards(stream, split, expected)
 
@@ -343,7 +405,7 @@ def check_shards(stream, split, expected):
     Its digest is that of the sampled ids, of the number of tokens and, where meta.json has them, of
     the shards' digests.
     """
-    shards = {name for name in expected if SHARD.fullmatch(name)}
+    shards = {name for name in expected if is_shard(name)}
     described = {name for name in shards if split_of(name) == split}
     if described and described != set(stream.names):
         raise UserError(f'{stream.folder} has {len(stream.names):,} shards of {split}, which are '

@@ -201,11 +201,14 @@ class TextSampler:
     """Continues one prompt with the same random numbers each time, at sample.py's default
     temperature and top_k.
 
-    spec: the tokenizer. Raises UserError for a prompt that it cannot encode.
+    spec: the tokenizer. prompt: a newline becomes the tokenizer's default_prompt().
+    Raises UserError for a prompt that it cannot encode.
     """
 
     def __init__(self, spec: TokenizerSpec, prompt: str, max_new_tokens: int, seed: int):
         self.tokenizer = Tokenizer(spec)
+        if prompt == '\n':
+            prompt = self.tokenizer.default_prompt()
         self.prompt = prompt
         try:
             self.ids = self.tokenizer.encode(prompt)

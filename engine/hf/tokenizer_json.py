@@ -15,6 +15,7 @@ from engine.downloads import Download, download_files, split_revision
 from engine.errors import RunError, UserError
 from engine.log import is_main_process
 from engine.tokenizer import (
+    END_NAMES,
     END_OF_TEXT,
     GPT2,
     MAX_VOCAB_SIZE,
@@ -32,6 +33,7 @@ END = '<|endoftext|>'
 OWN_BPE = 'bpe'             # tokenizer_name of what train_bpe makes
 VOCABULARIES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model',
                 'tekken.json')
+BYTE_PAIRS = ('vocab.json', 'merges.txt')
 SENTENCEPIECE_FILES = {'tokenizer.model', 'spiece.model'}
 DOWNLOADED = (*VOCABULARIES, 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json',
               'added_tokens.json', 'config.json')
@@ -154,7 +156,10 @@ def spec_of_files(folder, name, revision):
     try:
         check_files(folder)
         check_sentencepiece(folder)
-        text, config, end = read_with_transformers(folder)
+        if has_byte_pairs_alone(folder):
+            text, config, end = read_byte_pairs(folder)
+        else:
+            text, config, end = read_with_transformers(folder)
         name, _ = split_revision(name)
         if not revision:
             name = folder.name
@@ -187,6 +192,37 @@ def check_sentencepiece(folder):
     if found and found <= SENTENCEPIECE_FILES and not is_sentencepiece_available():
         raise UserError(f'{min(found)} is read by the package sentencepiece; '
                         f'pip install sentencepiece')
+
+
+def has_byte_pairs_alone(folder):
+    """True where vocab.json and merges.txt are all that tells of the tokenizer, as the tokenizers
+    library's ByteLevelBPETokenizer saves them. transformers needs a file that names the kind."""
+    has_both = all((folder / name).is_file() for name in BYTE_PAIRS)
+    return has_both and not any((folder / name).exists() for name in DOWNLOADED
+                                if name not in (*BYTE_PAIRS, 'config.json'))
+
+
+def read_byte_pairs(folder):
+    """What read_with_transformers returns, of a vocab.json and a merges.txt, as GPT-2 has them.
+
+    Pairs that are not of bytes are read by transformers, if a config.json names their kind.
+    Otherwise raises UserError.
+    """
+    from tokenizers import AddedToken, models
+    tokenizer = byte_level(models.BPE.from_file(*(str(folder / name) for name in BYTE_PAIRS)))
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary.keys() >= set(byte_letters()):
+        if (folder / 'config.json').exists():
+            return read_with_transformers(folder)
+        raise UserError('its vocab.json lacks tokens for some bytes, so it is not like GPT-2, and '
+                        'nothing says how it splits text; save it as a tokenizer.json')
+
+    end_name = next((name for name in END_NAMES if name in vocabulary), None)
+    if end_name:
+        end_token = AddedToken(end_name, normalized=False, special=True)
+        tokenizer.add_special_tokens([end_token])
+    config = json.loads(tokenizer_config('PreTrainedTokenizerFast', end_name))
+    return tokenizer.to_str(), config, vocabulary.get(end_name)
 
 
 def read_with_transformers(folder):

@@ -9,6 +9,7 @@
                     divide them among machines
     held_out        HeldOut chooses what val.bin holds
     next_command    next_lines suggests the command that trains on a dataset
+    name_tokenizer  name_tokenizer writes the meta.json of token files of others
     web_file        download_file fetches a file from a web address
     conversations   choose_row_layout makes documents of rows with prompts and answers
     encode          safe_pieces and document_pieces cut text; in_order keeps every core at work

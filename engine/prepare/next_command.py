@@ -47,13 +47,19 @@ def choose_recipe(train_tokens: int, has_characters: bool, gpu: bool) -> Recipe:
     return SMALL
 
 
-def next_lines(dataset: str, tokens: dict[str, int], has_characters: bool, gpu: bool) -> list[str]:
+def next_lines(
+    dataset: str, tokens: dict[str, int], has_characters: bool, gpu: bool, answers: bool = False,
+) -> list[str]:
     """Two lines: how often the next command reads the text, and the command for a shell.
 
-    dataset: its name. tokens: how many 'train' and 'val' have. gpu: as of has_gpu().
+    dataset: its name, or a path. tokens: how many 'train' and 'val' have. gpu: as of has_gpu().
+    answers: only answers count in the loss, and an end-of-text token follows each.
     """
     recipe = choose_recipe(tokens['train'], has_characters, gpu)
-    options = [f'--dataset={dataset}', f'--out_dir=out-{dataset}', *recipe.flags]
+    options = [f'--dataset={dataset}', f'--out_dir=out-{Path(dataset).name}', *recipe.flags]
+    if answers:
+        # The best val loss comes before a model knows the answers of train.bin by heart.
+        options += ['--documents=whole', '--always_save_checkpoint=True']
 
     # a block needs the token after it, in either split
     block_size = recipe.block_size

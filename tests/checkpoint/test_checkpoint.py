@@ -667,9 +667,10 @@ class GPTConfig2:
     (SimpleNamespace(dataset='toy', eval_iters=9), True),       # the settings of the run
 ])
 def test_the_command_that_saves_a_pickled_config_again(tmp_path, monkeypatch, config, has_args):
-    """It is in the refusal, and it runs no code of the file."""
+    """It is in the refusal, and it runs no code of the file, which may have numbers of numpy."""
     model, _ = trained_gpt()
-    payload = dict(model=model.state_dict(), config=config, val_loss=3.07)
+    payload = dict(model=model.state_dict(), config=config, val_loss=np.float32(3.07),
+                   best_val_loss=np.float64(2.5), iter_num=np.int64(7))
     if has_args:
         payload['model_args'] = SHAPE
     path = tmp_path / 'a run' / 'ckpt.pt'
@@ -689,6 +690,7 @@ def test_the_command_that_saves_a_pickled_config_again(tmp_path, monkeypatch, co
     saved = gathered.read_ckpt(path.parent)
     assert same_weights(model, GPT.from_checkpoint(saved))
     assert saved.config == vars(config)
+    assert (saved.best_val_loss, saved.iter_num) == (2.5, 7)
     assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ from engine.hf.tokenizer_json import (
     tokenizer_files,
     train_bpe,
 )
+from engine.meta_pkl import Vocabulary
 from engine.prepare import encode
 from engine.tokenizer import (
     GPT2,
@@ -41,6 +43,7 @@ from engine.tokenizer import (
     char_spec,
     read_meta,
     same_tokens,
+    vocabulary_spec,
 )
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -526,6 +529,46 @@ def test_a_sentencepiece_file_alone_asks_for_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.utils, 'is_sentencepiece_available', lambda: False)
     (tmp_path / 'tokenizer.model').write_bytes(b'\x0e')
     with pytest.raises(UserError, match='tokenizer.model is .*; pip install sentencepiece'):
+        named_spec(str(tmp_path))
+
+
+@pytest.mark.parametrize('beside', [None, {'model_type': 'gpt2'}])
+def test_byte_pairs_alone_are_enough(tmp_path, beside):
+    """vocab.json and merges.txt, as their library saves them, perhaps beside weights."""
+    library = tokenizers.ByteLevelBPETokenizer()
+    library.train_from_iterator([TEXT], vocab_size=400, special_tokens=['<s>', '</s>'])
+    library.save_model(str(tmp_path))
+    if beside:
+        (tmp_path / 'config.json').write_text(json.dumps(beside))
+
+    spec = pretrained_spec(str(tmp_path))
+    assert spec == named_spec(str(tmp_path))
+    tokenizer = Tokenizer(spec)
+    assert (spec.vocab_size, spec.end_of_text) == (400, 1)
+    assert tokenizer.encode(TEXT) == library.encode(TEXT).ids
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize('texts', [['<eos>', 'the', 'cat'], ['a', '\n', '<|endoftext|>', '</s>']])
+def test_the_table_of_a_dataset_comes_back_from_an_export(tmp_path, texts):
+    spec = vocabulary_spec(Vocabulary(len(texts), dict(enumerate(texts)), are_numbers=False))
+    for name, text in tokenizer_files(spec).items():
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    assert same_tokens(named_spec(str(tmp_path)), spec)
+    assert named_spec(str(tmp_path)).end_of_text == spec.end_of_text
+
+
+def test_byte_pairs_alone_may_be_gpt2s(gpt2_folder, tmp_path):
+    for name in ('vocab.json', 'merges.txt'):
+        shutil.copy(gpt2_folder / name, tmp_path)
+    assert named_spec(str(tmp_path)) == GPT2
+
+
+def test_pairs_of_characters_alone_are_refused(tmp_path):
+    library = tokenizers.CharBPETokenizer()
+    library.train_from_iterator([TEXT], vocab_size=100)
+    library.save_model(str(tmp_path))
+    with pytest.raises(UserError, match='lacks tokens for some bytes.*save it as a tokenizer.json'):
         named_spec(str(tmp_path))
 
 

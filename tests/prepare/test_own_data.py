@@ -206,3 +206,69 @@ def test_the_next_command_fits_the_text(train, val, has_characters, gpu, config,
     flags = dict(re.findall(r'--(\w+)=(\S+)', command))
     assert int(flags.get('block_size', 1)) < val
     assert float(re.search(r'tokens, (\S+) epochs', line)[1]) <= epochs
+
+
+def test_the_next_command_for_answers_keeps_the_last_model():
+    """Its val loss is best before it knows the answers."""
+    tokens = dict(train=50_000, val=5_000)
+    _, command = next_lines('mine', tokens, True, False, answers=True)
+    assert {'--documents=whole', '--always_save_checkpoint=True'} <= set(command.split())
+    assert '--documents' not in next_lines('mine', tokens, True, False)[1]
+
+
+def test_a_path_is_no_part_of_an_out_dir():
+    _, command = next_lines('/a/b', dict(train=50_000, val=5_000), True, False)
+    assert '--dataset=/a/b --out_dir=out-b ' in command
+
+
+# token files of others
+
+def write_token_files(folder, ids, dtype='<u2'):
+    folder.mkdir()
+    for name in ('train.bin', 'val.bin'):
+        np.array(ids).astype(dtype).tofile(folder / name)
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A folder whose meta.json has a tokenizer of the letters a to e."""
+    folder = tmp_path / 'letters'
+    folder.mkdir()
+    content = dict(tokenizer='char', vocab_size=5, chars='abcde')
+    (folder / 'meta.json').write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize('dtype, name', [('<u2', 'uint16'), ('<i4', 'int32'), ('<i8', 'int64')])
+def test_a_tokenizer_is_named_for_token_files(data, monkeypatch, letters, dtype, name):
+    ids = list(range(5)) * 30
+    write_token_files(data / 'own', ids, dtype)
+    load(data, 'text', monkeypatch, token_files=str(data / 'own'), tokenizer=str(letters)).main()
+    found = meta(data / 'own')
+    assert (found['chars'], found['dtype'], found['tokens']['val']) == ('abcde', name, 150)
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(tokenizer='LETTERS'), 'token 3 has id 5, and char has 5 tokens; name the --tokenizer='),
+    (dict(tokenizer='char'), 'has ids already'),
+    (dict(input='a.txt'), 'input and token_files are both named'),
+    (dict(token_files='/nowhere'), 'has no token files of train and val'),
+])
+def test_a_tokenizer_that_does_not_fit_is_refused(data, monkeypatch, letters, settings, words):
+    write_token_files(data / 'own', [0, 1, 2, 5])
+    settings = {'token_files': str(data / 'own'), **settings}
+    if settings.get('tokenizer') == 'LETTERS':
+        settings['tokenizer'] = str(letters)
+    with pytest.raises(UserError, match=words):
+        load(data, 'text', monkeypatch, **settings).main()
+    assert not (data / 'own' / 'meta.json').exists()
+
+
+def test_a_tokenizer_that_is_named_already_stays(data, monkeypatch, letters):
+    write_token_files(data / 'own', [0, 1, 2])
+    (data / 'own' / 'meta.json').write_text('{"vocab_size": 5, "dtype": "uint16"}')
+    script = load(data, 'text', monkeypatch, token_files=str(data / 'own'), tokenizer=str(letters))
+    script.main()
+    assert meta(data / 'own')['chars'] == 'abcde'
+    with pytest.raises(UserError, match='names a tokenizer already'):
+        script.main()
