@@ -8,6 +8,8 @@
     python bench.py --report=figures.md                 # all of these, as a table for this machine
     python bench.py --peers=../nanoGPT                  # step and sampling beside another checkout
     python bench.py --plan=H100 --config=train_gpt2     # memory and time of a step, by arithmetic
+
+A time depends on what else the machine does, so compare those of one run.
 """
 
 import json

@@ -25,7 +25,7 @@ import numpy as np
 from engine.errors import RunError
 from engine.log import log
 
-# So a machine that becomes slower or faster meanwhile does so for both.
+# In this order, a machine that becomes slower or faster meanwhile does so for both.
 TURNS = ('peer', 'here', 'here', 'peer')
 LIMIT = 600                         # seconds after which a process is ended
 ITERATION = re.compile(r'iter \d+:')
@@ -56,7 +56,7 @@ class Setup:
     compile: bool                   # setting of that name, for training
 
 
-# What is timed. Each case has seconds(), what it takes a checkout, and amount(), that for people.
+# What is timed: seconds() of a case times a checkout, and amount() writes that time for people.
 
 @dataclass(frozen=True)
 class StepCase:
@@ -147,14 +147,13 @@ class SamplingCase:
         return f'{1 / seconds:,.1f} tok/s'
 
 
-# A sample stays within the context: beyond it, the two sides need not compute the same. All cases
-# together take about ten minutes on two cores.
+# A sample stays within the context: beyond it, the two sides need not compute the same.
 CASES = dict(
     shakespeare=StepCase('step of 4 x 128, 12 x 64', Shape(4, 4, 128, 64, 65), batch_size=12,
                          dtype='float32', warmup=50, steps=250),
     step_124m=StepCase('step of 124M, 4 x 256', Shape(12, 12, 768, 256, 50304), batch_size=4,
                        dtype='float32', warmup=1, steps=3),
-    step_124m_bfloat16=StepCase('the same in bfloat16', Shape(12, 12, 768, 256, 50304),
+    step_124m_bfloat16=StepCase('step of 124M, bfloat16', Shape(12, 12, 768, 256, 50304),
                                 batch_size=4, dtype='bfloat16', warmup=1, steps=3),
     sample_124m=SamplingCase('sampling, 124M', Shape(12, 12, 768, 1024, 50304), few=10, many=110),
     sample_6x384=SamplingCase('sampling, 6 x 384', Shape(6, 6, 384, 512, 65), few=10, many=500),
