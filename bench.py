@@ -6,7 +6,10 @@
     python bench.py --bench=data --real_data=True       # the same, and reading batches
     python bench.py --profile=True                      # writes a trace for ui.perfetto.dev
     python bench.py --report=figures.md                 # all of these, as a table for this machine
+    python bench.py --peers=../nanoGPT                  # step and sampling beside another checkout
     python bench.py --plan=H100 --config=train_gpt2     # memory and time of a step, by arithmetic
+
+A time depends on what else the machine does, so compare those of one run.
 """
 
 import json
@@ -18,6 +21,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Literal
 
 from console import print0, report_errors  # before torch: see console.py
@@ -28,12 +32,14 @@ import configurator
 import train  # the one script that another imports: a copy would drift
 from engine import device as devices
 from engine import distributed
+from engine.checkpoint import gathered
 from engine.dataloader.batches import TokenDataset, WeightedBatch, prefetch
 from engine.distributed import hard_exit, report_first_failure, start_environment
-from engine.errors import UserError
+from engine.errors import RunError, UserError
 from engine.generation import cpu as cpu_generation
 from engine.hf import weights as hf_weights
 from engine.metrics import bench_report
+from engine.metrics import peers as peer_timing
 from engine.prepare.encode import in_order, safe_pieces
 from engine.tokenizer import Tokenizer, padded_vocab_size
 from engine.training import optim, parallel, settings_checks
@@ -69,6 +75,12 @@ steps = 20                              # steps that are timed one by one; sampl
 profile = False                         # True records 5 steps more as bench-trace.json
 report = ''                             # file for a table of everything that this machine can time
 figures = False                         # True prints the figures as a last line of JSON
+# another checkout
+peers = ''                              # folder of nanoGPT, or of another checkout with its
+                                        # commands: times its step and sampling in turns with those
+                                        # here; with report, they end that file
+peers_cases = ''                        # only these, separated by commas: shakespeare, step_124m,
+                                        # step_124m_bfloat16, sample_124m, sample_6x384
 # a plan
 plan = ''                               # name of a GPU, such as H100: prints what a step takes
                                         # there by arithmetic, and times nothing
@@ -97,6 +109,8 @@ GPT2 = {
     'gpt2-xl': (48, 25, 1600),
 }
 GPT2_VOCAB_SIZE = 50257
+# What can be chosen beside --peers, whose cases decide the rest
+PEERS_SETTINGS = ('peers', 'peers_cases', 'report', 'device', 'compile')
 
 
 # Timing
@@ -555,6 +569,74 @@ def print_plan(overrides):
         print0(line)
 
 
+# Another checkout
+
+def names_of_cases():
+    """The cases that the setting `peers_cases` names: all of them without it."""
+    if not peers_cases:
+        return list(peer_timing.CASES)
+    return peers_cases.split(',')
+
+
+def check_peers(overrides):
+    """Raise UserError where `peers` is no checkout, and where another setting does not fit it."""
+    if not peers:
+        if peers_cases:
+            raise UserError('peers_cases needs --peers=FOLDER, a checkout of nanoGPT')
+        return
+
+    for name in overrides:
+        if name not in PEERS_SETTINGS:
+            raise UserError(f'{name} does not change what --peers times; leave it out')
+
+    folder = Path(peers).expanduser()
+    if not any((folder / script).is_file() for script in ('train.py', 'sample.py')):
+        raise UserError(f'peers={peers!r} has neither train.py nor sample.py; name the folder of '
+                        f'a checkout of nanoGPT')
+
+    for name in names_of_cases():
+        if name not in peer_timing.CASES:
+            raise UserError(f'peers_cases={peers_cases!r} has {name!r}; '
+                            f'try {", ".join(peer_timing.CASES)}')
+
+
+def write_model(folder, shape, dataset):
+    """Write a ckpt.pt as nanoGPT's, with random weights and the tokens of a dataset, to `folder`.
+
+    shape: a Shape of engine/metrics/peers.py.
+    """
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**shape._asdict(), bias=False))
+    payload = model.to_checkpoint()
+    payload['config'] = dict(dataset=str(dataset))
+    folder.mkdir()
+    gathered.write(folder / gathered.MODEL, payload)
+
+
+def compare_with_peers():
+    """Time this checkout beside the one in the folder `peers`. Returns a list of Comparisons."""
+    env = start_environment(device, 'auto', compile)
+    if env.world_size > 1:
+        raise UserError('peers runs in one process; start it without torchrun')
+
+    checkouts = [
+        peer_timing.Checkout('peer', Path(peers).expanduser().resolve()),
+        peer_timing.Checkout('here', configurator.ROOT),
+    ]
+    cases = [peer_timing.CASES[name] for name in names_of_cases()]
+    print0(f'device {env.device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}')
+    return peer_timing.compare(checkouts, cases, str(env.device), env.compile, write_model)
+
+
+def print_peers():
+    """Print how this checkout compares. Raises RunError where every case failed."""
+    comparisons = compare_with_peers()
+    for line in peer_timing.table(comparisons):
+        print0(line)
+    if all(comparison.seconds is None for comparison in comparisons):
+        raise RunError('no case could be timed; the lines above say why')
+
+
 # The command
 
 def check_settings(overrides):
@@ -599,12 +681,17 @@ def write_report():
     print0(f'{summary}, PyTorch {torch.__version__}')
     with tempfile.TemporaryDirectory() as folder:
         rows = bench_report.rows(configurator.ROOT, device, kind == 'cpu', f'{folder}/run')
-        bench_report.write(report, f'Benchmarks on {summary}', rows)
+        more_lines = None
+        if peers:
+            def more_lines():
+                return peer_timing.table(compare_with_peers())
+        bench_report.write(report, f'Benchmarks on {summary}', rows, more_lines)
     print0(f'wrote {report}')
 
 
 def main(overrides):
     check_settings(overrides)
+    check_peers(overrides)
     print0(configurator.describe_settings(overrides))
 
     # what this process leaves to arithmetic, or to other processes
@@ -613,6 +700,9 @@ def main(overrides):
         return
     if report:
         write_report()
+        return
+    if peers:
+        print_peers()
         return
 
     # the machine

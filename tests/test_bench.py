@@ -208,6 +208,9 @@ def test_the_trace_is_one_that_a_browser_opens(workspace):
     ('--plan=H100 --config=train_gpt2_fast --gpus=8 --strategy=fsdp', 'try --strategy=ddp'),
     ('--plan=H100 --init_from=gpt2-xl --n_layer=2', 'leave out --n_layer'),
     ('--plan=H100 --init_from=a/b', 'add --init_from=scratch'),
+    ('--peers=nowhere', "peers='nowhere' has neither train.py nor sample.py; name the folder"),
+    ('--peers=. --steps=7', 'steps does not change what --peers times; leave it out'),
+    ('--peers_cases=shakespeare', 'peers_cases needs --peers=FOLDER'),
     ('--compare=gpt4', "compare='gpt4' should be one of"),
     ('--compare_dtype=float32', 'compare_dtype needs --compare=transformers'),
     ('--compare=transformers --bench=sample --new_tokens=1000',
@@ -217,3 +220,28 @@ def test_a_mistake_is_refused(flags, words):
     with pytest.raises(UserError, match=words):
         with script_settings(bench, '--device=cpu', *flags.split()) as overrides:
             bench.main(overrides)
+
+
+# Another checkout
+
+def test_another_checkout_is_timed_by_its_commands(monkeypatch, capsys):
+    """This checkout is its own peer here, and what takes minutes is left out."""
+    monkeypatch.setattr(bench.peer_timing.SamplingCase, 'seconds',
+                        lambda self, checkout, setup: dict(peer=0.5, here=0.1)[checkout.name])
+    monkeypatch.setattr(bench, 'write_model', lambda folder, shape, dataset: None)
+    run_here(f'--peers={ROOT}', '--peers_cases=sample_6x384', '--device=cpu')
+    lines = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in lines[-1].split('|')]
+    assert cells[2:5] == ['2.0 tok/s', '10.0 tok/s', '5.00 (5.00 to 5.00)']
+
+
+def test_a_peer_that_can_do_nothing_ends_the_command(tmp_path, capsys):
+    (tmp_path / 'train.py').write_text('raise OSError("no data")')
+    with pytest.raises(RunError, match='no case could be timed'):
+        run_here(f'--peers={tmp_path}', '--peers_cases=shakespeare', '--device=cpu')
+    assert 'failed: peer: train.py: OSError: no data' in capsys.readouterr().out
+
+
+def test_an_unknown_case_is_refused():
+    with pytest.raises(UserError, match="peers_cases='naps' has 'naps'; try shakespeare"):
+        run_here(f'--peers={ROOT}', '--peers_cases=naps')

@@ -106,8 +106,12 @@ def rows(folder: Path, device: str, on_cpu: bool, out_dir: str) -> list[Row]:
     return found
 
 
-def write(path: str | Path, title: str, rows: list[Row]) -> None:
-    """Run the command of each row, and write the table to `path`. Logs a line before each row."""
+def write(path: str | Path, title: str, rows: list[Row],
+          more_lines: Callable[[], list[str]] | None = None) -> None:
+    """Run the command of each row, and write the table to `path`. Logs a line before each row.
+
+    more_lines: is called after the last command, and returns the lines of another table.
+    """
     lines = [
         f'# {title}',
         '',
@@ -123,6 +127,8 @@ def write(path: str | Path, title: str, rows: list[Row]) -> None:
         figures = format_figures(run(command, read_figures))
         lines.append(f'| {what} | {figures} | `python {format_command(command)}` |')
 
+    if more_lines:
+        lines += ['', *more_lines()]
     with atomic_write(path) as file:
         file.write('\n'.join(lines) + '\n')
 

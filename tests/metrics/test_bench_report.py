@@ -18,10 +18,11 @@ def test_each_command_becomes_a_row(tmp_path, logged):
         Row('no loss', ['-c', 'print("{}")'], train_figures),
         Row('no dict', ['-c', 'print(7)'], bench_figures),
     ]
-    bench_report.write(tmp_path / 'figures.md', 'Figures', rows)
+    bench_report.write(tmp_path / 'figures.md', 'Figures', rows, lambda: ['another table'])
 
     lines = (tmp_path / 'figures.md').read_text(encoding='utf-8').splitlines()
     assert lines[0] == '# Figures'
+    assert lines[-2:] == ['', 'another table']
     assert logged == ['a step ...', 'a run ...', 'a failure ...', 'nothing ...', 'no loss ...',
                       'no dict ...']
 
