@@ -4,6 +4,7 @@
     python export.py out-shakespeare/ckpt_001000.pt my-gpt2     # from a kept model
     python export.py out-shakespeare my-gpt2 --dtype=bfloat16 --trim_vocab=True
     python export.py out-shakespeare out-nanogpt --to=nanogpt   # a folder that nanoGPT resumes
+    python export.py out-lora my-adapter --to=peft              # adapters alone, for peft
 """
 
 import dataclasses
@@ -20,11 +21,12 @@ import configurator
 from engine.errors import RunError, UserError
 
 to = 'hf'               # hf: weights, config.json, tokenizer and model card;
-                        # nanogpt: a ckpt.pt with the optimizer's state in it
+                        # nanogpt: a ckpt.pt with the optimizer's state in it;
+                        # peft: the adapters that train.py --lora_rank=8 has trained
 dtype = 'float32'       # type of the weights, for hf: float32, bfloat16 or float16
 trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens to GPT-2's 50,257
 
-CHOICES = dict(to=('hf', 'nanogpt'), dtype=('float32', 'bfloat16', 'float16'))
+CHOICES = dict(to=('hf', 'nanogpt', 'peft'), dtype=('float32', 'bfloat16', 'float16'))
 NANOGPT_KEYS = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
 
 
@@ -63,6 +65,9 @@ def export_nanogpt(source, folder):
         raise UserError(f'{source} has no optimizer, with which nanoGPT resumes; its sample.py '
                         f'reads a copy of {source} that is called ckpt.pt')
     saved, _ = run_folder.load_state(source)
+    if saved.adapters is not None:
+        raise UserError(f'{source} has the optimizer of adapters, which nanoGPT cannot take; '
+                        f'its sample.py reads {source}/{gathered.MODEL} as it is')
     if saved.shards_folder:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)
     GPT.from_checkpoint(saved)                      # it refuses weights that do not fit
@@ -95,15 +100,35 @@ def check_nanogpt_has(saved, arguments, source):
         raise UserError(f'{source} has {", ".join(beyond)}, which nanoGPT does not have')
 
 
+def export_peft(source, folder):
+    """Write the adapters of the run `source` as peft saves them."""
+    from engine.checkpoint import run_folder
+    from engine.hf import peft
+    from model import GPTConfig
+
+    saved = run_folder.newest_checkpoint(source)
+    if saved.adapters is None:
+        raise UserError(f'{source} has no adapters, as it was trained with lora_rank=0; '
+                        f'try --to=hf, which writes the whole model')
+    alpha = (saved.config or {}).get('lora_alpha')
+    if type(alpha) not in (int, float):
+        raise UserError(f'{saved.path} does not say what lora_alpha its adapters have')
+
+    config = GPTConfig(**saved.gpt_arguments(dropout=0.0))
+    trained = peft.TrainedAdapters(config, saved.adapters, saved.base['source'], alpha)
+    for note in peft.write(folder, trained):
+        print0(f'note: {note}', file=sys.stderr)
+
+
 def check_settings():
     for name, choices in CHOICES.items():
         value = globals()[name]
         if value not in choices:
             raise UserError(f'{name}={value!r} is unknown; try {", ".join(map(repr, choices))}')
 
-    if to == 'nanogpt' and (dtype != 'float32' or trim_vocab):
-        raise UserError('--dtype and --trim_vocab are for --to=hf; '
-                        'nanoGPT reads the run as it was trained')
+    if to != 'hf' and (dtype != 'float32' or trim_vocab):
+        raise UserError(f'--dtype and --trim_vocab are for --to=hf; '
+                        f'--to={to} writes the run as it was trained')
 
 
 def read_folders(folders):
@@ -154,10 +179,8 @@ def write_whole(source, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'{target.name}.') as temporary:
             folder = Path(temporary) / 'model'
-            if to == 'nanogpt':
-                export_nanogpt(source, folder)
-            else:
-                export_hf(source, folder)
+            exports = dict(hf=export_hf, nanogpt=export_nanogpt, peft=export_peft)
+            exports[to](source, folder)
             folder.replace(target)
     except (UserError, RunError):
         raise

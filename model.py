@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import CausalAttention
 from engine.errors import UserError
-from engine.model_checks import check_config, check_context, check_overrides, check_weights
-from engine.positions import encode_positions
+from engine.model_checks import check_config, check_overrides, check_weights
+from engine.positions import encode_positions, resize_positions
 
 NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 
@@ -356,14 +356,16 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True)
 
-    def crop_block_size(self, block_size):
-        """Shorten the context by dropping position embeddings. Without those, the context may also
-        become longer than it was in training: ALiBi is made for it, rotary positions get worse."""
+    def resize_context(self, block_size):
+        """Change the context. For a shorter one, learned positions are dropped; for a longer one,
+        they are stretched by interpolation, and need some training. Without learned positions only
+        the limit moves: ALiBi is made for longer contexts, rotary positions get worse."""
         if self.config.position == 'learned':
-            check_context(block_size, self.config)
-            rows = self.transformer.wpe.weight.detach()[:block_size].clone()
+            rows = resize_positions(self.transformer.wpe.weight.detach(), block_size)
             self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
         self.config.block_size = block_size
+
+    crop_block_size = resize_context    # nanoGPT's name
 
     # Training
 
@@ -383,10 +385,14 @@ class GPT(nn.Module):
         """Floating point operations of the forward and backward pass, per token of a full block.
         Source: Chowdhery et al. 2022, appendix B (arXiv:2204.02311)."""
         c = self.config
-        n_multiplied = self.get_num_params()
-        if not c.tied:                              # then the embedding is only looked up
-            n_multiplied -= c.vocab_size * c.n_embd
-        return 6 * n_multiplied + 12 * c.n_layer * c.n_embd * c.block_size
+        flops = 12 * c.n_layer * c.n_embd * c.block_size
+        for parameter in self.parameters():
+            if not c.tied and parameter is self.transformer.wte.weight:
+                continue                            # it is only looked up
+            flops += 6 * parameter.numel()
+            if not parameter.requires_grad:         # no gradient of it is computed
+                flops -= 2 * parameter.numel()
+        return flops
 
     def estimate_mfu(self, n_sequences, seconds, peak_flops=312e12):
         """Share of the device's peak that the model's arithmetic uses (model FLOPs utilization).

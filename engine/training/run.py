@@ -22,7 +22,7 @@ from engine.errors import RunError, UserError
 from engine.log import log
 from engine.metrics.metrics_file import MetricsWriter
 from engine.metrics.step_log import short_number
-from engine.training import optim, parallel
+from engine.training import lora, optim, parallel
 
 MANY_EPOCHS = 100           # a run that reads its text so often says so
 
@@ -190,6 +190,7 @@ class Run:
     chat: dict | None = None            # the dataset's ChatLayout, as in meta.json
     fingerprint: str | None = None      # of the dataset
     dtype: str | None = None            # precision of the step, such as 'bfloat16'
+    base: dict | None = None            # what its adapters adapt, of lora.replace_linears
     bytes_per_token: float | None = None    # of the text of val, where it is known; on rank 0
     # what it works with
     scorer: Callable | None = None      # scores eval_tasks: an evaluation.results.TaskScorer
@@ -211,7 +212,11 @@ class Run:
         iter_num = self.progress.iter_num
         micro_steps, micro_batch_size = schedule.rank_share(self.progress.tokens)
         n_params = self.model.get_num_params(non_embedding=False)
-        batch = (f'{n_params:,} parameters, {micro_steps * env.world_size} micro-batches of '
+        n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        parameters = f'{n_params:,} parameters'
+        if n_trained < n_params:
+            parameters += f', of which {n_trained:,} are trained'
+        batch = (f'{parameters}, {micro_steps * env.world_size} micro-batches of '
                  f'{micro_batch_size} x {data.block_size} tokens per iteration, '
                  f'from iteration {iter_num}')
 
@@ -249,6 +254,33 @@ class Run:
         wandb_id = saved.wandb_id if saved else None
         self.writer = MetricsWriter(self.out_dir, progress.iter_num, was_evaluated,
                                     wandb_arguments, wandb_id)
+
+    def is_evaluation_due(self) -> bool:
+        """True every eval_interval iterations, where a model is kept, and after the last iteration.
+
+        False where this iteration is evaluated already.
+        """
+        iter_num = self.progress.iter_num
+        if self.progress.last_eval == iter_num:
+            return False
+        settings = self.settings
+        intervals = [settings['eval_interval']]
+        if settings['keep_interval']:
+            intervals.append(settings['keep_interval'])
+        at_the_end = iter_num >= settings['max_iters']
+        return at_the_end or any(iter_num % interval == 0 for interval in intervals)
+
+    def is_out_of_patience(self) -> bool:
+        """True at an evaluation where the last `patience` ones did not improve the best val loss.
+
+        With patience=0 it is never True.
+        """
+        patience = self.settings['patience']
+        interval = self.settings['eval_interval']
+        progress = self.progress
+        if not patience or progress.last_eval != progress.iter_num:
+            return False
+        return progress.iter_num // interval - progress.best_iter // interval >= patience
 
     def count_iteration(self):
         """Note that one more iteration is done."""
@@ -305,9 +337,15 @@ class Run:
         if not env.is_main:
             return
 
+        # a state has the adapters, and the model for people has them merged
+        whole = state.model
+        if self.base:
+            whole = lora.merged_weights(self.model) if model_too else None
+            state = replace(state, model={}, adapters=lora.adapters(self.model), base=self.base)
+
         folder = Path(self.out_dir)
         if model_too:
-            model = replace(state, optimizer=None, scaler=None)
+            model = replace(state, model=whole, optimizer=None, scaler=None)
             gathered.write(folder / gathered.MODEL, model.to_payload())
         gathered.write(folder / gathered.STATE, state.to_payload(), keep_as=gathered.PREVIOUS)
 
