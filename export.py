@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import shlex
 import signal
 import sys
 import tempfile
@@ -85,7 +86,7 @@ def export_nanogpt(source, folder):
 
 def check_nanogpt_has(saved, arguments, source):
     """UserError where the run `source` has what nanoGPT does not have."""
-    from model import NANOGPT_ARGS
+    from engine.checkpoint.contents import NANOGPT_ARGS
 
     activation = saved.activation or 'gelu'
     if activation != 'gelu':
@@ -104,7 +105,7 @@ def export_peft(source, folder):
     """Write the adapters of the run `source` as peft saves them."""
     from engine.checkpoint import run_folder
     from engine.hf import peft
-    from model import GPTConfig
+    from model import GPT
 
     saved = run_folder.newest_checkpoint(source)
     if saved.adapters is None:
@@ -114,9 +115,24 @@ def export_peft(source, folder):
     if type(alpha) not in (int, float):
         raise UserError(f'{saved.path} does not say what lora_alpha its adapters have')
 
-    config = GPTConfig(**saved.gpt_arguments(dropout=0.0))
-    trained = peft.TrainedAdapters(config, saved.adapters, saved.base['source'], alpha)
-    for note in peft.write(folder, trained):
+    # what they adapt: weights of Hugging Face, or those of a run
+    origin = saved.base['source']
+    run = run_folder.find_run(origin)
+    if run:
+        arguments = run_folder.newest_checkpoint(run).model_args
+        base = dict(vocab_size=arguments.get('vocab_size'),
+                    n_positions=arguments.get('block_size'))
+        notes = [f'{origin} is a run; python export.py {shlex.quote(origin)} FOLDER writes it as '
+                 f'the weights that peft takes']
+    else:
+        base = peft.read_config(origin)
+        notes = []
+
+    model = GPT.from_checkpoint(saved)
+    trained = peft.TrainedAdapters(
+        model.config, model.state_dict(), saved.adapters, origin, base, alpha)
+    notes = peft.write(folder, trained) + notes
+    for note in notes:
         print0(f'note: {note}', file=sys.stderr)
 
 

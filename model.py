@@ -9,7 +9,7 @@ Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017 (tied embedding, arXiv:1
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +22,6 @@ from engine.attention import CausalAttention
 from engine.errors import UserError
 from engine.model_checks import check_config, check_overrides, check_weights
 from engine.positions import encode_positions, resize_positions
-
-NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 
 
 @dataclass
@@ -333,15 +331,10 @@ class GPT(nn.Module):
             raise UserError(f'{saved.path or "the checkpoint"}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'}. nanoGPT passes model_args to its own GPTConfig, so
-        a field that it lacks is included only if it differs from its default."""
-        model_args = {name: value for name, value in asdict(self.config).items()
-                      if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
-        activation = self.config.activation
-        if activation.startswith('gelu'):           # nanoGPT's GPTConfig would refuse the field
-            model_args.pop('activation', None)
-
-        return dict(activation=activation, model_args=model_args, model=self.state_dict())
+        """{'model_args', 'activation', 'model'}, as a Checkpoint has them."""
+        from engine.checkpoint.contents import model_arguments
+        return dict(activation=self.config.activation, model_args=model_arguments(self.config),
+                    model=self.state_dict())
 
     @classmethod
     def from_weights(cls, config, weights):
@@ -385,14 +378,11 @@ class GPT(nn.Module):
         """Floating point operations of the forward and backward pass, per token of a full block.
         Source: Chowdhery et al. 2022, appendix B (arXiv:2204.02311)."""
         c = self.config
-        flops = 12 * c.n_layer * c.n_embd * c.block_size
-        for parameter in self.parameters():
-            if not c.tied and parameter is self.transformer.wte.weight:
-                continue                            # it is only looked up
-            flops += 6 * parameter.numel()
-            if not parameter.requires_grad:         # no gradient of it is computed
-                flops -= 2 * parameter.numel()
-        return flops
+        layers = [*self.transformer.h, self.transformer.ln_f, self.lm_head]
+        parameters = [p for layer in layers for p in layer.parameters()]
+        n_multiplied = sum(p.numel() for p in parameters)
+        n_frozen = sum(p.numel() for p in parameters if not p.requires_grad)    # without gradients
+        return 6 * n_multiplied - 2 * n_frozen + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, n_sequences, seconds, peak_flops=312e12):
         """Share of the device's peak that the model's arithmetic uses (model FLOPs utilization).

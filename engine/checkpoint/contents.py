@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ TYPES = dict(
     clipped=list,
     activation=str,
 )
+# The arguments of nanoGPT's GPTConfig
+NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 COUNTS = ('sequences', 'tokens', 'best_iter')       # whole numbers, where a checkpoint has them
 LARGEST_COUNT = 2 ** 63 - 1
 OPTIONAL_IN_FILES = ('model', 'adapters', 'base', 'optimizer', 'scaler', 'clipped',
@@ -133,6 +135,19 @@ class Checkpoint:
             if payload[name] is None:
                 del payload[name]
         return payload
+
+
+def model_arguments(config) -> dict:
+    """The model_args of a checkpoint, from a GPTConfig: Checkpoint.gpt_arguments reads them.
+
+    nanoGPT passes them to its own GPTConfig, so a field that it lacks is included only if it
+    differs from its default.
+    """
+    arguments = {name: value for name, value in asdict(config).items()
+                 if name in NANOGPT_ARGS or value != getattr(type(config), name)}
+    if config.activation.startswith('gelu'):        # nanoGPT's GPTConfig would refuse the field
+        arguments.pop('activation', None)
+    return arguments
 
 
 def names_in_files():

@@ -21,13 +21,18 @@ class TrainedAdapters:
     """What is exported.
 
     config: the GPTConfig of the model.
+    weights: {name: weight} of the merged model by our names.
     adapters: {name: matrix} by our names, such as transformer.h.0.attn.c_attn.lora_a.
     source: the weights that they adapt: a hub name, or a folder.
+    base: what is known of their config.json, {name: value}; at least n_positions and vocab_size
+        are compared with the run.
     alpha: the lora_alpha of the run.
     """
     config: object
+    weights: dict[str, torch.Tensor]
     adapters: dict[str, torch.Tensor]
     source: str
+    base: dict
     alpha: float
 
 
@@ -41,15 +46,14 @@ def write(folder: str | Path, trained: TrainedAdapters) -> list[str]:
 
     kind = kind_of(trained.config)
     check_base(trained, kind)
+    rank = check_adapters(trained)
     targets = set()
     tensors = {}
     for name, a in trained.adapters.items():
         layer, _, which = name.rpartition('.')
-        if which != 'lora_a':
+        if which == 'lora_b':
             continue
-        b = trained.adapters.get(f'{layer}.lora_b')
-        check_shapes(name, a, b)
-        rank = len(a)
+        b = trained.adapters[f'{layer}.lora_b']
         for own_name, own_rows in split_rows(kind, layer, b, trained.config).items():
             targets.add('.'.join(own_name.split('.')[-2:]))
             tensors[f'base_model.model.{own_name}.lora_A.weight'] = a.clone()
@@ -97,27 +101,43 @@ def split_rows(kind, layer, b, config):
 
 # Checks
 
-def check_shapes(name, a, b):
-    """UserError unless a and b are the two matrices of an adapter."""
-    is_pair = b is not None and a.dim() == 2 and b.dim() == 2 and len(a) == b.size(1)
-    if not is_pair:
-        raise UserError(f'{name} of the checkpoint is not one of the two matrices of an adapter')
+def check_adapters(trained: TrainedAdapters) -> int:
+    """The rank of all adapters. UserError unless each is a pair that fits a matrix of a block."""
+    ranks = {len(matrix) for name, matrix in trained.adapters.items() if name.endswith('.lora_a')}
+    if len(ranks) != 1:
+        raise UserError('the checkpoint has no adapters, or some of another rank than others')
+
+    rank = ranks.pop()
+    wanted = {}                         # {name: shape}
+    for name in trained.adapters:
+        layer = name.rpartition('.')[0]
+        weight = trained.weights.get(f'{layer}.weight')
+        if layer.startswith('transformer.h.') and weight is not None and weight.dim() == 2:
+            n_out, n_in = weight.shape
+            wanted[f'{layer}.lora_a'] = (rank, n_in)
+            wanted[f'{layer}.lora_b'] = (n_out, rank)
+    if wanted != {name: tuple(matrix.shape) for name, matrix in trained.adapters.items()}:
+        raise UserError('the checkpoint has adapters that are not pairs of matrices, or that do '
+                        'not fit its model')
+    return rank
 
 
 def check_base(trained, kind):
     """UserError where the weights that are adapted have fewer positions or tokens than the run."""
-    base = read_config(trained.source)
+    if any(name.endswith('.lora_rows') for name in trained.adapters):
+        raise UserError(f'the run has new tokens, whose rows {trained.source} lacks, and an '
+                        f'adapter cannot bring them; try --to=hf, which writes the whole model')
     wanted = dict(vocab_size=trained.config.vocab_size)
     if kind == 'gpt2':
         wanted.update(n_positions=trained.config.block_size)
     for name, size in wanted.items():
-        found = base.get(name, size)
+        found = trained.base.get(name, size)
         if type(found) is int and found < size:
             raise UserError(f'the run has {name}={size}, and {trained.source}, which it adapts, '
                             f'has {found}; peft would lack the others, so try --to=hf')
 
 
-def read_config(source):
+def read_config(source: str) -> dict:
     """The config.json of a hub model or a folder, {name: value}; empty where it has none."""
     path = find_weights(source) / 'config.json'
     try:

@@ -11,7 +11,7 @@ def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) 
     """Let a GPT read contexts of block_size tokens, and log what that means.
 
     saved: the state that the run goes on from, or None. Where learned positions are stretched, its
-    optimizer has moments of fewer positions, and is forgotten.
+    optimizer has moments of fewer positions, and is forgotten. That of adapters has none of them.
     Raises UserError where the moments are in shards, which cannot be read without the others.
     """
     context = model.config.block_size
@@ -25,6 +25,9 @@ def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) 
                         f'python export.py RUN FOLDER, then --init_from=FOLDER')
 
     model.resize_context(block_size)
+    adapts = saved is not None and saved.base is not None
+    if adapts and saved.model_args.get('block_size') == block_size:
+        return          # the base has the context that it came with, and the run had this one
     log.info(f'note: the weights have read contexts of {context} tokens, '
              f'and now read {block_size}')
     if not is_stretched:
@@ -32,6 +35,6 @@ def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) 
 
     log.info(f'note: the {context} learned positions are stretched to {block_size} by linear '
              f'interpolation, and need some training')
-    if saved and saved.optimizer:
+    if saved and saved.optimizer and not adapts:
         saved.optimizer = None
         log.info('note: the optimizer starts afresh, as its moments are of fewer positions')

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from engine.checkpoint.load_model import new_tokens
 from engine.distributed import Environment
 from engine.errors import UserError
+from engine.log import log
 
 
 def freeze_layers(model: nn.Module, names: str, env: Environment) -> None:
@@ -31,6 +33,11 @@ def freeze_layers(model: nn.Module, names: str, env: Environment) -> None:
 
         if not any(parameter.requires_grad for parameter in parameters.values()):
             raise UserError(f'freeze={names} leaves nothing to train; name fewer layers')
+
+    n_new = len(new_tokens(model))
+    if n_new and not model.transformer.wte.weight.requires_grad:
+        log.info(f'note: freeze={names} leaves the rows of {n_new} new tokens as they begin, which '
+                 f'is as the mean of the others; without wte in it they are trained')
 
 
 def expand_range(name: str) -> Iterator[str]:

@@ -7,6 +7,9 @@ was loaded with. A begins with orthonormal rows. So the first step of gradient d
 merged matrix W + (alpha / r) B A by -lr (alpha / r)^2 G A^T A, where G is the gradient of W: that
 is the step of full finetuning, projected on r directions.
 Source: Hu et al. 2021 (arXiv:2106.09685), where A begins with normal numbers.
+
+A dataset may have tokens that the base does not know. Their rows of the embedding and of the head
+are trained too, as a frozen one would say nothing of them.
 """
 
 import hashlib
@@ -17,12 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.checkpoint.contents import Checkpoint
-from engine.checkpoint.gathered import gather_weights
+from engine.checkpoint.gathered import gather, gather_weights
+from engine.checkpoint.load_model import new_tokens
 from engine.device import derive_seed
 from engine.distributed import Environment
 from engine.errors import UserError
+from engine.log import log
 
-ADAPTERS = ('lora_a', 'lora_b')         # the names of A and B in a layer
+# The names of what is trained, in its layer: A and B, and the rows of new tokens
+ADAPTERS = ('lora_a', 'lora_b', 'lora_rows')
+TOKEN_LAYERS = ('transformer.wte', 'lm_head')   # they have a row for each token
 # What a run may change of its base: learned positions are cut or stretched to block_size.
 NOT_IN_FINGERPRINT = 'transformer.wpe.weight'
 
@@ -75,6 +82,50 @@ class LoRALinear(FrozenLinear):
         return self.weight.float() + self.scale * (self.lora_b @ self.lora_a)
 
 
+class GrownEmbedding(nn.Module):
+    """An nn.Embedding of which only the rows of new tokens are trained.
+
+    tokens: the ids of the new tokens, a range.
+    """
+
+    def __init__(self, weight: torch.Tensor, tokens: range):        # (V, C)
+        super().__init__()
+        self.new_tokens = tokens
+        self.old = frozen(weight, weight.dtype)                     # (V, C)
+        rows = weight[tokens.start:tokens.stop].detach().clone()
+        self.lora_rows = nn.Parameter(rows)                         # (n, C)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole matrix, (V, C), a copy. Gradients flow into the new rows."""
+        before = self.old[:self.new_tokens.start]
+        after = self.old[self.new_tokens.stop:]
+        return torch.cat([before, self.lora_rows, after])
+
+    def forward(self, idx):                                         # (B, T)
+        # without `weight`, whose gradient would be a whole matrix
+        n_new = len(self.new_tokens)
+        index = idx - self.new_tokens.start
+        is_new = (index >= 0) & (index < n_new)
+        new = F.embedding(index.clamp(0, n_new - 1), self.lora_rows)
+        return torch.where(is_new[..., None], new, F.embedding(idx, self.old))     # (B, T, C)
+
+
+class GrownHead(nn.Module):
+    """The head over the rows of a GrownEmbedding, which may be that of the model, or its own."""
+
+    def __init__(self, rows: GrownEmbedding):
+        super().__init__()
+        self.rows = rows
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.rows.weight
+
+    def forward(self, x):                                           # (..., C)
+        return F.linear(x, self.weight)                             # (..., V)
+
+
 def frozen(parameter, dtype):
     return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
 
@@ -106,15 +157,23 @@ def replace_linears(model: nn.Module, settings: dict, saved: Checkpoint | None,
             check_same_base(base, saved)
 
         model.requires_grad_(False)
-        dtype = torch.bfloat16 if env.dtype == 'bfloat16' else torch.float32
-        replace(model, settings, dtype)
+        replace(model, settings, env.dtype)
+        train_new_rows(model)
         if saved:
             load_adapters(model, saved)
     return base
 
 
-def replace(model, settings, dtype):
-    """Replace the Linears of the blocks. UserError for a target that no Linear has as its name."""
+def replace(model: nn.Module, settings: dict, precision: str) -> None:
+    """Replace the Linears of the blocks, as replace_linears says.
+
+    precision: that of the step, such as 'bfloat16'.
+    Raises UserError for a target that no Linear has as its name.
+    """
+    dtype = torch.float32
+    if precision == 'bfloat16':
+        dtype = torch.bfloat16
+
     targets = [name.strip() for name in settings['lora_targets'].split(',')]
     linears = dict(linears_of_blocks(model))
     for target in targets:
@@ -134,6 +193,20 @@ def replace(model, settings, dtype):
         setattr(model.get_submodule(parent), own_name, layer)
 
 
+def train_new_rows(model):
+    """Let the rows of tokens that the base does not know be trained, if there are any."""
+    tokens = new_tokens(model)
+    if not tokens:
+        return
+    embedding = GrownEmbedding(model.transformer.wte.weight, tokens)
+    head = embedding
+    if not model.config.tied:
+        head = GrownEmbedding(model.lm_head.weight, tokens)
+    model.transformer.wte = embedding
+    model.lm_head = GrownHead(head)
+    log.info(f'note: the rows of the {len(tokens)} new tokens are trained beside the adapters')
+
+
 def linears_of_blocks(model) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of each Linear in the blocks, such as transformer.h.0.attn.c_attn."""
     for name, layer in model.named_modules():
@@ -149,12 +222,22 @@ def is_target(name, targets):
 # What a checkpoint holds
 
 def fingerprint(model: nn.Module) -> str:
-    """The SHA-256 of a model's weights, in the order of their names, without learned positions."""
+    """The SHA-256 of a model's weights, in the order of their names.
+
+    It leaves out learned positions and the rows of new tokens, which begin as a mean: that may be
+    rounded differently on another machine.
+    """
+    tokens = new_tokens(model)
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        if name != NOT_IN_FINGERPRINT:
-            digest.update(name.encode())
-            digest.update(weight.detach().contiguous().view(torch.uint8).numpy())
+        if name == NOT_IN_FINGERPRINT:
+            continue
+        digest.update(name.encode())
+        parts = [weight]
+        if name.removesuffix('.weight') in TOKEN_LAYERS:
+            parts = [weight[:tokens.start], weight[tokens.stop:]]
+        for part in parts:
+            digest.update(part.detach().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -171,20 +254,33 @@ def named_adapters(model):
 
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """{name: weight}, on the CPU, of a GPT without adapters that computes the same.
+    """{name: weight} of a GPT without adapters that computes the same.
 
-    The matrices of the blocks are float32, and rounded to bfloat16 before the merger where the
-    model has them so.
+    They are on the CPU on rank 0, and None on the others. The matrices of the blocks are float32,
+    and rounded to bfloat16 before the merger where the model has them so.
     """
     weights = gather_weights(model)
+
+    # the blocks
     for name, layer in model.named_modules():
         if not isinstance(layer, FrozenLinear):
             continue
-        weights[f'{name}.weight'] = layer.merged_weight().cpu()
+        weights[f'{name}.weight'] = gather(layer.merged_weight())
         if layer.bias is not None:
-            weights[f'{name}.bias'] = layer.bias.float().cpu()
+            weights[f'{name}.bias'] = gather(layer.bias.float())
         for adapter in ADAPTERS:
             weights.pop(f'{name}.{adapter}', None)
+
+    # the embedding and the head, where they have new rows
+    embedding = model.transformer.wte
+    if not isinstance(embedding, GrownEmbedding):
+        return weights
+    prefixes = tuple(f'{name}.' for name in TOKEN_LAYERS)
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(prefixes)}
+    weights['transformer.wte.weight'] = gather(embedding.weight)
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    if not model.config.tied:
+        weights['lm_head.weight'] = gather(model.lm_head.weight)
     return weights
 
 
@@ -193,8 +289,9 @@ def load_adapters(model, saved):
     own = dict(named_adapters(model))
     shapes = {name: parameter.shape for name, parameter in own.items()}
     if shapes != {name: value.shape for name, value in saved.adapters.items()}:
-        raise UserError(f'{saved.path} has adapters of another rank or for other Linears; '
-                        f'go on without --lora_rank and --lora_targets, which keeps its own')
+        raise UserError(f'{saved.path} has adapters of another rank, or for other Linears or '
+                        f'other new tokens; go on without --lora_rank and --lora_targets, which '
+                        f'keeps its own')
     for name, parameter in own.items():
         parameter.data.copy_(saved.adapters[name])
 

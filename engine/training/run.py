@@ -332,21 +332,19 @@ class Run:
             self.saver.save(self.model, state)
             return
 
-        state.model = gathered.gather_weights(self.model)
         state.optimizer = gathered.gather(state.optimizer)
+        weights = None
+        if model_too or not self.base:
+            weights = self.whole_weights()
         if not env.is_main:
             return
 
-        # a state has the adapters, and the model for people has them merged
-        whole = state.model
-        if self.base:
-            whole = lora.merged_weights(self.model) if model_too else None
-            state = replace(state, model={}, adapters=lora.adapters(self.model), base=self.base)
-
         folder = Path(self.out_dir)
         if model_too:
-            model = replace(state, model=whole, optimizer=None, scaler=None)
+            model = replace(state, model=weights, optimizer=None, scaler=None)
             gathered.write(folder / gathered.MODEL, model.to_payload())
+        if not self.base:
+            state.model = weights
         gathered.write(folder / gathered.STATE, state.to_payload(), keep_as=gathered.PREVIOUS)
 
     def is_model_kept(self) -> bool:
@@ -361,18 +359,30 @@ class Run:
     def keep_model(self, env: Environment):
         """Write the model to a file that no later save replaces, in the format of ckpt.pt."""
         kept = replace(self.to_checkpoint(), optimizer=None, scaler=None)
-        kept.model = gathered.gather_weights(self.model)
+        kept.model = self.whole_weights()
         if env.is_main:
             path = Path(self.out_dir) / kept_name(kept.iter_num)
             gathered.write(path, kept.to_payload())
 
+    def whole_weights(self) -> dict:
+        """{name: weight} of a plain GPT on rank 0, with adapters merged. A collective."""
+        if self.base:
+            return lora.merged_weights(self.model)
+        return gathered.gather_weights(self.model)
+
     def to_checkpoint(self) -> Checkpoint:
-        """The run as it is now. Weights and moments are shards where the parameters are."""
+        """The run as it is now. Weights and moments are shards where the parameters are.
+
+        A run that trains adapters has these in place of the weights.
+        """
+        model = self.model.to_checkpoint()
+        if self.base:
+            model.update(model={}, adapters=lora.adapters(self.model), base=self.base)
         clipped = None                          # files of most runs have no such field
         if self.clipped:
             clipped = self.clipped
         return Checkpoint(
-            **self.model.to_checkpoint(),
+            **model,
             **asdict(self.progress),
             clipped=clipped,
             wandb_id=self.writer.wandb_id if self.writer else None,

@@ -98,11 +98,36 @@ def test_what_has_no_adapter_in_the_format_of_peft_is_refused(adapted, tmp_path)
         assert not (tmp_path / 'adapter').exists()
 
     first = next(name for name in saved.adapters if name.endswith('lora_a'))
+    matrix = saved.adapters[first]
+    turned = {**saved.adapters, first: matrix.T.contiguous()}
+    more = {**saved.adapters, 'transformer.wte.lora_a': matrix}
+    rows = {**saved.adapters, 'transformer.wte.lora_rows': matrix}
     refused_with('has no adapters, .*try --to=hf', adapters=None, base=None)
-    refused_with('not one of the two matrices', adapters={first: saved.adapters[first]})
+    refused_with('has no adapters', adapters={})
+    refused_with('not pairs of matrices', adapters={first: matrix})
+    refused_with('not fit its model|of another rank', adapters=turned)
+    refused_with('not fit its model', adapters=more)
+    refused_with('new tokens, .*--to=hf', adapters=rows)
     refused_with('does not say what lora_alpha', config={})
-    refused_with('vocab_size=51, and .* has 50; .*--to=hf',
-                 model_args=dict(saved.model_args, vocab_size=51))
-    if saved.model_args.get('position') is None:
-        refused_with('n_positions=32, and .* has 16; .*--to=hf',
-                     model_args=dict(saved.model_args, block_size=32))
+
+    # weights with fewer tokens or positions than the run
+    path = tmp_path / 'base' / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(config, vocab_size=49)))
+    refused_with('vocab_size=50, and .* has 49; .*--to=hf')
+    if 'n_positions' in config:
+        path.write_text(json.dumps(dict(config, n_positions=8)))
+        refused_with('n_positions=16, and .* has 8; .*--to=hf')
+
+
+def test_adapters_of_a_run_say_how_its_weights_are_exported(adapted, tmp_path, capsys):
+    run, _ = adapted
+    saved = gathered.read_ckpt(run)
+    (tmp_path / 'first').mkdir()
+    of_a_run = dict(saved.to_payload(), base=dict(saved.base, source=str(tmp_path / 'first')))
+    plain = {name: value for name, value in of_a_run.items() if name not in ('adapters', 'base')}
+    gathered.write(tmp_path / 'first' / 'ckpt.pt', plain)
+    gathered.write(run / 'ckpt.pt', of_a_run)
+    export_adapter(run, tmp_path / 'adapter')
+    assert f'python export.py {tmp_path / "first"} FOLDER writes it' in capsys.readouterr().err
+    assert (tmp_path / 'adapter' / 'adapter_config.json').exists()

@@ -6,14 +6,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SETTINGS, read_records, script_settings
+from harness import CHARACTERS, SETTINGS, read_records, script_settings, write_toy_dataset
 
 import export
 import train
 from engine.checkpoint import run_folder
+from engine.checkpoint.load_model import grow_embedding
 from engine.distributed import Environment
 from engine.errors import UserError
-from engine.training import lora
+from engine.training import chunked_loss, lora
 from engine.training.chunked_loss import chunked_cross_entropy
 from engine.training.freeze import freeze_layers
 from model import GPT, GPTConfig
@@ -124,6 +125,36 @@ def test_a_base_in_bfloat16_multiplies_as_autocast_does_in_float32():
     torch.testing.assert_close(merged(idx, idx)[0], low(idx, idx)[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('keep_logits', [True, False])
+def test_the_rows_of_new_tokens_learn_as_in_full_finetuning(tied, keep_logits, monkeypatch):
+    """Their gradients are the same, with whole logits and with those of a few positions."""
+    monkeypatch.setattr(chunked_loss, 'MIN_LOGITS', 1)
+    monkeypatch.setitem(chunked_loss.CHUNK_LOGITS, 'cpu', 200)
+    full = tiny_gpt(tied=tied)
+    grow_embedding(full, 48, 52)                        # 50 rows, of which two are padding
+    adapted = copy.deepcopy(full)
+    base = adapt(adapted)
+    idx = torch.randint(52, (2, 16))
+    for model in (full, adapted):
+        model.keep_logits = keep_logits
+        model(idx, idx)[1].backward()
+
+    tables = {'transformer.wte': (full.transformer.wte, adapted.transformer.wte)}
+    if not tied:
+        tables['lm_head.rows'] = (full.lm_head, adapted.lm_head.rows)
+    for name, (whole, grown) in tables.items():
+        torch.testing.assert_close(grown.lora_rows.grad, whole.weight.grad[48:52])
+        assert f'{name}.lora_rows' in lora.adapters(adapted)
+
+    # they are merged too, and are no part of the fingerprint
+    merged = plain_gpt(full.config, lora.merged_weights(adapted))
+    torch.testing.assert_close(merged(idx)[0], full(idx)[0], rtol=0, atol=1e-5)
+    again = copy.deepcopy(full)
+    again.transformer.wte.weight.data[48:52] += 1
+    assert adapt(again)['fingerprint'] == base['fingerprint']
+
+
 def test_a_frozen_head_takes_no_gradient_from_the_chunked_loss():
     x = torch.randn(2, 8, 4)
     targets = torch.randint(50, (2, 8))
@@ -144,9 +175,10 @@ def test_the_arithmetic_of_a_frozen_weight_is_two_thirds():
     model = tiny_gpt()
     attention = 12 * 2 * 32 * 16
     n_parameters = model.get_num_params(non_embedding=False)
-    assert model.flops_per_token() == 6 * n_parameters + attention
+    n_multiplied = n_parameters - 16 * 32               # but for the learned positions
+    assert model.flops_per_token() == 6 * n_multiplied + attention
     model.requires_grad_(False)
-    assert model.flops_per_token() == 4 * n_parameters + attention
+    assert model.flops_per_token() == 4 * n_multiplied + attention
 
 
 # Runs
@@ -188,7 +220,7 @@ def toy_data(trained):
 def adapted(base, toy_data, tmp_path_factory):
     """The folder of a finished run with adapters."""
     out_dir = tmp_path_factory.mktemp('adapted') / 'out'
-    run(base, out_dir)
+    run(base, out_dir, '--keep_interval=20')
     return out_dir
 
 
@@ -220,6 +252,34 @@ def test_the_model_for_people_is_merged_and_the_state_is_small(base, adapted):
     assert state['model'] == {}
     names = set(GPT(model.config).state_dict())
     assert set(saved.model) == names
+
+    # the model that stays is merged as well
+    kept = run_folder.newest_checkpoint(adapted / 'ckpt_000020.pt')
+    for name, weight in kept.model.items():
+        assert torch.equal(weight, saved.model[name]), name
+
+
+def test_new_tokens_and_stretched_positions_resume_bit_for_bit(trained, toy_data, tmp_path):
+    """The base is a run, which knows neither one of the characters nor half of the positions."""
+    more = tmp_path / 'more'
+    write_toy_dataset(more, CHARACTERS + 'z')
+    first = trained.folder / 'out-toy'
+    flags = (f'--dataset={more}', '--block_size=64', '--eval_interval=2', '--weight_decay=0')
+    run(first, tmp_path / 'straight', *flags, '--max_iters=4')
+    run(first, tmp_path / 'parts', *flags, '--max_iters=2')
+    resume(tmp_path / 'parts', '--max_iters=4')
+
+    states = [torch.load(tmp_path / name / 'state.pt', weights_only=True)
+              for name in ('straight', 'parts')]
+    torch.testing.assert_close(states[0]['adapters'], states[1]['adapters'], rtol=0, atol=0)
+    torch.testing.assert_close(states[0]['optimizer'], states[1]['optimizer'], rtol=0, atol=0)
+
+    model = GPT.from_checkpoint(tmp_path / 'parts')
+    begun = run_folder.newest_checkpoint(first).model['transformer.wte.weight']
+    rows = model.transformer.wte.weight
+    assert model.config.block_size == 64
+    assert torch.equal(rows[:len(CHARACTERS)], begun[:len(CHARACTERS)])
+    assert not torch.allclose(rows[len(CHARACTERS)], begun[:len(CHARACTERS)].mean(dim=0))
 
 
 @pytest.mark.skipif(sys.platform == 'win32',
@@ -323,6 +383,16 @@ def test_names_freeze_what_they_say(names, frozen):
     for name, parameter in model.named_parameters():
         expected = any(name.startswith(f'{layer}.') for layer in frozen)
         assert parameter.requires_grad != expected, name
+
+
+def test_frozen_rows_of_new_tokens_are_told_of(caplog):
+    model = tiny_gpt()
+    grow_embedding(model, 50, 53)
+    with caplog.at_level('INFO', 'plaingpt'):
+        freeze_layers(model, 'h.0', environment())
+        assert not caplog.messages
+        freeze_layers(model, 'wte', environment())
+    assert 'freeze=wte leaves the rows of 3 new tokens as they begin' in caplog.text
 
 
 @pytest.mark.parametrize('names, words', [
