@@ -1,5 +1,7 @@
 """Another context length for weights that were trained with one."""
 
+from pathlib import Path
+
 from torch import nn
 
 from engine.checkpoint.contents import Checkpoint
@@ -21,8 +23,8 @@ def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) 
     is_stretched = block_size > context and model.config.position == 'learned'
     if is_stretched and saved and saved.shards_folder:
         raise UserError(f'{saved.path} has shards of {context} positions, which cannot be '
-                        f'stretched to block_size={block_size}; begin a new run with its model: '
-                        f'python export.py RUN FOLDER, then --init_from=FOLDER')
+                        f'stretched to block_size={block_size}; begin a new run with its model, '
+                        f'by --init_from={Path(saved.path).parent} and another --out_dir')
 
     model.resize_context(block_size)
     adapts = saved is not None and saved.base is not None

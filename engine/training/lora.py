@@ -156,20 +156,20 @@ def replace_linears(model: nn.Module, settings: dict, saved: Checkpoint | None,
             base['fingerprint'] = fingerprint(model)
             check_same_base(base, saved)
 
-        model.requires_grad_(False)
-        replace(model, settings, env.dtype)
-        train_new_rows(model)
+        adapt(model, settings, env.dtype)
         if saved:
             load_adapters(model, saved)
     return base
 
 
-def replace(model: nn.Module, settings: dict, precision: str) -> None:
-    """Replace the Linears of the blocks, as replace_linears says.
+def adapt(model: nn.Module, settings: dict, precision: str) -> None:
+    """Freeze a GPT and replace the Linears of its blocks, as replace_linears says.
 
     precision: that of the step, such as 'bfloat16'.
     Raises UserError for a target that no Linear has as its name.
     """
+    model.requires_grad_(False)
+    train_new_rows(model)
     dtype = torch.float32
     if precision == 'bfloat16':
         dtype = torch.bfloat16
@@ -183,7 +183,8 @@ def replace(model: nn.Module, settings: dict, precision: str) -> None:
                             f'{", ".join(known)}; try --lora_targets={",".join(known)}')
 
     generator = torch.Generator().manual_seed(derive_seed(settings['seed'], 'lora'))
-    for name, linear in linears.items():
+    for name in list(linears):
+        linear = linears.pop(name)              # so that its memory is free once it is replaced
         if is_target(name, targets):
             layer = LoRALinear(linear, dtype, settings['lora_rank'], settings['lora_alpha'],
                                settings['lora_dropout'], generator)
@@ -204,7 +205,7 @@ def train_new_rows(model):
         head = GrownEmbedding(model.lm_head.weight, tokens)
     model.transformer.wte = embedding
     model.lm_head = GrownHead(head)
-    log.info(f'note: the rows of the {len(tokens)} new tokens are trained beside the adapters')
+    log.info('note: the rows of new tokens are trained beside the adapters')
 
 
 def linears_of_blocks(model) -> Iterator[tuple[str, nn.Linear]]:
@@ -303,14 +304,12 @@ def check_that_they_fit(settings, saved):
     rank = settings['lora_rank']
     if saved and saved.base and not rank:
         raise UserError(f'{saved.path} has adapters, which lora_rank=0 leaves out; go on without '
-                        f'--lora_rank, or train the whole merged model as a new run: '
-                        f'python export.py {settings["out_dir"]} merged, then '
-                        f'--init_from=merged and another --out_dir')
+                        f'--lora_rank, or train the whole merged model as a new run, by '
+                        f'--init_from={settings["out_dir"]} and another --out_dir')
     if saved and not saved.base and rank:
         raise UserError(f'{saved.path} has no adapters, so it cannot go on with lora_rank={rank}; '
-                        f'begin a new run with its model as the base: '
-                        f'python export.py {settings["out_dir"]} base, then '
-                        f'--init_from=base and another --out_dir')
+                        f'begin a new run with its model as the base, by '
+                        f'--init_from={settings["out_dir"]} and another --out_dir')
     if not saved and rank and settings['init_from'] in ('scratch', 'auto'):
         raise UserError(f'lora_rank={rank} adapts weights that were trained before, and '
                         f'init_from={settings["init_from"]} has none; try --init_from=gpt2')

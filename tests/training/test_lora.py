@@ -337,7 +337,8 @@ def test_adapters_do_not_go_on_over_other_weights(base, adapted, tmp_path):
 
 
 def test_a_whole_run_cannot_go_on_with_adapters(trained, toy_data):
-    with pytest.raises(UserError, match=r'has no adapters, .*export.py .* base, then'):
+    words = 'has no adapters, .*by --init_from=.*out-toy and another --out_dir'
+    with pytest.raises(UserError, match=words):
         resume(trained.folder / 'out-toy', '--lora_rank=4')
 
 
