@@ -206,17 +206,14 @@ class Run:
     def summary(self, data: TokenDataset, max_iters: int, env: Environment) -> str:
         """Lines to show: what an iteration computes, and how much of `data` the run reads.
 
-        A third one is a note where the run would read a dataset MANY_EPOCHS times or more.
+        Others say how many parameters are trained, if some are frozen, and that the run would read
+        a dataset MANY_EPOCHS times or more.
         """
         schedule = self.batch_schedule
         iter_num = self.progress.iter_num
         micro_steps, micro_batch_size = schedule.rank_share(self.progress.tokens)
         n_params = self.model.get_num_params(non_embedding=False)
-        n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        parameters = f'{n_params:,} parameters'
-        if n_trained < n_params:
-            parameters += f', of which {n_trained:,} are trained'
-        batch = (f'{parameters}, {micro_steps * env.world_size} micro-batches of '
+        batch = (f'{n_params:,} parameters, {micro_steps * env.world_size} micro-batches of '
                  f'{micro_batch_size} x {data.block_size} tokens per iteration, '
                  f'from iteration {iter_num}')
 
@@ -227,6 +224,9 @@ class Run:
                 f'{max(max_iters, iter_num):,} iterations read {short_number(tokens)}, '
                 f'{tokens / available:.3g} epochs')
         lines = [batch, text]
+        n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if n_trained < n_params:
+            lines.append(f'{n_trained:,} of the parameters are trained; the others are frozen')
         if iterations_left and not self.settings['eval_only']:
             lines += many_epochs_note(data, tokens)
         return '\n'.join(lines)
