@@ -38,7 +38,7 @@ from engine.prepare.encode import in_order, safe_pieces
 from engine.tokenizer import Tokenizer, padded_vocab_size
 from engine.training import lora, optim, parallel, settings_checks
 from engine.training.cpu import keep_freed_memory
-from engine.training.freeze import freeze_layers
+from engine.training.freeze import freeze
 from engine.training.plan import Step, describe_plan
 from engine.training.run import BatchSchedule, Progress, Run
 from model import GPT, GPTConfig
@@ -557,7 +557,7 @@ def print_plan(overrides):
     )
     max_iters = settings['max_iters'] if config else None
     model = model_to_plan(settings, overrides)
-    freeze_layers(model, settings['freeze'], ranks)
+    freeze(model, settings['freeze'])
     if settings['lora_rank']:
         with torch.device('meta'):
             lora.adapt(model, settings, planned_dtype)

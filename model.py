@@ -378,10 +378,13 @@ class GPT(nn.Module):
         """Floating point operations of the forward and backward pass, per token of a full block.
         Source: Chowdhery et al. 2022, appendix B (arXiv:2204.02311)."""
         c = self.config
-        layers = [*self.transformer.h, self.transformer.ln_f, self.lm_head]
-        parameters = [p for layer in layers for p in layer.parameters()]
-        n_multiplied = sum(p.numel() for p in parameters)
-        n_frozen = sum(p.numel() for p in parameters if not p.requires_grad)    # without gradients
+        n_multiplied = self.get_num_params()
+        if not c.tied:                              # then the embedding is only looked up
+            n_multiplied -= c.vocab_size * c.n_embd
+        # what is frozen has no gradient
+        layers = (self.transformer.h, self.transformer.ln_f, self.lm_head)
+        n_frozen = sum(p.numel() for layer in layers for p in layer.parameters()
+                       if not p.requires_grad)
         return 6 * n_multiplied - 2 * n_frozen + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, n_sequences, seconds, peak_flops=312e12):

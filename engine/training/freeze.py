@@ -21,23 +21,28 @@ def freeze_layers(model: nn.Module, names: str, env: Environment) -> None:
     train.
     """
     with env.raise_on_all_ranks():
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in filter(None, (part.strip() for part in names.split(','))):
-            for layer in expand_range(name):
-                prefixes = (f'transformer.{layer}.', f'{layer}.')
-                found = [p for full_name, p in parameters.items() if full_name.startswith(prefixes)]
-                if not found:
-                    raise no_such_layer(layer, model)
-                for parameter in found:
-                    parameter.requires_grad_(False)
-
-        if not any(parameter.requires_grad for parameter in parameters.values()):
-            raise UserError(f'freeze={names} leaves nothing to train; name fewer layers')
+        freeze(model, names)
 
     n_new = len(new_tokens(model))
     if n_new and not model.transformer.wte.weight.requires_grad:
         log.info(f'note: freeze={names} leaves the rows of {n_new} new tokens as they begin, which '
                  f'is as the mean of the others; without wte in it they are trained')
+
+
+def freeze(model: nn.Module, names: str) -> None:
+    """Exclude the weights of layers from training, as freeze_layers does, on this rank alone."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in filter(None, (part.strip() for part in names.split(','))):
+        for layer in expand_range(name):
+            prefixes = (f'transformer.{layer}.', f'{layer}.')
+            found = [p for full_name, p in parameters.items() if full_name.startswith(prefixes)]
+            if not found:
+                raise no_such_layer(layer, model)
+            for parameter in found:
+                parameter.requires_grad_(False)
+
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(f'freeze={names} leaves nothing to train; name fewer layers')
 
 
 def expand_range(name: str) -> Iterator[str]:
