@@ -42,8 +42,9 @@ from engine.metrics import bench_report
 from engine.metrics import peers as peer_timing
 from engine.prepare.encode import in_order, safe_pieces
 from engine.tokenizer import Tokenizer, padded_vocab_size
-from engine.training import optim, parallel, settings_checks
+from engine.training import lora, optim, parallel, settings_checks
 from engine.training.cpu import keep_freed_memory
+from engine.training.freeze import freeze
 from engine.training.plan import Step, describe_plan
 from engine.training.run import BatchSchedule, Progress, Run
 from model import GPT, GPTConfig
@@ -67,6 +68,8 @@ n_head = 12
 n_embd = 768
 vocab_size = 50304                      # size for random tokens; real data brings its own
 dropout = 0.0
+lora_rank = 0                           # rank of adapters that the training step trains in place
+                                        # of the weights; 0: none
 bias = False                            # transformers' GPT-2 has biases, so compare sets them
 # measurement
 warmup_steps = 5                        # steps that are not timed; they include compilation
@@ -205,6 +208,8 @@ def build_reference(model, env):
 
 def build_run(model, env):
     """The Run that train.py would make, with a constant learning rate."""
+    if lora_rank:
+        lora.adapt(model, dict(vars(train), lora_rank=lora_rank, seed=seed), env.dtype)
     wrapped_model = parallel.wrap(model, env, strategy, recompute).train()
     n_micro_batches = gradient_accumulation_steps * env.world_size
     return Run(
@@ -357,11 +362,13 @@ def print_step(losses, mfu, peak, env):
 def print_memory(run, env):
     """Print the peak of memory, and what the weights, gradients and moments of this rank take."""
     moments = [value for moment in run.optimizer.state.values() for value in moment.values()]
-    weights_gib = local_bytes(run.model.parameters()) / GIB
+    parameters = list(run.model.parameters())
+    weights_gib = local_bytes(parameters) / GIB
+    gradients_gib = local_bytes(p for p in parameters if p.requires_grad) / GIB
     moments_gib = local_bytes(moments) / GIB
     peak_gib = devices.peak_memory(env.device) / GIB
     print0(f'memory       {peak_gib:.2f} GiB at the most; of this rank: weights {weights_gib:.2f}, '
-           f'gradients {weights_gib:.2f}, moments {moments_gib:.2f}')
+           f'gradients {gradients_gib:.2f}, moments {moments_gib:.2f}')
 
 
 def local_bytes(tensors):
@@ -550,8 +557,7 @@ def print_plan(overrides):
                           settings['block_size'], gpus)
     ranks = distributed.Environment(
         torch.device('cuda'), planned_dtype, bool(settings['compile']), 0, 0, gpus, '')
-    parallel.check_strategy(
-        settings['strategy'], settings['reduce_dtype'], ranks, settings['optimizer'])
+    settings_checks.check_ranks(settings, ranks)
 
     step = Step(
         micro_batch_size=batch.full_share.micro_batch_size,
@@ -565,6 +571,10 @@ def print_plan(overrides):
     )
     max_iters = settings['max_iters'] if config else None
     model = model_to_plan(settings, overrides)
+    freeze(model, settings['freeze'])
+    if settings['lora_rank']:
+        with torch.device('meta'):
+            lora.adapt(model, settings, planned_dtype)
     for line in describe_plan(model, step, plan, assumed_mfu * peak, max_iters):
         print0(line)
 
@@ -644,10 +654,14 @@ def check_settings(overrides):
     counts = 'batch_size gradient_accumulation_steps warmup_steps steps prompt_tokens new_tokens'
     configurator.check_range(globals(), counts, 1, 2 ** 20)
     configurator.check_range(globals(), 'gpus', 1, 2 ** 17)
+    configurator.check_range(globals(), 'lora_rank', 0, 2 ** 16)
     configurator.check_range(globals(), 'assumed_mfu', above=0, below=1)
     for name in ('config', 'init_from', 'gpus', 'assumed_mfu'):
         if name in overrides and not plan:
             raise UserError(f'{name} is for a plan; try --plan=H100, or another GPU')
+    if lora_rank and (bench != 'train' or compare):
+        raise UserError('lora_rank is for the training step of this project; '
+                        "try --bench=train --compare='', or --lora_rank=0")
 
     choices = dict(
         bench=('train', 'sample', 'data'),
@@ -709,7 +723,7 @@ def main(overrides):
     env = start_environment(device, dtype, compile, backend)
     if env.device.type == 'cpu':
         keep_freed_memory()
-    parallel.check_strategy(strategy, 'float32', env)
+    settings_checks.check_ranks(dict(vars(train), strategy=strategy, lora_rank=lora_rank), env)
     check_comparison(env)
     print0(f'{env.summary}, PyTorch {torch.__version__}')
 

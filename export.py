@@ -4,9 +4,11 @@
     python export.py out-shakespeare/ckpt_001000.pt my-gpt2     # from a kept model
     python export.py out-shakespeare my-gpt2 --dtype=bfloat16 --trim_vocab=True
     python export.py out-shakespeare out-nanogpt --to=nanogpt   # a folder that nanoGPT resumes
+    python export.py out-lora my-adapter --to=peft              # adapters alone, for peft
 """
 
 import dataclasses
+import shlex
 import signal
 import sys
 import tempfile
@@ -20,11 +22,12 @@ import configurator
 from engine.errors import RunError, UserError
 
 to = 'hf'               # hf: weights, config.json, tokenizer and model card;
-                        # nanogpt: a ckpt.pt with the optimizer's state in it
+                        # nanogpt: a ckpt.pt with the optimizer's state in it;
+                        # peft: the adapters that train.py --lora_rank=8 has trained
 dtype = 'float32'       # type of the weights, for hf: float32, bfloat16 or float16
 trim_vocab = False      # True cuts the padding of the vocabulary, 50,304 tokens to GPT-2's 50,257
 
-CHOICES = dict(to=('hf', 'nanogpt'), dtype=('float32', 'bfloat16', 'float16'))
+CHOICES = dict(to=('hf', 'nanogpt', 'peft'), dtype=('float32', 'bfloat16', 'float16'))
 NANOGPT_KEYS = ('model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config')
 
 
@@ -63,6 +66,9 @@ def export_nanogpt(source, folder):
         raise UserError(f'{source} has no optimizer, with which nanoGPT resumes; its sample.py '
                         f'reads a copy of {source} that is called ckpt.pt')
     saved, _ = run_folder.load_state(source)
+    if saved.adapters is not None:
+        raise UserError(f'{source} has the optimizer of adapters, which nanoGPT cannot take; '
+                        f'its sample.py reads {source}/{gathered.MODEL} as it is')
     if saved.shards_folder:
         saved = sharded_checkpoint.load_whole(saved, moments_too=True)
     GPT.from_checkpoint(saved)                      # it refuses weights that do not fit
@@ -80,7 +86,7 @@ def export_nanogpt(source, folder):
 
 def check_nanogpt_has(saved, arguments, source):
     """UserError where the run `source` has what nanoGPT does not have."""
-    from model import NANOGPT_ARGS
+    from engine.checkpoint.contents import NANOGPT_ARGS
 
     activation = saved.activation or 'gelu'
     if activation != 'gelu':
@@ -95,15 +101,50 @@ def check_nanogpt_has(saved, arguments, source):
         raise UserError(f'{source} has {", ".join(beyond)}, which nanoGPT does not have')
 
 
+def export_peft(source, folder):
+    """Write the adapters of the run `source` as peft saves them."""
+    from engine.checkpoint import run_folder
+    from engine.hf import peft
+    from model import GPT
+
+    saved = run_folder.newest_checkpoint(source)
+    if saved.adapters is None:
+        raise UserError(f'{source} has no adapters, as it was trained with lora_rank=0; '
+                        f'try --to=hf, which writes the whole model')
+    alpha = (saved.config or {}).get('lora_alpha')
+    if type(alpha) not in (int, float):
+        raise UserError(f'{saved.path} does not say what lora_alpha its adapters have')
+
+    # what they adapt: weights of Hugging Face, or those of a run
+    origin = saved.base['source']
+    run = run_folder.find_run(origin)
+    if run:
+        arguments = run_folder.newest_checkpoint(run).model_args
+        base = dict(vocab_size=arguments.get('vocab_size'),
+                    n_positions=arguments.get('block_size'))
+        notes = [f'{origin} is a run; python export.py {shlex.quote(origin)} FOLDER writes it as '
+                 f'the weights that peft takes']
+    else:
+        base = peft.read_config(origin)
+        notes = []
+
+    model = GPT.from_checkpoint(saved)
+    trained = peft.TrainedAdapters(
+        model.config, model.state_dict(), saved.adapters, origin, base, alpha)
+    notes = peft.write(folder, trained) + notes
+    for note in notes:
+        print0(f'note: {note}', file=sys.stderr)
+
+
 def check_settings():
     for name, choices in CHOICES.items():
         value = globals()[name]
         if value not in choices:
             raise UserError(f'{name}={value!r} is unknown; try {", ".join(map(repr, choices))}')
 
-    if to == 'nanogpt' and (dtype != 'float32' or trim_vocab):
-        raise UserError('--dtype and --trim_vocab are for --to=hf; '
-                        'nanoGPT reads the run as it was trained')
+    if to != 'hf' and (dtype != 'float32' or trim_vocab):
+        raise UserError(f'--dtype and --trim_vocab are for --to=hf; '
+                        f'--to={to} writes the run as it was trained')
 
 
 def read_folders(folders):
@@ -154,10 +195,8 @@ def write_whole(source, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'{target.name}.') as temporary:
             folder = Path(temporary) / 'model'
-            if to == 'nanogpt':
-                export_nanogpt(source, folder)
-            else:
-                export_hf(source, folder)
+            exports = dict(hf=export_hf, nanogpt=export_nanogpt, peft=export_peft)
+            exports[to](source, folder)
             folder.replace(target)
     except (UserError, RunError):
         raise

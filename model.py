@@ -9,7 +9,7 @@ Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017 (tied embedding, arXiv:1
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import CausalAttention
 from engine.errors import UserError
-from engine.model_checks import check_config, check_context, check_overrides, check_weights
-from engine.positions import encode_positions
-
-NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+from engine.model_checks import check_config, check_overrides, check_weights
+from engine.positions import encode_positions, resize_positions
 
 
 @dataclass
@@ -333,15 +331,10 @@ class GPT(nn.Module):
             raise UserError(f'{saved.path or "the checkpoint"}: {error}') from None
 
     def to_checkpoint(self):
-        """{'model_args', 'activation', 'model'}. nanoGPT passes model_args to its own GPTConfig, so
-        a field that it lacks is included only if it differs from its default."""
-        model_args = {name: value for name, value in asdict(self.config).items()
-                      if name in NANOGPT_ARGS or value != getattr(GPTConfig, name)}
-        activation = self.config.activation
-        if activation.startswith('gelu'):           # nanoGPT's GPTConfig would refuse the field
-            model_args.pop('activation', None)
-
-        return dict(activation=activation, model_args=model_args, model=self.state_dict())
+        """{'model_args', 'activation', 'model'}, as a Checkpoint has them."""
+        from engine.checkpoint.contents import model_arguments
+        return dict(activation=self.config.activation, model_args=model_arguments(self.config),
+                    model=self.state_dict())
 
     @classmethod
     def from_weights(cls, config, weights):
@@ -356,14 +349,16 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True)
 
-    def crop_block_size(self, block_size):
-        """Shorten the context by dropping position embeddings. Without those, the context may also
-        become longer than it was in training: ALiBi is made for it, rotary positions get worse."""
+    def resize_context(self, block_size):
+        """Change the context. For a shorter one, learned positions are dropped; for a longer one,
+        they are stretched by interpolation, and need some training. Without learned positions only
+        the limit moves: ALiBi is made for longer contexts, rotary positions get worse."""
         if self.config.position == 'learned':
-            check_context(block_size, self.config)
-            rows = self.transformer.wpe.weight.detach()[:block_size].clone()
+            rows = resize_positions(self.transformer.wpe.weight.detach(), block_size)
             self.transformer.wpe = nn.Embedding.from_pretrained(rows, freeze=False)
         self.config.block_size = block_size
+
+    crop_block_size = resize_context    # nanoGPT's name
 
     # Training
 
@@ -386,7 +381,11 @@ class GPT(nn.Module):
         n_multiplied = self.get_num_params()
         if not c.tied:                              # then the embedding is only looked up
             n_multiplied -= c.vocab_size * c.n_embd
-        return 6 * n_multiplied + 12 * c.n_layer * c.n_embd * c.block_size
+        # what is frozen has no gradient
+        layers = (self.transformer.h, self.transformer.ln_f, self.lm_head)
+        n_frozen = sum(p.numel() for layer in layers for p in layer.parameters()
+                       if not p.requires_grad)
+        return 6 * n_multiplied - 2 * n_frozen + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, n_sequences, seconds, peak_flops=312e12):
         """Share of the device's peak that the model's arithmetic uses (model FLOPs utilization).

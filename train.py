@@ -31,8 +31,10 @@ from engine.generation.generate import TextSampler
 from engine.metrics.health import HealthMonitor
 from engine.metrics.step_log import StepLog
 from engine.tokenizer import padded_vocab_size
-from engine.training import optim, parallel, settings_checks
+from engine.training import lora, optim, parallel, settings_checks
+from engine.training.context import change_context
 from engine.training.cpu import keep_freed_memory
+from engine.training.freeze import freeze_layers
 from engine.training.mean_loss import mean_loss
 from engine.training.run import start_run
 from model import GPT, GPTConfig
@@ -47,7 +49,8 @@ dataset = 'openwebtext'  # a folder of data/, or a path; or a mixture, by shares
 n_layer = 12             # blocks; loaded weights keep their own shape
 n_head = 12              # heads of attention in each block
 n_embd = 768             # channels, a multiple of n_head
-block_size = 1024        # tokens of context; loaded weights with more are cut to it
+block_size = 1024        # tokens of context; loaded weights with more are cut to it, and with
+                         # fewer are stretched to it if a command names it
 batch_size = 12          # sequences per micro-batch, at most; fewer take less memory
 learning_rate = 6e-4     # the highest, after warm-up
 max_iters = 600000       # optimizer steps in all
@@ -96,6 +99,12 @@ weight_decay = 0.1       # it acts on matrices and embeddings only
 beta1 = 0.9              # AdamW's decay of the mean of gradients
 beta2 = 0.95             # AdamW's decay of the mean of their squares
 grad_clip = 1.0          # largest norm of the gradient; 0 does not clip
+# finetuning
+lora_rank = 0            # rank of the adapters that are trained beside frozen weights; 0: none
+lora_alpha = 16.0        # an adapter counts lora_alpha / lora_rank times
+lora_targets = 'c_attn,c_proj,c_fc'     # the Linears in each block that get an adapter
+lora_dropout = 0.0       # dropout of what the adapters read
+freeze = ''              # layers that are not trained, such as wte,wpe,h.0-5; empty: none
 # learning rate schedule
 decay_lr = True          # False keeps learning_rate throughout
 lr_schedule = 'cosine'   # cosine; linear; wsd: constant, then linear at the end
@@ -160,7 +169,7 @@ def train_step(run, batches, env):
     loss_sum = torch.zeros((), device=env.device)
     for micro_step in range(run.micro_steps):
         x, y, weight = next(batches)                    # each (B, T), and 1 on average
-        if run.model.config.dropout:
+        if run.model.config.dropout or lora_dropout:
             number = env.rank * run.micro_steps + micro_step
             torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, number))
         is_last = micro_step == run.micro_steps - 1
@@ -233,21 +242,6 @@ def evaluate(run, data, env):
     return improved
 
 
-def is_evaluation_due(progress):
-    at_the_end = progress.iter_num >= max_iters
-    is_done = progress.last_eval == progress.iter_num
-    is_kept = keep_interval and progress.iter_num % keep_interval == 0
-    is_due = progress.iter_num % eval_interval == 0 or is_kept or at_the_end
-    return is_due and not is_done
-
-
-def is_out_of_patience(progress):
-    """True at an evaluation where the last `patience` ones did not improve the best val loss."""
-    if not patience or progress.last_eval != progress.iter_num:
-        return False
-    return progress.iter_num // eval_interval - progress.best_iter // eval_interval >= patience
-
-
 # Start-up
 
 def resume_or_begin(overrides, env):
@@ -267,15 +261,20 @@ def resume_or_begin(overrides, env):
 
 def build_model(saved, data, overrides):
     """The model to train: new, of a saved run, or of pretrained weights."""
-    if saved:
+    source = init_from
+    adapts = saved and saved.base               # then the state lacks what its adapters adapt
+    if adapts:
+        source = saved.base['source']
+
+    if saved and not adapts:
         model = GPT.from_checkpoint(saved, dropout)
-    elif init_from in ('scratch', 'auto'):
+    elif source in ('scratch', 'auto'):
         torch.manual_seed(seed)
         shape = {name: globals()[name] for name in MODEL_SETTINGS}
         vocab_size = padded_vocab_size(data.vocab_size)
         return GPT(GPTConfig(block_size, vocab_size, dropout=dropout, **shape))
     else:
-        model = load_model.load_to_train(GPT, init_from, dataset, data.tokenizer, dropout)
+        model = load_model.load_to_train(GPT, source, dataset, data.tokenizer, dropout)
 
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
@@ -284,12 +283,9 @@ def build_model(saved, data, overrides):
     settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
-    context = model.config.block_size
-    is_wanted = 'block_size' in overrides or (not saved and block_size < context)
-    if block_size != context and is_wanted:
-        model.crop_block_size(block_size)
-        print_text(f'note: the weights have read contexts of {context} tokens, '
-                   f'and now read {block_size}')
+    is_cut = not saved and block_size < model.config.block_size
+    if 'block_size' in overrides or adapts or is_cut:
+        change_context(model, block_size, saved)
     return model
 
 
@@ -313,7 +309,11 @@ def main(overrides):
         # the model, its optimizer, and where the run goes on
         build = partial(build_model, saved, data, overrides)
         model = parallel.build_on_ranks(build, GPT, strategy, env)
-        run = start_run(configurator.snapshot(globals()), model, data, saved, env)
+        freeze_layers(model, freeze, env)
+        settings = configurator.snapshot(globals())
+        base = lora.replace_linears(model, settings, saved, env)    # None with lora_rank=0
+        run = start_run(settings, model, data, saved, env)
+        run.base = base
         with env.raise_on_all_ranks():
             if sample_tokens:
                 run.sampler = TextSampler(data.tokenizer, sample_prompt, sample_tokens, seed)
@@ -351,7 +351,7 @@ def train(run, data, overrides, env):
     first_iteration = progress.iter_num
     while True:
         # evaluate, sample, save
-        if is_evaluation_due(progress):
+        if run.is_evaluation_due():
             step_log.flush()
             improved = evaluate(run, data, env)
             if improved is None:
@@ -361,7 +361,7 @@ def train(run, data, overrides, env):
             with status('saving'):
                 run.save(env, model_too=is_model_due)
             step_log.restart_clock()
-        if progress.iter_num >= max_iters or is_out_of_patience(progress):
+        if progress.iter_num >= max_iters or run.is_out_of_patience():
             break
 
         # one optimizer step

@@ -112,14 +112,6 @@ def check_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
                             'and here they are tied')
 
 
-def check_context(block_size: int, config) -> None:
-    """UserError where a context of block_size is longer than a GPTConfig has learned positions."""
-    longest = config.block_size
-    if block_size > longest:
-        raise UserError(f'block_size={block_size} is over the {longest} that the weights were '
-                        f'trained with; try --block_size={longest}')
-
-
 def check_overrides(overrides: dict | None, source: str) -> dict:
     """`overrides` of GPTConfig's arguments, which may only have dropout, as weights set the rest.
 

@@ -8,6 +8,7 @@ queries, S keys, H heads, D channels in each head.
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 class PositionEncoding:
@@ -78,3 +79,16 @@ def encode_positions(config, positions: torch.Tensor, n_keys: int) -> PositionEn
     if config.position == 'alibi':
         return ALiBi(positions, n_keys, config.n_head)
     return PositionEncoding()
+
+
+def resize_positions(rows: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Learned positions (T, C) for another context, (block_size, C).
+
+    For a shorter one, these are the first rows. For a longer one, the rows are stretched by linear
+    interpolation, so that the first and the last one stay at the ends.
+    """
+    if block_size <= len(rows):
+        return rows[:block_size].clone()
+    columns = rows.t()[None]                                                    # (1, C, T)
+    stretched = F.interpolate(columns, block_size, mode='linear', align_corners=True)
+    return stretched[0].t().contiguous()

@@ -7,6 +7,7 @@ import torch
 from harness import ROOT, script_settings
 
 import bench
+from engine.distributed import Environment
 from engine.errors import RunError, UserError
 from engine.tokenizer import Tokenizer
 from model import GPT
@@ -161,6 +162,22 @@ def test_finetuning_openai_s_weights_is_planned_by_their_name(capsys, name, giga
     assert gigabytes - 1 < found < gigabytes
 
 
+def test_adapters_are_planned_and_timed_without_the_moments_of_what_they_adapt(capsys):
+    flags = ['--plan=A100', '--config=finetune_shakespeare']
+    whole, rate, _ = plan(capsys, *flags)
+    small, faster, shown = plan(capsys, *flags, '--lora_rank=8')
+    # what is frozen has 14 of its 16 bytes less, and a product less of three
+    assert whole - small > 14 * 1.4
+    assert faster / rate == pytest.approx(3 / 2, rel=0.1)
+    assert max(map(len, shown.splitlines()[1:])) < 80
+
+    env = Environment(torch.device('cpu'), 'float32', False, 0, 0, 1, '')
+    with script_settings(bench, *SMALL, '--lora_rank=3'):
+        run = bench.build_run(bench.build_model(env, 50), env)
+    trained = {tuple(p.shape) for group in run.optimizer.param_groups for p in group['params']}
+    assert trained and all(3 in shape for shape in trained)
+
+
 def test_the_table_of_memory_is_what_a_plan_prints(capsys, monkeypatch):
     """A row of docs/scaling.md has the flags, the GB at the most, and the GPU that has room."""
     models = {}                                     # each shape is built once
@@ -202,6 +219,9 @@ def test_the_trace_is_one_that_a_browser_opens(workspace):
     ('--real_data=True --dataset=nowhere', "dataset 'nowhere' has no train.bin"),
     ('--plan=abacus', "plan='abacus' is no GPU whose peak is known here; try H100"),
     ('--gpus=8', 'gpus is for a plan; try --plan=H100'),
+    ('--lora_rank=8 --bench=sample', 'lora_rank is for the training step'),
+    ('--plan=H100 --lora_rank=8 --gpus=8 --strategy=fsdp --gradient_accumulation_steps=8',
+     'try --strategy=ddp'),
     ('--plan=H100 --gpus=0', 'gpus=0 should be at least 1'),
     ('--plan=H100 --config=train_gpt', 'did you mean train_gpt2'),
     ('--plan=H100 --config=train_gpt2 --gpus=7', 'try --gradient_accumulation_steps=42'),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,8 +135,20 @@ def test_cropped_model_equals_the_long_one_on_short_text():
     torch.testing.assert_close(short(idx)[0], model(idx)[0])
     with pytest.raises(UserError, match='9 tokens do not fit block_size=8'):
         short(torch.randint(50, (2, 9)))
-    with pytest.raises(UserError, match='--block_size=8'):
-        short.crop_block_size(9)
+
+
+def test_a_longer_context_stretches_learned_positions():
+    """Each channel is interpolated as numpy does it, and the ends stay."""
+    model = tiny_gpt()
+    before = model.transformer.wpe.weight.detach().clone()
+    model.resize_context(41)
+    found = model.transformer.wpe.weight
+    places = np.linspace(0, 15, 41)
+    for channel in range(found.size(1)):
+        expected = np.interp(places, np.arange(16), before[:, channel])
+        np.testing.assert_allclose(found[:, channel].detach(), expected, atol=1e-6)
+    assert found.requires_grad
+    assert model(torch.randint(50, (2, 41)))[0].shape == (2, 1, 50)
 
 
 def test_dropout_is_where_gpt2_has_it():

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.attention import CausalAttention
-from engine.checkpoint.contents import Checkpoint
+from engine.checkpoint.contents import NANOGPT_ARGS, Checkpoint
 from engine.errors import UserError
 from engine.generation import cpu as cpu_generation
 from engine.generation.kv_cache import KVCache, StaticKVCache, new_caches
 from engine.positions import ALiBi, PositionEncoding, RotaryPositions
 from engine.training import chunked_loss
-from model import GPT, NANOGPT_ARGS, GPTConfig
+from model import GPT, GPTConfig
 
 OPTIONS = [('position', 'rotary'), ('position', 'alibi'), ('norm', 'rmsnorm'),
            ('norm', 'rmsnorm_gain'),

@@ -6,7 +6,7 @@ For others:
     kept          kept_name, kept_models, for which PyTorch is not imported
     gathered      gather, gather_weights, write, read, read_ckpt, and the names of its files
     sharded       ShardedSaver, load, load_whole
-    load_model    load_model, checkpoint_spec
+    load_model    load_model, checkpoint_spec, load_to_train, new_tokens
 
 The wing imports ground files only, and never training or metrics. load_model alone also imports
 dataloader.batches and hf.tokenizer_json.

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ TYPES = dict(
     chat=dict,
     optimizer=dict,
     scaler=dict,
+    base=dict,
     fingerprint=str,
     dtype=str,
     wandb_id=str,
@@ -30,9 +31,12 @@ TYPES = dict(
     clipped=list,
     activation=str,
 )
+# The arguments of nanoGPT's GPTConfig
+NANOGPT_ARGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 COUNTS = ('sequences', 'tokens', 'best_iter')       # whole numbers, where a checkpoint has them
 LARGEST_COUNT = 2 ** 63 - 1
-OPTIONAL_IN_FILES = ('model', 'optimizer', 'scaler', 'clipped', 'last_val_loss', 'chat')
+OPTIONAL_IN_FILES = ('model', 'adapters', 'base', 'optimizer', 'scaler', 'clipped',
+                     'last_val_loss', 'chat')
 NOT_IN_FILES = ('path', 'shards_folder', 'stands_in_for')
 
 
@@ -49,7 +53,12 @@ class Checkpoint:
     activation: str | None = None       # its GPTConfig.activation; nanoGPT has the exact GELU only
     model_args: dict                    # what nanoGPT passes to its own GPTConfig; an activation
                                         # that is no GELU is in it too
-    model: dict[str, torch.Tensor] | None = None    # {name: weight}; None where sharded
+    model: dict[str, torch.Tensor] | None = None    # {name: weight}; None where sharded; empty in
+                                        # the state of a run that trains adapters
+    adapters: dict[str, torch.Tensor] | None = None     # {name: matrix} of such a run, which are
+                                        # merged into the model of its ckpt.pt
+    base: dict | None = None            # what they adapt, {'source': as init_from has it,
+                                        # 'fingerprint': the hash of the weights}
 
     # how far the run is, as Progress in engine/training/run.py has it
     iter_num: int | None = None         # optimizer steps
@@ -128,6 +137,19 @@ class Checkpoint:
         return payload
 
 
+def model_arguments(config) -> dict:
+    """The model_args of a checkpoint, from a GPTConfig: Checkpoint.gpt_arguments reads them.
+
+    nanoGPT passes them to its own GPTConfig, so a field that it lacks is included only if it
+    differs from its default.
+    """
+    arguments = {name: value for name, value in asdict(config).items()
+                 if name in NANOGPT_ARGS or value != getattr(type(config), name)}
+    if config.activation.startswith('gelu'):        # nanoGPT's GPTConfig would refuse the field
+        arguments.pop('activation', None)
+    return arguments
+
+
 def names_in_files():
     """The names of the fields that files have, in their order."""
     return [field.name for field in fields(Checkpoint) if field.name not in NOT_IN_FILES]
@@ -147,18 +169,30 @@ def check_keys(payload, path, also_needed):
 
 
 def check_types(payload, path):
-    weights = payload['model']
-    is_named = isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor)
-        for name, value in weights.items())
-    if not is_named:
-        raise UserError(f'{path}: its model is not a dict of named weights')
+    for part in ('model', 'adapters'):
+        weights = payload.get(part)
+        is_named = isinstance(weights, dict) and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor)
+            for name, value in weights.items())
+        if weights is not None and not is_named:
+            raise UserError(f'{path}: its {part} is not a dict of named weights')
 
     for name, kind in TYPES.items():
         value = payload.get(name)
         if value is not None and not isinstance(value, kind):
             raise UserError(f'{path}: its {name} is a {type(value).__name__}, '
                             f'not a {kind.__name__}')
+    check_base(payload, path)
+
+
+def check_base(payload, path):
+    """UserError for adapters without a base, a base without adapters, and one without a name."""
+    base = payload.get('base')
+    if (base is None) != (payload.get('adapters') is None):
+        raise UserError(f'{path} has adapters without their base, or a base without adapters')
+    texts = ('source', 'fingerprint')
+    if base is not None and not all(isinstance(base.get(name), str) for name in texts):
+        raise UserError(f'{path}: its base lacks a source or a fingerprint')
 
 
 def check_counts(payload, path):
@@ -195,7 +229,7 @@ def read_progress(payload, path):
 
 def check_finite(checkpoint: Checkpoint, path: str | Path) -> None:
     """UserError where a weight or a moment is not finite. path: what the message names."""
-    not_finite = find_not_finite(checkpoint.model, checkpoint.optimizer)
+    not_finite = find_not_finite(checkpoint.model, checkpoint.optimizer, checkpoint.adapters)
     if not_finite:
         raise UserError(f'{path} cannot be used: {not_finite} is not finite')
 
@@ -235,12 +269,13 @@ def tensors_in(payload) -> Iterator[tuple[tuple, torch.Tensor]]:
         waiting.extend(((*keys, key), value) for key, value in children)
 
 
-def find_not_finite(model: dict | None, optimizer: dict | None = None) -> str | None:
+def find_not_finite(model: dict | None, optimizer: dict | None = None,
+                    adapters: dict | None = None) -> str | None:
     """The name of a weight or an optimizer moment that holds infinity or NaN, or None.
 
-    model: {name: weight}. optimizer: the state_dict of an optimizer.
+    model, adapters: {name: weight}. optimizer: the state_dict of an optimizer.
     """
-    parts = {'model': model, 'optimizer': optimizer}
+    parts = {'model': model, 'optimizer': optimizer, 'adapters': adapters}
     # Each flag is read by itself, as the tensors may lie on several devices.
     for keys, tensor in tensors_in(parts):
         if tensor.is_floating_point() and not tensor.isfinite().all():

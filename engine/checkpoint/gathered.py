@@ -85,7 +85,8 @@ def write(path: str | Path, payload: dict, keep_as: str | None = None) -> None:
     is then as it was.
     """
     path = Path(path)
-    not_finite = find_not_finite(payload.get('model'), payload.get('optimizer'))
+    not_finite = find_not_finite(
+        payload.get('model'), payload.get('optimizer'), payload.get('adapters'))
     if not_finite:
         raise RunError(f'{path} was not written, as {not_finite} is not finite; '
                        f'the files already in {path.parent} are whole, '

@@ -213,7 +213,7 @@ def grow_embedding(model: nn.Module, n_trained: int, n_tokens: int) -> None:
     """Give a GPT's embedding and head rows for n_tokens tokens, of which n_trained were trained.
 
     The rows from n_trained on become the mean of those before. Some may be there already, as
-    padding.
+    padding. new_tokens(model) then gives their ids.
     """
     size = model.config.vocab_size
     n_rows = max(size, n_tokens)
@@ -233,3 +233,9 @@ def grow_embedding(model: nn.Module, n_trained: int, n_tokens: int) -> None:
     model.transformer.wte.num_embeddings = n_rows
     model.lm_head.out_features = n_rows
     model.config.vocab_size = n_rows
+    model.transformer.wte.new_tokens = range(n_trained, n_tokens)
+
+
+def new_tokens(model: nn.Module) -> range:
+    """The ids of the tokens for which grow_embedding gave a GPT rows, in this process."""
+    return getattr(model.transformer.wte, 'new_tokens', range(0))

@@ -167,9 +167,15 @@ def is_one_model(path: str | Path) -> bool:
 
 
 def with_weights(state):
-    """A state of load_state with its weights, which a sharded one lacks so far."""
+    """A state of load_state with its weights, which a sharded one lacks so far.
+
+    UserError for a state that has adapters in their place.
+    """
     if state.shards_folder:
         return sharded_checkpoint.load_whole(state)
+    if state.adapters is not None and not state.model:
+        raise UserError(f'{state.path} has adapters without the model; go on with '
+                        f'--init_from=resume until an evaluation writes {MODEL}, the merged model')
     return state
 
 

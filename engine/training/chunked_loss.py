@@ -57,7 +57,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         if with_gradients:
             d_x = torch.empty_like(x)
-            d_weight = torch.zeros_like(weight)
+            if ctx.needs_input_grad[1]:                         # a frozen head gets none
+                d_weight = torch.zeros_like(weight)
 
         size = positions_in_a_chunk(weight, dtype)
         for first in range(0, len(x), size):
@@ -67,6 +68,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             if with_gradients:
                 d_x[rows] = (d_logits @ weight_low).to(x.dtype)
+            if d_weight is not None:
                 add_product(d_weight, d_logits.t(), x_low[rows])
             del d_logits                                        # before the next chunk's are made
 
@@ -78,7 +80,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         d_x, d_weight, n_counted = ctx.saved_tensors
         scale = d_loss / n_counted
-        return d_x.mul_(scale), d_weight.mul_(scale), None, None, None
+        if d_weight is not None:
+            d_weight.mul_(scale)
+        return d_x.mul_(scale), d_weight, None, None, None
 
 
 def product_dtype(x):

@@ -75,6 +75,9 @@ class Muon(torch.optim.AdamW):
     def __init__(self, model, learning_rate, weight_decay, betas, muon_lr, muon_momentum):
         blocks = model.transformer.h
         matrices = [p for p in blocks.parameters() if p.dim() == 2 and p.requires_grad]
+        if not matrices:
+            raise UserError('optimizer=muon has no matrix to update, as every block is frozen; '
+                            'try --optimizer=adamw')
         ids = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
         rows = rows_of_matrices(model)
@@ -255,7 +258,8 @@ def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
                         f'({type(error).__name__}: {error})') from None
 
     if saved_groups != [group['params'] for group in groups] or not fits(moments, optimizer):
-        raise UserError('the optimizer state belongs to a model of another shape')
+        raise UserError('the optimizer state belongs to a model of another shape, or to one of '
+                        'which other layers are frozen')
     optimizer.load_state_dict({'state': moments, 'param_groups': groups})
 
 

@@ -84,10 +84,10 @@ def wrap(model: nn.Module, env: Environment, strategy: str = 'ddp', recompute: b
     Raises UserError for a combination that would not resume exactly.
     """
     if recompute:
-        if env.compile and model.config.dropout:
+        if env.compile and any(rate > 0 for rate in dropout_rates(model)):
             raise UserError('under torch.compile, recomputed dropout draws from a generator of its '
                             'own, and a resumed run would not be exact; '
-                            'try --compile=False, --recompute=False or --dropout=0')
+                            'try --compile=False, --recompute=False, or no dropout')
         model.recompute = True
     model.keep_logits = False                   # a training step reads the loss alone
     if is_sharded(strategy, env):
@@ -104,6 +104,11 @@ def wrap(model: nn.Module, env: Environment, strategy: str = 'ddp', recompute: b
     if env.world_size > 1:
         model = distribute(model, env, reduce_dtype)
     return model
+
+
+def dropout_rates(model):
+    """The rates of a model's dropout layers. Attention has that of the model."""
+    return {layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)}
 
 
 def compile_blocks(model):
@@ -216,7 +221,8 @@ def copy_from_rank_0(module, device):
             if is_shard(parameter):
                 continue
             if parameter not in copies:
-                copies[parameter] = nn.Parameter(broadcast_from_rank_0(parameter, device))
+                value = broadcast_from_rank_0(parameter, device)
+                copies[parameter] = nn.Parameter(value, parameter.requires_grad)
             setattr(layer, name, copies[parameter])
 
 

@@ -11,6 +11,7 @@ allocator cannot use, and what Muon's update holds for a moment.
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from engine.metrics.step_log import short_number
@@ -95,18 +96,24 @@ def plan_memory(model: nn.Module, step: Step) -> MemoryPlan:
     n_head = config.vocab_size * config.n_embd
     n_parameters = sum(p.numel() for p in model.parameters())
     n_blocks = sum(p.numel() for p in model.transformer.h.parameters())
-    n_products = n_blocks + n_head              # parameters that matrix products read
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    is_head_trained = model.lm_head.weight.requires_grad
+    # float32 parameters that matrix products read; what adapters adapt may be in bfloat16
+    n_products = n_head
+    n_products += sum(p.numel() for p in model.transformer.h.parameters()
+                      if p.dtype == torch.float32)
 
     # One GPU frees the gradients of a step before the next one. DDP keeps their memory for good.
     # FSDP is counted in the same way, as its shards of them are small.
-    n_gradients = n_parameters
+    n_gradients = n_trained
     if step.gpus == 1 and step.micro_steps == 1:
         n_gradients = 0
 
     # AdamW has two moments of each parameter; Muon has one of each matrix in the blocks.
-    n_moments = 2 * n_parameters
+    n_moments = 2 * n_trained
     if step.optimizer == 'muon':
-        n_moments -= sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+        n_moments -= sum(p.numel() for p in model.transformer.h.parameters()
+                         if p.dim() == 2 and p.requires_grad)
 
     # what the products read in place of the float32 weights
     copies = 0
@@ -120,17 +127,17 @@ def plan_memory(model: nn.Module, step: Step) -> MemoryPlan:
     # The compiled backward pass returns all gradients at once; a tied matrix has two at first.
     new_gradients = 0
     if step.is_compiled_whole:
-        new_gradients = 4 * n_parameters
-        if config.tied:
+        new_gradients = 4 * n_trained
+        if config.tied and is_head_trained:
             new_gradients += 4 * n_head
 
     return MemoryPlan(
-        weights=4 * n_parameters / step.shards,
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()) / step.shards,
         gradients=4 * n_gradients / step.shards,
         moments=4 * n_moments / step.shards,
         copies=copies,
         activations=activation_bytes(config, step) * n_tokens + mask_bytes(config, step),
-        loss=loss_bytes(config, step, n_tokens),
+        loss=loss_bytes(config, step, n_tokens, is_head_trained),
         new_gradients=new_gradients,
     )
 
@@ -185,7 +192,7 @@ def mask_bytes(config, step: Step) -> int:
     return n_copies * step.bytes_in_products * config.n_head * config.block_size ** 2
 
 
-def loss_bytes(config, step: Step, n_tokens: int) -> float:
+def loss_bytes(config, step: Step, n_tokens: int, is_head_trained: bool = True) -> float:
     """The bytes of the logits, and of what the chunked loss holds beside those of a chunk."""
     vocab_size = config.vocab_size
     low = step.bytes_in_products
@@ -201,7 +208,9 @@ def loss_bytes(config, step: Step, n_tokens: int) -> float:
 
     # the gradients of the head and of its input, and the head's weights in lower precision
     head = vocab_size * config.n_embd
-    gradients = 4 * head + 4 * config.n_embd * n_tokens
+    gradients = 4 * config.n_embd * n_tokens
+    if is_head_trained:
+        gradients += 4 * head
     copy = 0
     if low < 4 and step.is_sharded:             # without shards it is among the copies
         copy = low * head
@@ -226,12 +235,16 @@ def describe_plan(model: nn.Module, step: Step, gpu: str, flops_per_second: floa
     if step.gpus > 1:
         options.append(step.strategy)
 
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
     lines = [
         f'plan         {step.gpus} x {gpu}, {", ".join(options)}; calculated, not measured',
         f'model        {n_parameters:,} parameters, a vocabulary of {config.vocab_size:,}',
         f'step         each GPU takes {step.micro_steps} times {step.micro_batch_size} x '
         f'{config.block_size:,} tokens',
     ]
+    if n_trained < n_parameters:
+        lines.append(f'training     {n_trained:,} of the parameters; the others are frozen')
     lines += memory_lines(plan_memory(model, step), step)
 
     # the time

@@ -22,7 +22,7 @@ from engine.errors import RunError, UserError
 from engine.log import log
 from engine.metrics.metrics_file import MetricsWriter
 from engine.metrics.step_log import short_number
-from engine.training import optim, parallel
+from engine.training import lora, optim, parallel
 
 MANY_EPOCHS = 100           # a run that reads its text so often says so
 
@@ -190,6 +190,7 @@ class Run:
     chat: dict | None = None            # the dataset's ChatLayout, as in meta.json
     fingerprint: str | None = None      # of the dataset
     dtype: str | None = None            # precision of the step, such as 'bfloat16'
+    base: dict | None = None            # what its adapters adapt, of lora.replace_linears
     bytes_per_token: float | None = None    # of the text of val, where it is known; on rank 0
     # what it works with
     scorer: Callable | None = None      # scores eval_tasks: an evaluation.results.TaskScorer
@@ -205,7 +206,8 @@ class Run:
     def summary(self, data: TokenDataset, max_iters: int, env: Environment) -> str:
         """Lines to show: what an iteration computes, and how much of `data` the run reads.
 
-        A third one is a note where the run would read a dataset MANY_EPOCHS times or more.
+        Others say how many parameters are trained, if some are frozen, and that the run would read
+        a dataset MANY_EPOCHS times or more.
         """
         schedule = self.batch_schedule
         iter_num = self.progress.iter_num
@@ -224,6 +226,9 @@ class Run:
                 f'{max(max_iters, iter_num):,} iterations read {short_number(tokens)}, '
                 f'{tokens / available:.3g} epochs')
         lines = [batch, text]
+        n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if n_trained < n_params:
+            lines.append(f'{n_trained:,} of the parameters are trained; the others are frozen')
         if iterations_left and not self.settings['eval_only']:
             lines += many_epochs_note(data, tokens)
         return '\n'.join(lines)
@@ -251,6 +256,33 @@ class Run:
         wandb_id = saved.wandb_id if saved else None
         self.writer = MetricsWriter(self.out_dir, progress.iter_num, was_evaluated,
                                     wandb_arguments, wandb_id)
+
+    def is_evaluation_due(self) -> bool:
+        """True every eval_interval iterations, where a model is kept, and after the last iteration.
+
+        False where this iteration is evaluated already.
+        """
+        iter_num = self.progress.iter_num
+        if self.progress.last_eval == iter_num:
+            return False
+        settings = self.settings
+        intervals = [settings['eval_interval']]
+        if settings['keep_interval']:
+            intervals.append(settings['keep_interval'])
+        at_the_end = iter_num >= settings['max_iters']
+        return at_the_end or any(iter_num % interval == 0 for interval in intervals)
+
+    def is_out_of_patience(self) -> bool:
+        """True at an evaluation where the last `patience` ones did not improve the best val loss.
+
+        With patience=0 it is never True.
+        """
+        patience = self.settings['patience']
+        interval = self.settings['eval_interval']
+        progress = self.progress
+        if not patience or progress.last_eval != progress.iter_num:
+            return False
+        return progress.iter_num // interval - progress.best_iter // interval >= patience
 
     def count_iteration(self):
         """Note that one more iteration is done."""
@@ -302,15 +334,19 @@ class Run:
             self.saver.save(self.model, state)
             return
 
-        state.model = gathered.gather_weights(self.model)
         state.optimizer = gathered.gather(state.optimizer)
+        weights = None
+        if model_too or not self.base:
+            weights = self.whole_weights()
         if not env.is_main:
             return
 
         folder = Path(self.out_dir)
         if model_too:
-            model = replace(state, optimizer=None, scaler=None)
+            model = replace(state, model=weights, optimizer=None, scaler=None)
             gathered.write(folder / gathered.MODEL, model.to_payload())
+        if not self.base:
+            state.model = weights
         gathered.write(folder / gathered.STATE, state.to_payload(), keep_as=gathered.PREVIOUS)
 
     def is_model_kept(self) -> bool:
@@ -325,18 +361,30 @@ class Run:
     def keep_model(self, env: Environment):
         """Write the model to a file that no later save replaces, in the format of ckpt.pt."""
         kept = replace(self.to_checkpoint(), optimizer=None, scaler=None)
-        kept.model = gathered.gather_weights(self.model)
+        kept.model = self.whole_weights()
         if env.is_main:
             path = Path(self.out_dir) / kept_name(kept.iter_num)
             gathered.write(path, kept.to_payload())
 
+    def whole_weights(self) -> dict:
+        """{name: weight} of a plain GPT on rank 0, with adapters merged. A collective."""
+        if self.base:
+            return lora.merged_weights(self.model)
+        return gathered.gather_weights(self.model)
+
     def to_checkpoint(self) -> Checkpoint:
-        """The run as it is now. Weights and moments are shards where the parameters are."""
+        """The run as it is now. Weights and moments are shards where the parameters are.
+
+        A run that trains adapters has these in place of the weights.
+        """
+        model = self.model.to_checkpoint()
+        if self.base:
+            model.update(model={}, adapters=lora.adapters(self.model), base=self.base)
         clipped = None                          # files of most runs have no such field
         if self.clipped:
             clipped = self.clipped
         return Checkpoint(
-            **self.model.to_checkpoint(),
+            **model,
             **asdict(self.progress),
             clipped=clipped,
             wandb_id=self.writer.wandb_id if self.writer else None,

@@ -36,7 +36,9 @@ def check_training(settings: dict, combinations: bool = True):
     check_range(settings, 'batch_ramp_start batch_ramp_tokens', 0, 10 ** 13)
     check_range(settings, 'min_lr weight_decay grad_clip', 0, below=math.inf)
     check_range(settings, 'learning_rate muon_lr', above=0, below=math.inf)
-    check_range(settings, 'beta1 beta2 muon_momentum dropout', 0, below=1)
+    check_range(settings, 'beta1 beta2 muon_momentum dropout lora_dropout', 0, below=1)
+    check_range(settings, 'lora_rank', 0, 2 ** 16)
+    check_range(settings, 'lora_alpha', above=0, below=math.inf)
     check_range(settings, 'seed', 0, 2 ** 63 - 1)
     check_range(settings, 'rank_timeout', 1, 10 ** 7)
     for name, values in CHOICES.items():
@@ -70,11 +72,32 @@ def check_combinations(settings):
                         'always_save_checkpoint=False wants the best one; '
                         'try --always_save_checkpoint=True, or --checkpoint=gathered')
 
+    if settings['lora_rank']:
+        check_adapters(settings)
+
+
+def check_adapters(settings):
+    """UserError for settings that a run with adapters cannot have."""
+    beginning = f'lora_rank={settings["lora_rank"]}'
+    if settings['freeze']:
+        raise UserError(f'{beginning} trains adapters alone, so freeze={settings["freeze"]} has '
+                        f"nothing to freeze; try --freeze='', or --lora_rank=0")
+    if settings['optimizer'] == 'muon':
+        raise UserError(f'{beginning} trains pairs of matrices, and Muon moves each matrix by '
+                        f'itself; try --optimizer=adamw')
+    if settings['checkpoint'] == 'sharded':
+        raise UserError(f'{beginning} saves adapters, which one rank writes; '
+                        f'try --checkpoint=gathered')
+
 
 def check_ranks(settings: dict, env: Environment):
     """UserError where the ranks, the machine or the precision rule out a setting of train.py."""
     parallel.check_strategy(settings['strategy'], settings['reduce_dtype'], env,
                             settings['optimizer'])
+    if settings['lora_rank'] and parallel.is_sharded(settings['strategy'], env):
+        raise UserError(f'lora_rank={settings["lora_rank"]} keeps the base whole on each rank, and '
+                        f'strategy={settings["strategy"]} gives a rank a part; '
+                        f'try --strategy=ddp')
     reads_whole_model = settings['sample_tokens'] or settings['eval_tasks']
     if reads_whole_model and parallel.is_sharded(settings['strategy'], env):
         raise UserError(f'sample_tokens and eval_tasks read the whole model, and '

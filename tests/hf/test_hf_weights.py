@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from harness import ROOT
 from hub_stand_in import Fault, Hub
 
+from engine.checkpoint.contents import NANOGPT_ARGS
 from engine.errors import UserError
 from engine.hf import weights as hf_weights
 from engine.hf.tokenizer_json import download_pretrained
 from engine.hf.weights import find_weights
-from model import GPT, NANOGPT_ARGS, GPTConfig
+from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
 

@@ -6,6 +6,7 @@ import harness  # noqa: F401, puts the project on sys.path
 import pytest
 import torch
 
+from engine.training import lora, optim
 from engine.training.plan import Step, activation_bytes, mask_bytes, plan_memory
 from model import GPT, GPTConfig
 
@@ -83,6 +84,30 @@ def test_one_gpu_gives_its_gradients_back_and_accumulation_keeps_them():
     assert plan_memory(model, Step(1, 1)).gradients == 0
     for step in (Step(1, 2), Step(1, 1, gpus=2)):
         assert plan_memory(model, step).state == 16 * n_parameters
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_state_of_adapters_is_what_their_step_holds(dtype):
+    """The bytes of all parameters, and of the moments that AdamW makes in a step."""
+    settings = dict(lora_rank=4, lora_alpha=8.0, lora_targets='c_attn,c_fc', lora_dropout=0.0,
+                    seed=1)
+    model = GPT(GPTConfig(16, 50, n_layer=2, n_head=2, n_embd=32))
+    lora.adapt(model, settings, dtype)
+    optimizer = optim.adamw(model, 1e-3, 0.1, (0.9, 0.95))
+    idx = torch.randint(50, (1, 16))
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+        model(idx, idx)[1].backward()
+    optimizer.step()
+
+    def n_bytes(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    moments = [state[name] for state in optimizer.state.values()
+               for name in ('exp_avg', 'exp_avg_sq')]
+    plan = plan_memory(model, Step(1, 2, dtype=dtype))
+    assert plan.weights == n_bytes(model.parameters())
+    assert plan.moments == n_bytes(moments)
+    assert plan.gradients == n_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def test_shards_divide_the_state_over_gpus_or_over_those_of_a_machine():

@@ -101,6 +101,15 @@ def test_a_run_may_change_strategy_and_ranks_at_every_resume(place):
     assert_same(tensors(place, 'chain'), tensors(place, 'straight'), 1e-4)
 
 
+def test_frozen_layers_stay_frozen_on_several_ranks(place):
+    for strategy, ranks in (('ddp', 1), ('ddp', 2), ('fsdp', 2)):
+        train(place, f'frozen-{strategy}-{ranks}', '--freeze=wte,h.0', '--max_iters=3',
+              strategy=strategy, ranks=ranks)
+    alone = tensors(place, 'frozen-ddp-1')
+    assert_same(tensors(place, 'frozen-ddp-2'), alone, 1e-5)
+    assert_same(tensors(place, 'frozen-fsdp-2'), alone, 1e-5)
+
+
 @pytest.mark.parametrize('flag, strategy, ranks', [
     ('--checkpoint=gathered', 'ddp', 3),        # three ranks sum in an order that may change
     ('--checkpoint=gathered', 'fsdp', 3),
