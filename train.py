@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-from console import print0, print_text, report_errors, status  # before torch: see console.py
+from console import print0, print_text, report_errors, status  # before torch
 
 import torch
 
@@ -40,24 +40,24 @@ from engine.training.run import start_run
 from model import GPT, GPTConfig
 
 # what most runs set
-out_dir = 'out'          # folder of the model, the state and the metrics of the run
+out_dir = 'out'          # folder of the run: its model, state and metrics
 init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
                          # weights to begin with: gpt2, gpt2-medium, -large, -xl,
                          # OWNER/NAME[@REVISION], a folder of them, or the folder of a run
-dataset = 'openwebtext'  # a folder of data/, or a path; or a mixture, by shares of the
-                         # sequences: openwebtext:0.7,mine:0.3
+dataset = 'openwebtext'  # a folder of data/, or a path; or a mixture, by
+                         # shares of the sequences: openwebtext:0.7,mine:0.3
 n_layer = 12             # blocks; loaded weights keep their own shape
 n_head = 12              # heads of attention in each block
 n_embd = 768             # channels, a multiple of n_head
-block_size = 1024        # tokens of context; loaded weights with more are cut to it, and with
-                         # fewer are stretched to it if a command names it
-batch_size = 12          # sequences per micro-batch, at most; fewer take less memory
+block_size = 1024        # tokens of context; loaded weights are cut to it,
+                         # and stretched to it if a command names it
+batch_size = 12          # sequences per micro-batch; fewer take less memory
 learning_rate = 6e-4     # the highest, after warm-up
 max_iters = 600000       # optimizer steps in all
 # evaluation, log and checkpoints
 eval_interval = 2000     # iterations between evaluations; each one saves
 log_interval = 1         # iterations between log lines
-eval_iters = 200         # batches of batch_size per split and evaluation
+eval_iters = 200         # batches per split and evaluation
 eval_only = False        # evaluate once, write nothing, and end
 checkpoint = 'gathered'  # gathered: rank 0 writes ckpt.pt and state.pt;
                          # sharded: each rank writes to state/ while training goes on
@@ -67,44 +67,43 @@ overwrite = False        # True replaces the run that out_dir holds
 # at evaluations; none of these changes the weights, but patience may end the run
 sample_tokens = 0        # length of a sample at each evaluation; 0: none
 sample_prompt = '\n'     # text that the sample continues
-eval_tasks = ''          # tasks of evaluate.py to score, such as hellaswag,lambada
+eval_tasks = ''          # tasks of evaluate.py, such as hellaswag,lambada
 eval_tasks_interval = 0  # iterations between such scores; 0: at every evaluation
-eval_tasks_limit = 0     # score only the first examples; 1,000 give a standard error
-                         # of 0.015; 0: all
+eval_tasks_limit = 0     # score only the first examples, such as 1,000; 0: all
 eval_tasks_data = 'data/evals'  # folder that data/evals/prepare.py fills
 patience = 0             # evaluations without a better val loss that end the run; 0: never
 health_interval = 0      # iterations between measurements of each layer; 0: none
 # wandb
-wandb_log = False        # True sends the metrics to wandb as well
+wandb_log = False        # True sends the metrics to wandb
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 accept_dataset_change = False   # True goes on with another dataset
-sampling = 'windows'     # windows: spread evenly, they may overlap; epoch: each window
-                         # once, and the next epoch cuts the text elsewhere
+sampling = 'windows'     # windows: spread evenly, they may overlap; epoch:
+                         # each window once, and the next epoch cuts the text elsewhere
 documents = 'any'        # any: sequences start anywhere; whole: where documents do
-gradient_accumulation_steps = 40    # an iteration reads so many times batch_size sequences
+gradient_accumulation_steps = 40    # micro-batches of batch_size in an iteration
 batch_ramp_start = 0     # tokens of the first batch, which then grows; 0 is no ramp
-batch_ramp_tokens = 0    # tokens until the batch is full; with a ramp, warmup_iters and
-                         # lr_decay_iters count full batches
+batch_ramp_tokens = 0    # tokens until the batch is full; with a ramp,
+                         # warmup_iters and lr_decay_iters count full batches
 # model; what follows bias comes from GPTConfig in model.py
 dropout = 0.0            # 0 for pretraining; 0.1 or more for small data
 bias = False             # biases in Linears and LayerNorms; GPT-2 has them
 OPTIONS = configurator.add_options(globals(), GPTConfig, leave_out=('vocab_size',))
 # optimizer
 optimizer = 'adamw'      # adamw; or muon, for the matrices of the blocks
-muon_lr = 0.02           # the highest learning rate of Muon's matrices
+muon_lr = 0.02           # highest learning rate of Muon's matrices
 muon_momentum = 0.95     # Muon's momentum; it rises from 0.85 over 300 iterations
 weight_decay = 0.1       # it acts on matrices and embeddings only
 beta1 = 0.9              # AdamW's decay of the mean of gradients
 beta2 = 0.95             # AdamW's decay of the mean of their squares
 grad_clip = 1.0          # largest norm of the gradient; 0 does not clip
 # finetuning
-lora_rank = 0            # rank of the adapters that are trained beside frozen weights; 0: none
+lora_rank = 0            # rank of the adapters beside frozen weights; 0: none
 lora_alpha = 16.0        # an adapter counts lora_alpha / lora_rank times
-lora_targets = 'c_attn,c_proj,c_fc'     # the Linears in each block that get an adapter
+lora_targets = 'c_attn,c_proj,c_fc'     # Linears that get an adapter
 lora_dropout = 0.0       # dropout of what the adapters read
-freeze = ''              # layers that are not trained, such as wte,wpe,h.0-5; empty: none
+freeze = ''              # layers to freeze, such as wte,wpe,h.0-5; empty: none
 # learning rate schedule
 decay_lr = True          # False keeps learning_rate throughout
 lr_schedule = 'cosine'   # cosine; linear; wsd: constant, then linear at the end
@@ -120,7 +119,7 @@ backend = 'auto'         # between ranks: auto, nccl (GPUs) or gloo (CPUs)
 device = 'auto'          # auto, cuda, cuda:1, mps or cpu
 dtype = 'auto'           # auto, float32, bfloat16 or float16 (with loss scaling)
 compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on CUDA
-recompute = False        # True recomputes activations: less memory, a third more work
+recompute = False        # True recomputes activations: less memory, more work
 seed = 1337              # fixes the initial weights, the batches and dropout
 rank_timeout = 600       # seconds that ranks wait for a lost one
 
@@ -147,7 +146,7 @@ def get_lr(iteration):
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
 
-    first = warmup_iters                                # iteration at which the fall begins
+    first = warmup_iters                # iteration at which the fall begins
     if lr_schedule == 'wsd':
         first = max(warmup_iters, lr_decay_iters - cooldown_iters)
     fraction = (iteration - first) / (lr_decay_iters - first)
@@ -168,10 +167,11 @@ def train_step(run, batches, env):
     # forward and backward; the gradients of the micro-batches add up
     loss_sum = torch.zeros((), device=env.device)
     for micro_step in range(run.micro_steps):
-        x, y, weight = next(batches)                    # each (B, T), and 1 on average
+        x, y, weight = next(batches)    # each (B, T), and 1 on average
         if run.model.config.dropout or lora_dropout:
             number = env.rank * run.micro_steps + micro_step
-            torch.manual_seed(derive_seed(run.seed, 'dropout', run.progress.iter_num, number))
+            iter_num = run.progress.iter_num
+            torch.manual_seed(derive_seed(run.seed, 'dropout', iter_num, number))
         is_last = micro_step == run.micro_steps - 1
         with parallel.sync_gradients(run.wrapped_model, enabled=is_last):
             with env.autocast():
@@ -262,7 +262,7 @@ def resume_or_begin(overrides, env):
 def build_model(saved, data, overrides):
     """The model to train: new, of a saved run, or of pretrained weights."""
     source = init_from
-    adapts = saved and saved.base               # then the state lacks what its adapters adapt
+    adapts = saved and saved.base       # then the state has no weights, only adapters
     if adapts:
         source = saved.base['source']
 
@@ -278,8 +278,9 @@ def build_model(saved, data, overrides):
 
     if data.vocab_size > model.config.vocab_size:
         raise UserError(f'dataset {dataset} has {data.vocab_size} tokens, '
-                        f'and the model only {model.config.vocab_size}; restore what it was '
-                        f'trained on, or begin another --out_dir with --init_from={out_dir}')
+                        f'and the model only {model.config.vocab_size}; restore what it '
+                        f'was trained on, or begin another --out_dir with '
+                        f'--init_from={out_dir}')
     settings_checks.tell_what_weights_decide(model.config, MODEL_SETTINGS, overrides)
 
     # weights of others are cut to block_size; a run keeps its own unless it is told otherwise
@@ -291,14 +292,15 @@ def build_model(saved, data, overrides):
 
 def main(overrides):
     """overrides: the settings that a config file or a flag named."""
-    settings_checks.check_training(globals(), combinations=init_from not in ('resume', 'auto'))
-    load_model.download_source(init_from)       # before rank_timeout counts
+    begins = init_from not in ('resume', 'auto')
+    settings_checks.check_training(globals(), combinations=begins)
+    load_model.download_source(init_from)   # before rank_timeout counts
     env = start_environment(device, dtype, compile, backend, rank_timeout)
     if env.device.type == 'cpu':
-        keep_freed_memory()                     # fewer page faults, the same numbers
+        keep_freed_memory()                 # fewer page faults, the same numbers
     with ExitStack() as at_exit:
         env.catch_signals(signal.SIGTERM)       # Ctrl-C still ends the start-up
-        at_exit.callback(env.restore_signals)   # for a program that called main, and goes on
+        at_exit.callback(env.restore_signals)   # for a program that goes on
         print0(configurator.describe_settings(overrides))
         print_text(env.summary)
 
@@ -311,7 +313,7 @@ def main(overrides):
         model = parallel.build_on_ranks(build, GPT, strategy, env)
         freeze_layers(model, freeze, env)
         settings = configurator.snapshot(globals())
-        base = lora.replace_linears(model, settings, saved, env)    # None with lora_rank=0
+        base = lora.replace_linears(model, settings, saved, env)    # or None
         run = start_run(settings, model, data, saved, env)
         run.base = base
         with env.raise_on_all_ranks():
@@ -322,10 +324,10 @@ def main(overrides):
                                         data.tokenizer, model)
         if not eval_only:
             run.open_out_dir(saved, sys.argv, env)
-        del saved, build                        # unmaps the checkpoint file
+        del saved, build                # unmaps the checkpoint file
 
         print_text(run.summary(data, max_iters, env))
-        env.catch_signals()             # from here on, Ctrl-C saves too
+        env.catch_signals()     # from here on, Ctrl-C saves too
         if eval_only:
             evaluate(run, data, env)
             run.finish(env.stop_signal(), env)
