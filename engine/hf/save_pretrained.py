@@ -22,11 +22,13 @@ pipeline_tag: text-generation
 # {title}
 
 {parameters:,} parameters, {architecture}, weights in {dtype}; {tokens:,} tokens ({tokenizer}).
-Trained{iterations}{dataset}.
+{zeros}Trained{iterations}{dataset}.
 
 | loss, nats per token | train | validation |
 |----------------------|------:|-----------:|
 {losses}
+
+These lines generate a text. Run them in the folder of this file:
 
 ```python
 from transformers import pipeline
@@ -223,9 +225,17 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
     if trained.iter_num is not None:
         iterations = f' for {trained.iter_num:,} iterations'
 
+    # transformers' GPT-2 has biases where the run had none
+    n_parameters = count_parameters(trained.weights)
+    n_zeros = model.num_parameters() - n_parameters
+    zeros = ''
+    if n_zeros > 0:
+        zeros = f'The files have {n_zeros:,} biases besides, which are zero. '
+
     return CARD.format(
         title=cell(settings.get('out_dir', 'GPT')),
-        parameters=model.num_parameters(),
+        parameters=n_parameters,
+        zeros=zeros,
         architecture=type(model).__name__,
         dtype=dtype,
         tokens=spec.vocab_size,
@@ -238,6 +248,12 @@ def model_card(model: torch.nn.Module, trained: TrainedModel, dtype: str) -> str
         length=min(CARD_LENGTH, model.config.max_position_embeddings),
         settings='\n'.join(f'| {name} | {cell(value)} |' for name, value in settings.items()),
     )
+
+
+def count_parameters(weights):
+    """How many numbers a state_dict holds. Tied weights, which share their memory, count once."""
+    sizes = {weight.data_ptr(): weight.numel() for weight in weights.values()}
+    return sum(sizes.values())
 
 
 def loss_rows(trained):
