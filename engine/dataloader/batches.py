@@ -42,6 +42,7 @@ from engine.tokenizer import (
 )
 
 CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
+DATASETS_SHOWN = 10         # in an error's line
 DATA = Path(__file__).resolve().parents[2] / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
 IGNORED = -1                    # a target that does not count in the loss
@@ -430,7 +431,10 @@ def advice(folder, setting):
                 f'try --dataset={shlex.quote(str(Path(setting).resolve()))}')
 
     token_files = [*DATA.glob('*/*train*.bin'), *DATA.glob('*/*train*.npy')]
-    prepared = ', '.join(sorted({path.parent.name for path in token_files}))
+    names = sorted({path.parent.name for path in token_files})
+    prepared = ', '.join(names[:DATASETS_SHOWN])
+    if len(names) > DATASETS_SHOWN:
+        prepared += f' and {len(names) - DATASETS_SHOWN} more'
     command = f'python data/text/prepare.py --input=PATH --name={name}'
     if not is_in_data:
         command += f', and name --dataset={name}'

@@ -474,6 +474,9 @@ def check_files(folder, is_own):
     """
     if not (folder / 'config.json').is_file():
         raise UserError(describe_other_folder(folder))
+    if not any(folder.glob('*.safetensors')) and not any(folder.glob('*.bin')):
+        raise UserError('it has a config.json, and no weights beside it that PyTorch reads; take '
+                        'its model.safetensors or pytorch_model.bin as well')
 
     for path in sorted(folder.glob('*.safetensors')):
         if is_lfs_pointer(path):

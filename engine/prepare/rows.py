@@ -21,6 +21,7 @@ MAX_ROW = 1 << 28               # bytes of JSON lines and parquet, characters of
 ROWS_TO_LOOK_AT = 100           # those that decide what the columns are
 BYTES_TO_LOOK_AT = 1 << 22      # enough of them, if they are long
 LONGEST_WORD = 16               # characters of JSON that mean nothing if the end is missing
+LONGEST_COLUMN = 300            # characters of a column's name
 BATCH_BYTES = 1 << 26           # of a parquet file's rows that are read at once
 DELIMITERS = ',;\t|'
 DELIMITER_NAMES = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'bars'}
@@ -240,6 +241,7 @@ def read_csv(source, start, columns):
             if is_exhausted:
                 raise csv.Error('a field in quotes does not end')
             if fields and header is None:
+                check_names(source, fields, delimiter)
                 header = name_columns(fields)
             elif fields:
                 if len(fields) > len(header):
@@ -252,6 +254,17 @@ def read_csv(source, start, columns):
         raise UserError(f'{source}, row {position + 1:,} after the names of the columns cannot be '
                         f'read: {error}; correct it, and put fields that hold '
                         f'{DELIMITER_NAMES[delimiter]}, quotes or newlines in quotes') from None
+
+
+def check_names(source, fields, delimiter):
+    """UserError where the first row of a table is one of texts, not of names."""
+    for number, field in enumerate(fields):
+        if len(field) > LONGEST_COLUMN:
+            names = [f'column{other}' for other in range(1, len(fields) + 1)]
+            names[number] = 'text'
+            raise UserError(f'the first row of {source} should name the columns, and it has a text '
+                            f'of {len(field):,} characters: {shorten(field)}; put a row of names '
+                            f'before it, such as {delimiter.join(names)[:100]}')
 
 
 def name_columns(fields):

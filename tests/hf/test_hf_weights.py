@@ -172,6 +172,7 @@ def test_masks_that_were_saved_among_the_weights_are_left_out(tmp_path):
     ({'config.json': b'{}', 'model.safetensors': b'version https://git-lfs.github.com/spec/v1'},
      'model.safetensors is a pointer of Git LFS; run `git lfs pull`'),
     ({'config.json': b'{}', 'model.safetensors': bytes(100)}, 'model.safetensors is damaged'),
+    ({'config.json': b'{}', 'tf_model.h5': b'HDF'}, 'no weights beside it that PyTorch reads'),
 ])
 def test_a_folder_of_something_else_is_refused_by_what_it_is(tmp_path, files, words):
     for name, data in files.items():
