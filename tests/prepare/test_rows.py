@@ -187,6 +187,20 @@ def test_the_delimiter_is_the_one_that_all_rows_agree_on(tmp_path, text, delimit
     assert find_delimiter(source) == delimiter
 
 
+@pytest.mark.parametrize('delimiter, is_read', [('\t', True), (',', False)])
+def test_a_quote_that_is_a_letter_joins_no_rows(tmp_path, delimiter, is_read):
+    """Tables with tabs often have such; in others it is refused."""
+    texts = ['"Stop! he said', '"Go" they said', 'and "went', '"']
+    lines = [f'{number}{delimiter}{text}\n' for number, text in enumerate(texts)]
+    (tmp_path / 'a.csv').write_text(f'id{delimiter}text\n' + ''.join(lines))
+    source, = find_sources(tmp_path / 'a.csv')
+    if is_read:
+        assert [row.values['text'] for row in read_rows(source)] == texts
+    else:
+        with pytest.raises(UserError, match='row 1 after the names .* expected after'):
+            list(read_rows(source))
+
+
 # the column
 
 @pytest.mark.parametrize('row, column', [
