@@ -143,6 +143,11 @@ def test_an_unknown_source_is_refused(source):
         GPT.from_pretrained(source)
 
 
+def test_a_missing_file_of_a_run_is_not_asked_of_the_hub():
+    with pytest.raises(UserError, match='there is no file out-toy/ckpt_001000.pt; name'):
+        GPT.from_pretrained('out-toy/ckpt_001000.pt')
+
+
 def test_a_missing_weight_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
     reference_gpt2().save_pretrained(tmp_path)
