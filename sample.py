@@ -79,6 +79,9 @@ def read_prompt(text):
         if path.stat().st_size > MAX_PROMPT_BYTES:
             raise UserError(f'it has over {MAX_PROMPT_BYTES >> 20} MiB')
         return path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise UserError(f'the prompt {text[5:]!r} is not UTF-8 at byte {error.start:,}; save it '
+                        f'as UTF-8') from None
     except (OSError, ValueError) as error:
         raise UserError(f'the prompt {text[5:]!r} cannot be read: {error}') from None
 

@@ -572,7 +572,11 @@ class DatasetMeta:
             reason = str(error)
             if not isinstance(error, UserError):
                 reason = f'{type(error).__name__}: {error}'
-            raise UserError(f'{path} cannot be read: {reason}; prepare the dataset again') from None
+            advice = 'prepare the dataset again'
+            if path.name == 'meta.pkl':
+                advice += (f', or write {{"vocab_size": SIZE}} to {folder / "meta.json"}, so that '
+                           f'ids are trained on as numbers')
+            raise UserError(f'{path} cannot be read: {reason}; {advice}') from None
 
 
 def read_meta(folder: Path) -> TokenizerSpec:

@@ -158,6 +158,15 @@ def test_an_impossible_vocabulary_is_refused(tmp_path, meta, words):
     assert '\n' not in str(refused.value)
 
 
+def test_a_size_stands_in_for_a_meta_pkl_that_cannot_be_read(tmp_path):
+    """As its refusal says."""
+    write_meta(tmp_path, {'vocab_size': 65, 'encode': b'x', 'itos': 'abc'})
+    with pytest.raises(UserError, match='or write {"vocab_size": SIZE} to .*meta.json, so'):
+        read_meta(tmp_path)
+    (tmp_path / 'meta.json').write_text('{"vocab_size": 65}')
+    assert read_meta(tmp_path).vocab_size == 65
+
+
 # Pickles that would do more
 
 class Call:

@@ -163,6 +163,9 @@ def check_keys(payload, path, also_needed):
         return
     if set(missing) <= set(RESUME_NEEDS):
         fault = 'no run can go on from it; sample.py and export.py need neither'
+    elif payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
+        fault = ('it holds weights alone; if they are of transformers, name it pytorch_model.bin, '
+                 'put its config.json beside it, and name the folder with --init_from=')
     else:
         fault = 'it is not a checkpoint of a training run'
     raise UserError(f'{path} lacks {", ".join(missing)}; {fault}')

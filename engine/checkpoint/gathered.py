@@ -22,15 +22,36 @@ from engine.distributed import is_shard
 from engine.errors import RunError, UserError
 from engine.plain_pickle import NumpyType, numpy_number
 
+# A clone without Git LFS has such texts in place of its large files.
+LFS_POINTER = b'version https://git-lfs'
+
+LONGEST_PATH = 200          # characters of a path that a file may hold as an object
+
 MODEL = 'ckpt.pt'
 STATE = 'state.pt'
 PREVIOUS = 'state.prev.pt'
 
-# What stands for the names of numpy in a file, such as that of a best_val_loss of numpy.float64
-NUMPY_NAMES = [
+def path_text(*parts):
+    """The text of a path. It stands for the classes of pathlib.
+
+    A longer one is refused, as a file of a few bytes can repeat its parts.
+    """
+    is_plain = all(type(part) is str for part in parts)
+    if not is_plain or len(parts) + sum(map(len, parts)) > LONGEST_PATH:
+        raise UserError(f'it holds a path that is no text of at most {LONGEST_PATH} characters')
+    return os.path.join('', *parts)
+
+
+# What stands for the names in a file that plain values may have, such as a best_val_loss of
+# numpy.float64, or an out_dir of pathlib.Path
+PLAIN_NAMES = [
     (NumpyType, 'numpy.dtype'),
     (numpy_number, 'numpy._core.multiarray.scalar'),
     (numpy_number, 'numpy.core.multiarray.scalar'),             # before numpy 2
+    (path_text, 'pathlib.PosixPath'),
+    (path_text, 'pathlib.WindowsPath'),
+    (path_text, 'pathlib._local.PosixPath'),                    # Python 3.13
+    (path_text, 'pathlib._local.WindowsPath'),
 ]
 
 # A program that saves a ckpt.pt anew whose config is an object of some class. A plain object stands
@@ -149,7 +170,7 @@ def read(path: str | Path) -> dict:
     """
     try:
         check_archive(path)
-        with torch.serialization.safe_globals(NUMPY_NAMES):
+        with torch.serialization.safe_globals(PLAIN_NAMES):
             payload = torch.load(path, weights_only=True, mmap=True, map_location='cpu')
 
         # A hostile tensor can repeat one number a trillion times. A file may rightly hold half of
@@ -208,6 +229,10 @@ def describe_fault(error, path):
     if code:
         return describe_code(code[1][:100], path)
     if isinstance(error, zipfile.BadZipFile):
+        with open(path, 'rb') as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            return 'it is a pointer of Git LFS; run `git lfs pull` in its folder'
         return f'not a PyTorch checkpoint, or truncated ({text[:150]})'
     if isinstance(error, (UserError, OSError)):
         return text[:200]

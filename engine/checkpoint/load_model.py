@@ -60,8 +60,11 @@ def load_run(GPT, out_dir):
     spec = checkpoint_spec(saved)
 
     dataset = (saved.config or {}).get('dataset')
-    check_vocabulary(model, spec, out_dir,
-                     f'restore the dataset that the model was trained on: dataset={dataset!r:.200}')
+    advice = f'restore the dataset that the model was trained on: dataset={dataset!r:.200}'
+    if dataset is None:
+        advice = ("the file names no dataset, so GPT-2's tokens are assumed; save it again with "
+                  "config={'dataset': 'NAME'} in it, a folder in data/ with its meta.pkl")
+    check_vocabulary(model, spec, out_dir, advice)
     return LoadedModel(model, spec, saved.iter_num, checkpoint_chat(saved), describe_model(saved))
 
 

@@ -6,6 +6,7 @@ between batches, so a resumed run and any number of ranks draw the same ones.
 
 import hashlib
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,8 @@ from engine.tokenizer import (
 )
 
 CHOICES = dict(sampling=('windows', 'epoch'), documents=('any', 'whole'))
+DATASETS_SHOWN = 10             # in an error's line
+SAMPLED_WINDOWS = 64            # that show whether windows reach what counts
 DATA = Path(__file__).resolve().parents[2] / 'data'
 SEARCHED_TOKENS = 1 << 20       # how far documents='whole' looks for the next document
 IGNORED = -1                    # a target that does not count in the loss
@@ -183,7 +186,7 @@ class TokenDataset:
         """Batches have block_size tokens from now on.
 
         Raises UserError where a split is shorter, and with documents='whole' where train has no
-        end-of-text token, or consists of records.
+        end-of-text token, or consists of records, or where no window reaches a token that counts.
         """
         self.check_length(block_size)
         if self.stride > 1 and self.documents == 'whole':
@@ -197,6 +200,27 @@ class TokenDataset:
                 raise UserError(f'{self.folder} has no end-of-text token among its first '
                                 f"{SEARCHED_TOKENS:,}, so documents='whole' finds no document to "
                                 f'start at; leave --documents=any')
+            if self.masks:
+                self.check_answers()
+
+    def check_answers(self):
+        """UserError where no window of documents='whole' would reach a token that counts."""
+        starts = self.training_starts(0, 0, SAMPLED_WINDOWS)
+        if self.counted('train', starts).any():
+            return
+
+        mask = self.masks['train']
+        longest = 0                     # tokens from the start of a document to its answer
+        for start in starts.tolist():
+            found = mask.find(1, start + 1, min(start + SEARCHED_TOKENS, len(mask)))
+            if found is not None:
+                longest = max(longest, found - start)
+        tries = 'leave --documents=any'
+        if longest:
+            tries = f'try --block_size={2 ** math.ceil(math.log2(longest + 1))}, or {tries}'
+        raise UserError(f"documents='whole' reads the first {self.block_size} tokens of a document "
+                        f'of {self.folder.name}, and no answer begins within them, so nothing '
+                        f'would be learned; {tries}')
 
     def check_length(self, block_size):
         """UserError where a split has no window of block_size tokens and the one after."""
@@ -429,8 +453,14 @@ def advice(folder, setting):
         return (f'a relative path begins at {DATA}; '
                 f'try --dataset={shlex.quote(str(Path(setting).resolve()))}')
 
+    if ':' in name:                     # no folder of prepare.py has it in its name
+        return 'a share is a number, as in --dataset=NAME:0.7,OTHER:0.3'
+
     token_files = [*DATA.glob('*/*train*.bin'), *DATA.glob('*/*train*.npy')]
-    prepared = ', '.join(sorted({path.parent.name for path in token_files}))
+    names = sorted({path.parent.name for path in token_files})
+    prepared = ', '.join(names[:DATASETS_SHOWN])
+    if len(names) > DATASETS_SHOWN:
+        prepared += f' and {len(names) - DATASETS_SHOWN} more'
     command = f'python data/text/prepare.py --input=PATH --name={name}'
     if not is_in_data:
         command += f', and name --dataset={name}'

@@ -455,6 +455,9 @@ def find_weights(source: str) -> Path:
         return Path(source)
 
     name, revision = split_revision(source)
+    if name.endswith('.pt'):
+        raise UserError(f'there is no file {source}; name a file of a run, such as '
+                        f'out/ckpt_001000.pt, or its folder')
     if name not in NAMES and not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise UserError(f'{source!r} is neither a folder nor a hub model '
                         f'({", ".join(NAMES)}, OWNER/NAME, OWNER/NAME@REVISION); '
@@ -474,6 +477,9 @@ def check_files(folder, is_own):
     """
     if not (folder / 'config.json').is_file():
         raise UserError(describe_other_folder(folder))
+    if not any(folder.glob('*.safetensors')) and not any(folder.glob('*.bin')):
+        raise UserError('it has a config.json, and no weights beside it that PyTorch reads; take '
+                        'its model.safetensors or pytorch_model.bin as well')
 
     for path in sorted(folder.glob('*.safetensors')):
         if is_lfs_pointer(path):

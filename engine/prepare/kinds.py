@@ -252,6 +252,10 @@ def identify(source: Source, encoding: str | None = None) -> Source:
             raise UserError(f'{source} is {wide} without a byte order mark; add --encoding={wide}')
         if b'\0' in head:
             raise NotText(source, f'binary: byte {head.index(0):,} is NUL', NO_TEXT)
+    elif not marked and codecs.lookup(encoding).name in ('utf-16', 'utf-32'):
+        wide = guess_wide_encoding(head) or f'{encoding}-le'
+        raise UserError(f'{source} has no byte order mark, by which {encoding} is read; name the '
+                        f'order of its bytes, as in --encoding={wide}')
     elif not marked and decode_sample(head, 'utf-8') and not head.isascii():
         log.info(f'note: {source} is valid UTF-8, and is read as {encoding}')
 

@@ -50,36 +50,68 @@ def text_layout(name: str, rows: list[dict], field: str | None = None) -> RowLay
             raise ValueError(f'has no string under `{column}`: {shorten(text)}')
         return [Segment(text)]
 
-    return RowLayout(make, f'the text is in the column {column}', [column])
+    shown = ' '.join(column.split())[:100]
+    return RowLayout(make, f'the text is in the column {shown}', [column])
 
 
 def choose_column(name, rows, field):
     """The column that has the text."""
     columns = first_values(rows)
+    if field is None and 'text' in columns:
+        field = 'text'
     if field is not None:
-        value = columns.get(field)
-        if value is not None and type(value) is not str:
-            raise UserError(f'the column {field} of {name} holds no text, but {shorten(value)}; '
-                            f'the columns are {describe_columns(columns)}')
-        if field in columns:
-            return field
-        raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '
-                        f'name one of these, as in --field={next(iter(columns), "NAME")}')
-    if 'text' in columns:
-        return 'text'
+        check_column(name, columns, field)
+        return field
 
     texts = [column for column, value in columns.items() if is_prose(value)]
-    if len(texts) == 1:
+    if len(texts) == 1 and len(rows) > 1:
         return texts[0]
 
-    # a number may be a string, as in a table; anything else cannot be the text
-    strings = [column for column, value in columns.items() if type(value) is str]
-    if columns and not strings:
+    check_not_wrapped(name, rows)
+    if len(texts) == 1:
+        return texts[0]
+    if columns and not strings_in(columns):
         raise UserError(f'{name} has no column of text, only {describe_columns(columns)}; the text '
                         f'of a row should be a string')
-    named = next(iter([*texts, *strings]), 'NAME')
     raise UserError(f'{name} has no column `text`, only {describe_columns(columns)}; '
-                    f'name the column that has the text, as in --field={named}')
+                    f'name the column that has the text, as in --field={suggest_column(columns)}')
+
+
+def check_column(name, columns, field):
+    """UserError where the rows of the file `name` have no column `field`, or no text in it."""
+    value = columns.get(field)
+    if value is not None and type(value) is not str:
+        raise UserError(f'the column {field} of {name} holds no text, but {shorten(value)}; '
+                        f'the columns are {describe_columns(columns)}')
+    if field not in columns:
+        raise UserError(f'{name} has no column `{field}`, only {describe_columns(columns)}; '
+                        f'name one of these, as in --field={suggest_column(columns, field)}')
+
+
+def check_not_wrapped(name, rows):
+    """UserError where the only row is an object around the list that has the rows."""
+    if len(rows) > 1:
+        return
+    for column, value in first_values(rows).items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            program = f'import json, sys; json.dump(json.load(sys.stdin)[{column!r}], sys.stdout)'
+            raise UserError(f'{name} is one object, and its rows are a list under {column!r:.100}; '
+                            f'save that list alone: python -c "{program}" < OLD > NEW.json')
+
+
+def strings_in(columns):
+    """The columns whose value is a string. A number may be one, as in a table."""
+    return [column for column, value in columns.items() if type(value) is str]
+
+
+def suggest_column(columns, wanted=None):
+    """The column to name in advice: one that is spelled as `wanted` but for its case, or else the
+    first one that has text."""
+    for column in columns:
+        if wanted is not None and column.lower() == wanted.lower():
+            return column
+    texts = [column for column, value in columns.items() if is_prose(value)]
+    return next(iter([*texts, *strings_in(columns)]), 'NAME')
 
 
 def first_values(rows: list[dict]) -> dict:

@@ -21,7 +21,9 @@ MAX_ROW = 1 << 28               # bytes of JSON lines and parquet, characters of
 ROWS_TO_LOOK_AT = 100           # those that decide what the columns are
 BYTES_TO_LOOK_AT = 1 << 22      # enough of them, if they are long
 LONGEST_WORD = 16               # characters of JSON that mean nothing if the end is missing
+LONGEST_COLUMN = 300            # characters of a column's name
 BATCH_BYTES = 1 << 26           # of a parquet file's rows that are read at once
+OPEN_QUOTE = 'unexpected end of data'       # csv's words for a field in quotes that does not end
 DELIMITERS = ',;\t|'
 DELIMITER_NAMES = {',': 'commas', ';': 'semicolons', '\t': 'tabs', '|': 'bars'}
 
@@ -224,22 +226,15 @@ def read_csv(source, start, columns):
     """The Rows of a table whose first row names the columns."""
     csv.field_size_limit(MAX_ROW)
     delimiter = find_delimiter(source)
-    is_exhausted = False
-
-    def lines():
-        nonlocal is_exhausted
-        yield from read_lines(source)
-        is_exhausted = True
-
     header = None
     position = 0
-    reader = csv.reader(lines(), delimiter=delimiter)
+    # strict: otherwise a quote that is a letter joins rows, and nobody is told
+    reader = csv.reader(read_lines(source), delimiter=delimiter,
+                        quoting=find_quoting(source, delimiter), strict=True)
     try:
         for fields in reader:
-            # the reader asks for a line after the last one only within a field in quotes
-            if is_exhausted:
-                raise csv.Error('a field in quotes does not end')
             if fields and header is None:
+                check_names(source, fields, delimiter)
                 header = name_columns(fields)
             elif fields:
                 if len(fields) > len(header):
@@ -249,9 +244,23 @@ def read_csv(source, start, columns):
                     yield Row(position, position + 1, dict(zip(header, fields)))
                 position += 1
     except csv.Error as error:
+        reason = str(error)
+        if reason == OPEN_QUOTE:
+            reason = 'a field in quotes does not end'
         raise UserError(f'{source}, row {position + 1:,} after the names of the columns cannot be '
-                        f'read: {error}; correct it, and put fields that hold '
+                        f'read: {reason}; correct it, and put fields that hold '
                         f'{DELIMITER_NAMES[delimiter]}, quotes or newlines in quotes') from None
+
+
+def check_names(source, fields, delimiter):
+    """UserError where the first row of a table is one of texts, not of names."""
+    for number, field in enumerate(fields):
+        if len(field) > LONGEST_COLUMN:
+            names = [f'column{other}' for other in range(1, len(fields) + 1)]
+            names[number] = 'text'
+            raise UserError(f'the first row of {source} should name the columns, and it has a text '
+                            f'of {len(field):,} characters: {shorten(field)}; put a row of names '
+                            f'before it, such as {delimiter.join(names)[:100]}')
 
 
 def name_columns(fields):
@@ -267,14 +276,7 @@ def find_delimiter(source: Source) -> str:
     if source.name.endswith('.tsv'):
         return '\t'
 
-    lines = []
-    size = 0
-    for line in read_lines(source):
-        lines.append(line)
-        size += len(line)
-        if len(lines) == ROWS_TO_LOOK_AT or size > BYTES_TO_LOOK_AT:
-            break
-
+    lines = first_lines(source)
     best = ','
     most = 1
     for delimiter in DELIMITERS:
@@ -288,6 +290,32 @@ def find_delimiter(source: Source) -> str:
             best = delimiter
             most = widths[0]
     return best
+
+
+def find_quoting(source, delimiter):
+    """csv.QUOTE_NONE for a table with tabs in whose first rows a quote is a letter, as programs
+    write them that never put fields in quotes; else csv.QUOTE_MINIMAL."""
+    if delimiter != '\t':
+        return csv.QUOTE_MINIMAL
+    try:
+        for _ in csv.reader(first_lines(source), delimiter=delimiter, strict=True):
+            pass
+    except csv.Error as error:
+        if str(error) != OPEN_QUOTE:                # the last row may be cut
+            return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
+
+
+def first_lines(source):
+    """The lines of a table that decide how it is written."""
+    lines = []
+    size = 0
+    for line in read_lines(source):
+        lines.append(line)
+        size += len(line)
+        if len(lines) == ROWS_TO_LOOK_AT or size > BYTES_TO_LOOK_AT:
+            break
+    return lines
 
 
 # Parquet

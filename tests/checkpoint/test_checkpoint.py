@@ -473,6 +473,10 @@ DAMAGED = {
     'text': (replaced_by(b'a plain text\n' * 99), 'not a PyTorch checkpoint'),
     'pickle': (replaced_by(pickle.dumps(Evil())), 'cannot be read'),
     'code': (changed(lambda payload: {'model': Evil()}), r'it asks to run \w+.system'),
+    'pointer': (replaced_by(b'version https://git-lfs.github.com/spec/v1\noid'),
+                'it is a pointer of Git LFS; run `git lfs pull`'),
+    'weights alone': (changed(lambda payload: payload['model']), 'it holds weights alone; .*'
+                      'name it pytorch_model.bin, put its config.json beside it'),
     'list': (changed(lambda payload: [1, 2]), 'it holds a list, not a checkpoint'),
     'tensor': (changed(lambda payload: torch.zeros(3)), 'it holds a Tensor, not a checkpoint'),
     'no model_args': (without('model_args'), 'lacks model_args'),
@@ -650,6 +654,32 @@ def test_no_other_value_of_numpy_is_read(out_dir, value):
     with pytest.raises(UserError, match='ckpt.pt cannot be read: it ') as refused:
         run_folder.newest_checkpoint(out_dir)
     assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize('path', ['/data/out', 'out', '.', '/'])
+def test_a_path_is_read_as_its_text(out_dir, path):
+    """Some trainers keep out_dir as an object of pathlib."""
+    with_value('config', {'here': Path(path)})(out_dir)
+    found = run_folder.newest_checkpoint(out_dir).config['here']
+    assert type(found) is str
+    assert Path(found) == Path(path)
+
+
+class OfPathlib:
+    """Unpickling it makes a path of any parts."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return type(Path()), self.parts
+
+
+@pytest.mark.parametrize('path', [Path('a' * 201), OfPathlib(*'a' * 101), OfPathlib(['a'])])
+def test_a_path_that_is_no_short_text_is_refused(out_dir, path):
+    with_value('config', {'here': path})(out_dir)
+    with pytest.raises(UserError, match='it holds a path that is no text of at most 200'):
+        run_folder.newest_checkpoint(out_dir)
 
 
 @dataclass

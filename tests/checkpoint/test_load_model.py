@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.checkpoint.load_model import grow_embedding, load_to_train
+from engine.checkpoint.load_model import grow_embedding, load_model, load_to_train
 from engine.errors import UserError
 from engine.tokenizer import GPT2, add_characters, char_spec, read_meta
 from model import GPT, GPTConfig
@@ -60,3 +60,17 @@ def test_a_run_gives_its_weights_to_another(trained, name):
     for other in (char_spec('xyz'), GPT2):
         with pytest.raises(UserError, match='tokens of mine are not .* --tokenizer=.*out-toy'):
             load_to_train(GPT, str(out_dir / name), 'mine', other, 0.0)
+
+
+def test_a_file_that_names_no_dataset_says_what_it_lacks(toy, tmp_path):
+    """Following the advice, it is read with the tokens of that dataset."""
+    spec = read_meta(toy)
+    config = GPTConfig(8, spec.vocab_size, 1, 1, 4, bias=True)
+    args = dict(block_size=8, vocab_size=spec.vocab_size, n_layer=1, n_head=1, n_embd=4, bias=True)
+    payload = dict(model=GPT(config).state_dict(), model_args=args)
+    torch.save(payload, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match="names no dataset, .* again with config=.'dataset': "):
+        load_model(GPT, 'resume', tmp_path)
+
+    torch.save({**payload, 'config': {'dataset': 'toy'}}, tmp_path / 'ckpt.pt')
+    assert load_model(GPT, 'resume', tmp_path).spec == spec

@@ -188,6 +188,16 @@ def test_an_unknown_dataset_is_told_the_known_ones(folder):
     with pytest.raises(UserError, match="dataset 'nowhere' has no .*; prepared datasets: toy;"):
         TokenDataset('nowhere')
 
+    with pytest.raises(UserError, match='a share is a number, as in --dataset=NAME:0.7,OTHER:0.3'):
+        TokenDataset('toy:half')
+
+    # a line holds a few of many
+    for number in range(12):
+        (folder.parent / f'set{number:02}').mkdir()
+        (folder.parent / f'set{number:02}' / 'train.bin').touch()
+    with pytest.raises(UserError, match='prepared datasets: set00, .*, set09 and 3 more; for'):
+        TokenDataset('nowhere')
+
 
 @pytest.mark.parametrize('order, words', [
     (dict(sampling='random'), "sampling='random' is unknown; try 'windows' or 'epoch'"),

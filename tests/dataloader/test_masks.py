@@ -189,3 +189,21 @@ def test_the_writer_counts_what_its_pieces_count(tmp_path):
     write_dataset(tmp_path, [('train', 'ab', False), ('val', 'b', False)])
     assert not list(tmp_path.glob('*.mask*'))
     assert not list(tmp_path.glob('*.part'))
+
+
+def test_windows_that_reach_no_answer_are_refused_with_a_size_that_reaches_them(folder):
+    """Each document has 20 tokens, of which the last four count."""
+    end = VOCAB_SIZE - 1
+    for split in ('train', 'val'):
+        document = np.array([end, *range(19)], '<u2')
+        np.tile(document, 10).tofile(folder / f'{split}.bin')
+        np.tile(np.arange(20) > 15, 10).astype('u1').tofile(folder / f'{split}.mask')
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'end_of_text': end}))
+
+    data = TokenDataset('masked', documents='whole')
+    data.set_block_size(16)
+    with pytest.raises(UserError, match='no answer begins within them.* try --block_size=32') as no:
+        data.set_block_size(15)
+    data.set_block_size(int(str(no.value).split('--block_size=')[1].split(',')[0]))
+    assert data.count_targets(0, 'train', 0, 5) > 0

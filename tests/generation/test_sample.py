@@ -300,7 +300,7 @@ def test_a_failure_leaves_the_earlier_answers(trained, prompt_file, monkeypatch)
     (['--start=FILE:nowhere.txt'],
      "the prompt 'nowhere.txt' cannot be read: there is no such file"),
     (['--start=FILE:.'], "the prompt '.' cannot be read: it is not a regular file"),
-    (['--start=FILE:prompt.txt'], "the prompt 'prompt.txt' cannot be read: 'utf-8' codec"),
+    (['--start=FILE:prompt.txt'], "the prompt 'prompt.txt' is not UTF-8 at byte "),
     (['--temperature=-1'], 'temperature=-1.0 should be at least 0'),
     (['--temperature=inf'], 'temperature='), (['--top_k=-5'], 'top_k=-5 should be at least 0'),
     (['--top_p=0'], 'top_p=0.0 should be .*above 0'),

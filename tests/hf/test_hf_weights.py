@@ -144,6 +144,11 @@ def test_an_unknown_source_is_refused(source):
         GPT.from_pretrained(source)
 
 
+def test_a_missing_file_of_a_run_is_not_asked_of_the_hub():
+    with pytest.raises(UserError, match='there is no file out-toy/ckpt_001000.pt; name'):
+        GPT.from_pretrained('out-toy/ckpt_001000.pt')
+
+
 def test_a_missing_weight_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
     reference_gpt2().save_pretrained(tmp_path)
@@ -173,6 +178,7 @@ def test_masks_that_were_saved_among_the_weights_are_left_out(tmp_path):
     ({'config.json': b'{}', 'model.safetensors': b'version https://git-lfs.github.com/spec/v1'},
      'model.safetensors is a pointer of Git LFS; run `git lfs pull`'),
     ({'config.json': b'{}', 'model.safetensors': bytes(100)}, 'model.safetensors is damaged'),
+    ({'config.json': b'{}', 'tf_model.h5': b'HDF'}, 'no weights beside it that PyTorch reads'),
 ])
 def test_a_folder_of_something_else_is_refused_by_what_it_is(tmp_path, files, words):
     for name, data in files.items():

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -185,6 +187,20 @@ def test_the_delimiter_is_the_one_that_all_rows_agree_on(tmp_path, text, delimit
     assert find_delimiter(source) == delimiter
 
 
+@pytest.mark.parametrize('delimiter, is_read', [('\t', True), (',', False)])
+def test_a_quote_that_is_a_letter_joins_no_rows(tmp_path, delimiter, is_read):
+    """Tables with tabs often have such; in others it is refused."""
+    texts = ['"Stop! he said', '"Go" they said', 'and "went', '"']
+    lines = [f'{number}{delimiter}{text}\n' for number, text in enumerate(texts)]
+    (tmp_path / 'a.csv').write_text(f'id{delimiter}text\n' + ''.join(lines))
+    source, = find_sources(tmp_path / 'a.csv')
+    if is_read:
+        assert [row.values['text'] for row in read_rows(source)] == texts
+    else:
+        with pytest.raises(UserError, match='row 1 after the names .* expected after'):
+            list(read_rows(source))
+
+
 # the column
 
 @pytest.mark.parametrize('row, column', [
@@ -206,6 +222,8 @@ def test_a_named_column_must_exist_and_hold_text():
         text_layout('a.jsonl', table, 'body')
     with pytest.raises(UserError, match='column id of a.jsonl holds no text, but 7'):
         text_layout('a.jsonl', table, 'id')
+    with pytest.raises(UserError, match='column text of a.jsonl holds no text, but 7'):
+        text_layout('a.jsonl', [dict(text=None), dict(text=7)])
     with pytest.raises(ValueError, match='no string under `content`: 7'):
         text_layout('a.jsonl', table).make(dict(content=7))
 
@@ -215,6 +233,39 @@ def test_no_column_is_suggested_where_none_holds_text():
         text_layout('a.jsonl', [dict(id=7, ids=[1, 2])])
     with pytest.raises(UserError, match='as in --field=code'):     # a number within a table is text
         text_layout('a.csv', [dict(id=7, code='12')])
+
+
+@pytest.mark.parametrize('wanted, suggested', [('text', 'content'), ('Body', 'body')])
+def test_the_suggested_column_has_text_and_may_differ_in_case(wanted, suggested):
+    table = [dict(id=7, content='b', body='c')]
+    with pytest.raises(UserError, match=f'--field={suggested}$'):
+        text_layout('a.jsonl', table, wanted)
+    text_layout('a.jsonl', table, suggested)
+
+
+def test_an_object_around_the_rows_is_told_with_a_command_that_takes_them_out(tmp_path):
+    wrapped = dict(version='1.1', data=[dict(text='a'), dict(text='b')])
+    with pytest.raises(UserError, match="is one object, and its rows .* under 'data'") as refused:
+        text_layout('a.json', [wrapped])
+
+    program = str(refused.value).split('python -c "')[1].split('" < OLD > NEW.json')[0]
+    done = subprocess.run([sys.executable, '-c', program], input=json.dumps(wrapped), text=True,
+                          capture_output=True, check=True)
+    assert json.loads(done.stdout) == wrapped['data']
+
+
+def test_a_table_without_names_is_refused_and_the_advice_reads_it(tmp_path):
+    stories = ['A long story. ' * 30, 'Another story. ' * 30]
+    table = ''.join(f'{number},"{story}"\n' for number, story in enumerate(stories))
+    path = tmp_path / 'a.csv'
+    path.write_text(table)
+    source, = find_sources(path)
+    with pytest.raises(UserError, match='first row .* should name the columns') as refused:
+        list(read_rows(source))
+
+    names = str(refused.value).split('such as ')[1]
+    path.write_text(f'{names}\n{table}')
+    assert [row.values['text'] for row in read_rows(source)] == stories
 
 
 # separators
@@ -283,6 +334,18 @@ def test_a_byte_order_mark_decides_and_is_dropped(tmp_path, monkeypatch, encodin
     source, = find_sources(tmp_path / 'a.txt')
     assert ''.join(text_files.read_source(source)) == text
     assert ''.join(text_files.read_text(tmp_path / 'a.txt')) == text
+
+
+@pytest.mark.parametrize('encoding, without_mark', [
+    ('utf-16', 'utf-16-le'), ('UTF16', 'utf-16-be'), ('utf-32', 'utf-32-le')])
+def test_an_encoding_that_needs_a_mark_names_one_that_does_not(tmp_path, encoding, without_mark):
+    path = tmp_path / 'a.txt'
+    path.write_bytes(('Fourscore and seven years ago\n' * 9).encode(without_mark))
+    with pytest.raises(UserError, match='has no byte order mark') as refused:
+        find_sources(path, encoding)
+    advice = str(refused.value).split('--encoding=')[1]
+    source, = find_sources(path, advice)
+    assert ''.join(text_files.read_source(source)).startswith('Fourscore and seven')
 
 
 def test_a_text_in_utf8_that_is_read_as_something_else_is_told(tmp_path, capsys):
