@@ -33,7 +33,7 @@ from engine.prepare.conversations import RowSettings, choose_row_layout
 from engine.prepare.dataset_writer import Piece, dataset_writer
 from engine.prepare.documents import read_segments
 from engine.prepare.encode import CountingEncoder, document_pieces, safe_pieces
-from engine.prepare.held_out import FileContent, HeldOut
+from engine.prepare.held_out import FileContent, HeldOut, HeldOutFiles
 from engine.prepare.kinds import CSV, TEXT, Source, find_sources
 from engine.prepare.next_command import has_gpu, next_lines
 from engine.prepare.row_layout import Segment
@@ -76,6 +76,8 @@ encoding = ''           # how texts are encoded, such as cp1252; '' is UTF-8, or
 vocab_size = 4096       # how many tokens --tokenizer=bpe trains, at least 257
 val_fraction = 0.1      # share that is held out as val.bin: of all documents, or of the end of
                         # each long text
+val_input = ''          # a file or folder of its own that becomes val.bin; all of `input` is then
+                        # trained on
 num_proc = 0            # how many cores encode, 0 for all; the result is the same
 
 PLAIN = TEXT            # what is not worth a line
@@ -252,6 +254,14 @@ class Input:
                 return layout.chat
         return None
 
+    def check_chats(self):
+        """Raise UserError for a file that has no conversations."""
+        for source, layout in zip(self.sources, self.layouts):
+            if layout is None or layout.chat is None:
+                raise UserError(f'{source} has no conversations, which are rows with messages, or '
+                                f'with a question and an answer; data/text/prepare.py '
+                                f'--input={input} reads other files')
+
     def tell_kinds(self):
         """Say what the files were taken for, a line for each kind, except plain UTF-8 text."""
         kinds = Counter()
@@ -396,20 +406,39 @@ def train_tokenizer(documents, total):
 
 
 def main():
+    check_settings()
+    folder = dataset_folder()
+    texts, tokens = write_dataset(folder)
+    for line in next_lines(folder.name, tokens, texts.is_char, has_gpu()):
+        print0(line)
+
+
+def write_dataset(folder, only_chats=False):
+    """Write a dataset from `input` to a folder. Returns (its Input, {split: how many tokens}).
+
+    only_chats: anything but conversations is refused.
+    """
     spec = chosen_spec()            # a name that leads nowhere fails before the text is read
     is_char = tokenizer == 'char' or (spec is not None and spec.kind == 'char')
     check_add_tokens(spec)
-    check_settings()
-    folder = dataset_folder()
 
     # read and count
-    files = text_files.find_files(input)
+    inputs = [input]
+    if val_input:
+        inputs.append(val_input)
+    files = [file for path in inputs for file in text_files.find_files(path)]
     before = text_files.fingerprint(files)
-    texts = Input(find_sources(input, encoding or None), is_char)
+    sources = [find_sources(path, encoding or None) for path in inputs]
+    texts = Input([source for found in sources for source in found], is_char)
+    if only_chats:
+        texts.check_chats()
     texts.count()
     texts.tell_separators()
     total = sum(file.characters for file in texts.files)
-    held_out = HeldOut(val_fraction, texts.files)
+    if val_input:
+        held_out = HeldOutFiles(len(sources[0]), texts.files)
+    else:
+        held_out = HeldOut(val_fraction, texts.files)
     check_split(held_out, total)
 
     # the tokenizer
@@ -439,13 +468,16 @@ def main():
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
-    tell_the_end(texts, held_out, folder, writer.tokens)
+    tell_the_end(texts, held_out)
+    return texts, writer.tokens
 
 
 def check_split(held_out, total):
     """Raise UserError where train or val would be empty."""
     if held_out.has_both_splits:
         return
+    if val_input:
+        raise UserError(f'{input} and {val_input} should both have some text')
     if held_out.documents == 1 and not held_out.ends:
         raise UserError(f'{input} has a single document, and train and val need one each; --input= '
                         f'takes more')
@@ -454,8 +486,8 @@ def check_split(held_out, total):
                     f'{cut:,} to train on; --input= takes more text')
 
 
-def tell_the_end(texts, held_out, folder, tokens):
-    """Say what was read, what val holds, and what to type next. tokens: of each split."""
+def tell_the_end(texts, held_out):
+    """Say what was read, and what val holds."""
     documents = sum(file.documents for file in texts.files)
     empty = sum(file.empty for file in texts.files)
     total = sum(file.characters for file in texts.files)
@@ -465,8 +497,6 @@ def tell_the_end(texts, held_out, folder, tokens):
     print0(f'files: {len(texts.files):,}; documents: {documents:,}{left_out}; '
            f'characters: {total:,}')
     print0(f'val.bin holds {held_out.describe()}')
-    for line in next_lines(folder.name, tokens, texts.is_char, has_gpu()):
-        print0(line)
 
 
 if __name__ == '__main__':
