@@ -127,15 +127,27 @@ def main():
     folder = FOLDER
     if name != FOLDER.name:
         folder = text_dataset.dataset_folder()      # which has no script of its own
+    configurator.configure(vars(text_dataset), text_flags(folder))
+    text_dataset.check_settings()
     if not input:
         make_set(folder)
-
-    configurator.configure(vars(text_dataset), text_flags(folder))
     text_dataset.write_dataset(folder, only_chats=True)
-    if name == FOLDER.name:
-        print0('next: python train.py config/train_chat.py')
-    else:
-        print0(f'next: python train.py config/finetune_chat.py --dataset={name}')
+    if input:                                           # those of an earlier set
+        (folder / 'held_out.jsonl').unlink(missing_ok=True)
+    print0(f'next: {next_command()}')
+
+
+def next_command():
+    """The command that trains on the dataset."""
+    config = 'train_chat'
+    usual_name = 'chat'
+    if tokenizer == 'gpt2':
+        config = 'finetune_chat'
+        usual_name = 'chat_gpt2'
+    command = f'python train.py config/{config}.py'
+    if name != usual_name:
+        command += f' --dataset={name} --out_dir=out-{name}'
+    return command
 
 
 if __name__ == '__main__':

@@ -181,12 +181,17 @@ def test_the_dataset_has_the_conversations_and_counts_the_answers(data, monkeypa
     assert meta(folder)['chat']['user'] == '<|user|>'
 
 
-def test_own_conversations_are_taken_and_other_files_refused(data, monkeypatch, tmp_path):
+def test_own_conversations_are_taken_and_other_files_refused(data, monkeypatch, tmp_path, capsys):
     path = tmp_path / 'qa.jsonl'
     rows = [dict(question=f'What is {i}?', answer='A number.') for i in range(20)]
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     script = load(data, 'chat', monkeypatch, f'--input={path}', '--name=mine')
+    (data / 'mine').mkdir()
+    (data / 'mine' / 'held_out.jsonl').write_text('of an earlier set')
     script.main()
+    assert not (data / 'mine' / 'held_out.jsonl').exists()
+    assert capsys.readouterr().out.endswith(
+        'next: python train.py config/train_chat.py --dataset=mine --out_dir=out-mine\n')
     ids = tokens(data / 'mine', 'train').tolist()
     text = Tokenizer(read_meta(data / 'mine')).decode(ids)
     assert text.startswith('<|user|>What is 0?<|end|><|assistant|>A number.<|end|>')
