@@ -3,6 +3,7 @@
     python evaluate.py --out_dir=out-gpt2 --tasks=hellaswag,lambada,wikitext2
     python evaluate.py --init_from=gpt2 --tasks=hellaswag --limit=1000
     python evaluate.py --init_from=gpt2 --tasks=core --data=eval_bundle
+    python evaluate.py --out_dir=out-chat --tasks=held_out --data=data/chat --chat=True
     python evaluate.py --out_dir=out-gpt2 --text=FILE --per_token=tokens.jsonl
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out-gpt2
 
@@ -43,6 +44,8 @@ data = 'data/evals'         # folder of the tasks
 limit = 0                   # examples of each task, from the first on; of a text, documents; 0: all
 batch_size = 32             # texts read at once; lower it where memory is short, the results stay
                             # the same
+chat = False                # True asks the prompts of a task as a user does, with a model that is
+                            # trained on conversations, and scores the assistant's answers
 examples = ''               # file to write the log-likelihoods of every example to, as JSON lines;
                             # '' writes none
 # a text of your own, instead of tasks
@@ -114,7 +117,7 @@ def check_settings(overrides):
     configurator.check_range(globals(), 'batch_size', 1, 2 ** 20)
     configurator.check_range(globals(), 'rank_timeout', 1, 10 ** 7)
 
-    of_tasks = [name for name in ('tasks', 'limit', 'examples') if name in overrides]
+    of_tasks = [name for name in ('tasks', 'limit', 'chat', 'examples') if name in overrides]
     of_a_text = [name for name in ('per_token', 'stride') if name in overrides]
     if text and of_tasks:
         raise UserError(f'{of_tasks[0]} is for tasks, and --text={text} scores a text; name one')
@@ -167,7 +170,11 @@ def main(overrides):
         if text:
             own_text = read_text(tokenizer, block_size)
         else:
-            loaded, missing = load_tasks(tasks, Path(data), tokenizer, block_size, limit)
+            if chat and loaded_model.chat is None:
+                raise UserError('this model was trained on no conversations, so it has no layout '
+                                'for --chat=True; leave it out')
+            layout = loaded_model.chat if chat else None
+            loaded, missing = load_tasks(tasks, Path(data), tokenizer, block_size, limit, layout)
     if loaded_model.description:
         print_text(loaded_model.description, file=sys.stderr)
     model.to(env.device)

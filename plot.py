@@ -5,11 +5,15 @@ tasks below. Or draw what one run measured in its layers as heat maps.
     python plot.py out-a out-b --picture=compare.png --smooth=0.1
     python plot.py out-a --health=True
 
+In a notebook, plot.live(out_dir) draws the losses while a run trains.
 Losses are in nats per token. Where runs have different tokenizers, they are in bits per byte.
 """
 
 import math
 import sys
+import time
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,11 +94,14 @@ class DrawnRun(NamedTuple):
     kept: set[int]          # iterations whose models the folder keeps
 
 
-def import_pyplot():
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
+def new_figure(n_rows, n_columns, size, **options):
+    """(an empty figure, its panels).
+
+    pyplot has no part in it: it would keep every figure, and change how a notebook shows others.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout='constrained')
+    return figure, figure.subplots(n_rows, n_columns, **options)
 
 
 def check_picture(path):
@@ -202,15 +209,14 @@ def prepare_run(name, records, factor, color, kept=()):
 
 
 def draw(runs, path, kept=None):
-    """Write a picture to `path`. One color a run, validation with dots, kept models with rings.
+    """Write a picture to `path`, the name of a file or a file that takes a PNG.
 
+    One color is a run. Validation has dots, and kept models have rings.
     runs: {label: records of read_metrics}. kept: {label: iterations whose models are kept}.
     """
-    plt = import_pyplot()
     scores = find_scores(runs)
     n_rows = 1 + len(scores)
-    figure, panels = plt.subplots(n_rows, 3, figsize=(14, 1 + 4.5 * n_rows), sharey='row',
-                                  layout='constrained', squeeze=False)
+    figure, panels = new_figure(n_rows, 3, (14, 1 + 4.5 * n_rows), sharey='row', squeeze=False)
 
     unit, factors = choose_unit(runs)
     kept = kept or {}
@@ -334,13 +340,12 @@ def draw_health(name, records, path):
 
     name: of the run.
     """
-    plt = import_pyplot()
     found = health_by_layer(records)            # {quantity: {layer: {iteration: value}}}
     if not found:
         raise UserError('this run has no measurements of its layers; '
                         'train with --health_interval=100')
 
-    figure, panels = plt.subplots(2, 4, figsize=(20, 10), layout='constrained')
+    figure, panels = new_figure(2, 4, (20, 10))
     for panel, (quantity, title) in zip(panels.flat, TITLES.items()):
         panel.set(title=f'{title}\n{WARNINGS[quantity]}', xlabel='iterations')
         if quantity in found:
@@ -463,6 +468,47 @@ def read_runs(folders):
         runs[label] = records
         kept[label] = list(kept_models(folder))
     return runs, kept
+
+
+# In a notebook
+
+def live(out_dir, run=None, seconds=2.0):
+    """Show the losses of a run in a notebook, in a picture that is drawn again while it trains.
+
+    out_dir: the folder of the run, which may not exist yet.
+    run: what trains: a threading.Thread or a subprocess.Popen that was started. The picture is the
+        last one when it has ended. Without it, stop the cell to end the drawing.
+    seconds: how long to wait between two looks at the folder.
+    Raises UserError without IPython.
+    """
+    try:
+        from IPython.display import Image, display
+    except ImportError:
+        raise UserError('plot.live shows its picture in a notebook, which needs IPython; elsewhere '
+                        f'draw with: python plot.py {out_dir}') from None
+
+    path = Path(out_dir) / FILE
+    shown = display('waiting for the first losses', display_id=True)
+    n_drawn = 0                                 # records that the picture has
+    with suppress(KeyboardInterrupt):
+        while True:
+            is_last = run is not None and not is_running(run)
+            records = read_metrics(path)
+            if len(records) != n_drawn:
+                n_drawn = len(records)
+                content = BytesIO()
+                draw({Path(out_dir).name: records}, content)
+                shown.update(Image(content.getvalue()))
+            if is_last:
+                return
+            time.sleep(seconds)
+
+
+def is_running(run):
+    """True while a Thread, or a Popen, has not ended."""
+    if hasattr(run, 'poll'):
+        return run.poll() is None
+    return run.is_alive()
 
 
 def main(folders):

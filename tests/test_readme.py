@@ -117,7 +117,8 @@ def run_train_command(workspace, command, out_dir):
 
     replaced = ('--n_', '--device', '--dtype', '--out_dir')
     kept = [argument for argument in arguments if not argument.startswith(replaced)]
-    toy = dict(SETTINGS, out_dir=out_dir, wandb_log=False, max_iters=max_iters)
+    # the toy dataset has no documents
+    toy = dict(SETTINGS, out_dir=out_dir, wandb_log=False, max_iters=max_iters, documents='any')
     flags = [f'--{name}={value}' for name, value in toy.items()]
     workspace.run('train.py', *kept, *flags, ranks=ranks)
 

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
@@ -33,7 +33,7 @@ from engine.prepare.conversations import RowSettings, choose_row_layout
 from engine.prepare.dataset_writer import Piece, dataset_writer
 from engine.prepare.documents import read_segments
 from engine.prepare.encode import CountingEncoder, document_pieces, safe_pieces
-from engine.prepare.held_out import FileContent, HeldOut
+from engine.prepare.held_out import FileContent, HeldOut, HeldOutFiles
 from engine.prepare.kinds import CSV, TEXT, Source, find_sources
 from engine.prepare.name_tokenizer import name_tokenizer
 from engine.prepare.next_command import has_gpu, next_lines
@@ -77,6 +77,8 @@ encoding = ''           # how texts are encoded, such as cp1252; '' is UTF-8, or
 vocab_size = 4096       # how many tokens --tokenizer=bpe trains, at least 257
 val_fraction = 0.1      # share that is held out as val.bin: of all documents, or of the end of
                         # each long text
+val_input = ''          # a file or folder of its own that becomes val.bin; all of `input` is then
+                        # trained on
 token_files = ''        # in place of input, a folder with token files that exist already, such as
                         # shards of llm.c; its meta.json then names `tokenizer`
 num_proc = 0            # how many cores encode, 0 for all; the result is the same
@@ -255,6 +257,14 @@ class Input:
                 return layout.chat
         return None
 
+    def check_chats(self):
+        """Raise UserError for a file that has no conversations."""
+        for source, layout in zip(self.sources, self.layouts):
+            if layout is None or layout.chat is None:
+                raise UserError(f'{source} has no conversations, which are rows with messages, or '
+                                f'with a question and an answer; data/text/prepare.py '
+                                f'--input={input} reads other files')
+
     def tell_kinds(self):
         """Say what the files were taken for, a line for each kind, except plain UTF-8 text."""
         kinds = Counter()
@@ -421,20 +431,47 @@ def main():
     if token_files:
         name_tokenizer_of_files()
         return
+    check_settings()
+    folder = dataset_folder()
+    written = write_dataset(folder)
+    for line in next_lines(folder.name, written.tokens, written.is_char, has_gpu(),
+                           written.has_answers):
+        print0(line)
+
+
+class Written(NamedTuple):
+    """What was written: how many tokens each split has, and what the next command depends on."""
+    tokens: dict[str, int]
+    is_char: bool               # the tokens are characters
+    has_answers: bool           # only answers count in the loss, and a token ends each document
+
+
+def write_dataset(folder: Path, only_chats: bool = False) -> Written:
+    """Write a dataset from `input` to a folder.
+
+    only_chats: anything but conversations is refused.
+    """
     spec = chosen_spec()            # a name that leads nowhere fails before the text is read
     is_char = tokenizer == 'char' or (spec is not None and spec.kind == 'char')
     check_add_tokens(spec)
-    check_settings()
-    folder = dataset_folder()
 
     # read and count
-    files = text_files.find_files(input)
+    inputs = [input]
+    if val_input:
+        inputs.append(val_input)
+    files = [file for path in inputs for file in text_files.find_files(path)]
     before = text_files.fingerprint(files)
-    texts = Input(find_sources(input, encoding or None), is_char)
+    sources = [find_sources(path, encoding or None) for path in inputs]
+    texts = Input([source for found in sources for source in found], is_char)
+    if only_chats:
+        texts.check_chats()
     texts.count()
     texts.tell_separators()
     total = sum(file.characters for file in texts.files)
-    held_out = HeldOut(val_fraction, texts.files)
+    if val_input:
+        held_out = HeldOutFiles(len(sources[0]), texts.files)
+    else:
+        held_out = HeldOut(val_fraction, texts.files)
     check_split(held_out, total)
 
     # the tokenizer
@@ -464,14 +501,18 @@ def main():
         if text_files.fingerprint(files) != before:
             raise UserError(f'{input} changed while it was read; run again when nothing writes to '
                             f'it')
-    answers = texts.has_masks and encoder.end_of_text is not None
-    tell_the_end(texts, held_out, folder, writer.tokens, answers)
+    tell_the_end(texts, held_out)
+
+    has_answers = texts.has_masks and encoder.end_of_text is not None
+    return Written(writer.tokens, is_char, has_answers)
 
 
 def check_split(held_out, total):
     """Raise UserError where train or val would be empty."""
     if held_out.has_both_splits:
         return
+    if val_input:
+        raise UserError(f'{input} and {val_input} should both have some text')
     if held_out.documents == 1 and not held_out.ends:
         raise UserError(f'{input} has a single document, and train and val need one each; --input= '
                         f'takes more')
@@ -480,11 +521,8 @@ def check_split(held_out, total):
                     f'{cut:,} to train on; --input= takes more text')
 
 
-def tell_the_end(texts, held_out, folder, tokens, answers):
-    """Say what was read, what val holds, and what to type next.
-
-    tokens: how many each split has. answers: as next_lines has it.
-    """
+def tell_the_end(texts, held_out):
+    """Say what was read, and what val holds."""
     documents = sum(file.documents for file in texts.files)
     empty = sum(file.empty for file in texts.files)
     total = sum(file.characters for file in texts.files)
@@ -494,8 +532,6 @@ def tell_the_end(texts, held_out, folder, tokens, answers):
     print0(f'files: {len(texts.files):,}; documents: {documents:,}{left_out}; '
            f'characters: {total:,}')
     print0(f'val.bin holds {held_out.describe()}')
-    for line in next_lines(folder.name, tokens, texts.is_char, has_gpu(), answers):
-        print0(line)
 
 
 if __name__ == '__main__':

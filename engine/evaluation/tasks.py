@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.chat_layout import ChatLayout, Turn, encode_prompt
 from engine.errors import UserError
 from engine.evaluation import task_files
 from engine.evaluation.scoring import Option, common_prefix
@@ -52,8 +53,8 @@ class Task:
     units: dict[str, int] = field(default_factory=dict)
 
 
-def load_tasks(names: str, folder: Path, tokenizer: Tokenizer, block_size: int,
-               limit: int = 0) -> tuple[list[Task], list[str]]:
+def load_tasks(names: str, folder: Path, tokenizer: Tokenizer, block_size: int, limit: int = 0,
+               chat: ChatLayout | None = None) -> tuple[list[Task], list[str]]:
     """The tasks of a comma-separated list of names, and the names of CORE's tasks without a file.
 
     Tasks that the model cannot read are left out, and named in the log. CORE's are then missing.
@@ -62,10 +63,12 @@ def load_tasks(names: str, folder: Path, tokenizer: Tokenizer, block_size: int,
 
     folder: holds NAME.jsonl and NAME.txt. For `core` it is the evaluation bundle.
     limit: how many examples of each task are taken, from the first on; 0 takes all.
+    chat: the layout in which a user says the prompts, and an assistant the answers. It is for
+        tasks of the kind `exact` alone.
     """
     if not folder.is_dir():
         folder = ROOT / folder          # a relative one may also lie beside the scripts
-    encoder = Encoder(tokenizer, block_size)
+    encoder = Encoder(tokenizer, block_size, chat)
     files = []                          # (name, path, its CoreTask or None) of each task
     missing = []
     unique_names = dict.fromkeys(name.strip() for name in names.split(','))
@@ -94,6 +97,9 @@ def load_tasks(names: str, folder: Path, tokenizer: Tokenizer, block_size: int,
     for reason in reasons:
         log.info(f'note: a task is left out: {reason}')
     for task in tasks:
+        if chat and task.kind != 'exact':
+            raise UserError(f'{task.name} is no task of prompts and answers, which --chat=True '
+                            f'asks for; leave one of them out')
         if task.skipped:
             log.info(f'note: {task.name}: {task.skipped:,} examples are left out, as this model '
                      f'cannot read them: {task.reason}')
@@ -281,9 +287,10 @@ class Unreadable(Exception):
 class Encoder:
     """Text to the Options of one model."""
 
-    def __init__(self, tokenizer, block_size):
+    def __init__(self, tokenizer, block_size, chat=None):
         self.tokenizer = tokenizer
         self.block_size = block_size
+        self.chat = chat                # the ChatLayout of prompts and answers, or None
 
         self.characters = None          # that the model knows; None: it reads every text
         if tokenizer.chars:
@@ -334,7 +341,13 @@ class Encoder:
     def exact(self, prompt, answer):
         """The Option of an answer that is encoded by itself."""
         prompt_tokens = self.encode(prompt)
-        if not prompt:
+        answer_tokens = self.encode(answer)
+        if self.chat:
+            said = self.chat.prompt([Turn('user', prompt)])
+            prompt_tokens = np.array(encode_prompt(self.tokenizer, said), prompt_tokens.dtype)
+            # the model has to end its answer, too
+            answer_tokens = np.concatenate([answer_tokens, self.encode(self.chat.end)])
+        elif not prompt:
             prompt_tokens = self.prefixed(prompt_tokens)
-        tokens = np.concatenate([prompt_tokens, self.encode(answer)])
+        tokens = np.concatenate([prompt_tokens, answer_tokens])
         return self.option(tokens, len(prompt_tokens))

@@ -2,7 +2,8 @@
 
 A row of a table, a part of a text between separators, and a text file that is short beside the
 others are documents. Those that are held out lie evenly over all of them, chosen by a hash. A text
-file with LARGE_SHARE of all characters or more gives its end.
+file with LARGE_SHARE of all characters or more gives its end. Where a person names files of their
+own for val, these are held out instead.
 """
 
 import hashlib
@@ -124,6 +125,33 @@ class HeldOut:
             parts.append(f'{self.held_out:,} of {self.documents:,} documents, spread over all of '
                          f'them')
         return ' and '.join(parts)
+
+
+class HeldOutFiles:
+    """Files of their own that are held out whole, in place of a share of everything.
+
+    n_train: how many files, from the first on, are for training. files: the contents of all.
+    """
+
+    def __init__(self, n_train: int, files: list[FileContent]):
+        self.n_train = n_train
+        self.documents = sum(file.documents for file in files[n_train:])
+        self.has_both_splits = (self.documents > 0
+                                and any(file.documents for file in files[:n_train]))
+
+    def split(self, files: Iterable[Iterable[Iterable[Segment]]]) -> Iterator[SplitDocument]:
+        """The documents of all files, and where they go. Documents without text are left out."""
+        for number, documents in enumerate(files):
+            split = 'train'
+            if number >= self.n_train:
+                split = 'val'
+            for segments in documents:
+                if segments != []:
+                    yield SplitDocument(split, segments)
+
+    def describe(self) -> str:
+        """What val holds."""
+        return f'all documents of its own input, {self.documents:,}'
 
 
 def cut_document(segments, cut):

@@ -135,6 +135,7 @@ def test_examples_that_are_left_out_are_told(scored, tmp_path):
     ('--tasks=choicse', "there is no task 'choicse' in"),
     ('--data=nowhere', 'there is no task'),
     ('--batch_size=0', 'batch_size=0 should be at least 1'),
+    ('--chat=True', 'this model was trained on no conversations'),
     ('--out_dir=nowhere', 'ckpt.pt does not exist')])
 def test_a_mistake_is_one_line(scored, flag, line):
     result = scored.run('evaluate.py', '--out_dir=out-scored', '--data=tasks', '--device=cpu',

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from engine import distributed
+from engine.chat_layout import ChatLayout
 from engine.errors import RunError, UserError
 from engine.evaluation import scoring, task_files
 from engine.evaluation.results import evaluate_tasks, summarize, summarize_core
@@ -182,6 +183,24 @@ def evaluate(model, folder, names='choices,contexts,words,exact,story', **option
     tasks = load(names, folder, block_size=model.config.block_size)
     results = run_tasks(model, tasks, **options)
     return {(r['task'], r['metric']): r['value'] for r in results}
+
+
+LAYOUT = ChatLayout(system='s', user='a', assistant='b', end='c')
+
+
+def test_with_a_chat_layout_a_user_asks_and_the_answer_has_to_end(folder):
+    tasks, _ = load_tasks('exact', folder, Tokenizer(SPEC), 64, limit=3, chat=LAYOUT)
+    for example, record in zip(tasks[0].examples, read(folder, 'exact')):
+        option, = example.options
+        prompt = f'a{record["prompt"]}cb'
+        whole = f'{prompt}{record["answer"]}c'
+        assert Tokenizer(SPEC).decode(option.tokens.tolist()) == whole
+        assert option.n_scored == len(whole) - len(prompt)
+
+
+def test_only_prompts_with_answers_are_asked_in_a_chat_layout(folder):
+    with pytest.raises(UserError, match='choices is no task of prompts and answers'):
+        load_tasks('exact,choices', folder, Tokenizer(SPEC), 64, chat=LAYOUT)
 
 
 @pytest.mark.parametrize('batch_size', [1, 32])

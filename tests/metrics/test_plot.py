@@ -1,5 +1,9 @@
 import json
 import math
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -314,3 +318,71 @@ def test_a_run_that_measured_its_layers_is_drawn(trained):
     result = trained.run('plot.py', 'out-drawn', '--health=True')
     assert 'health.png' in result.stdout and not result.stderr
     assert (trained.folder / 'out-drawn' / 'health.png').read_bytes()[:4] == b'\x89PNG'
+
+
+# In a notebook
+
+class Shown:
+    """Stands in for what IPython shows: the last picture, and how many there were."""
+
+    def __init__(self, first):
+        self.content = first
+        self.count = 0
+
+    def update(self, content):
+        self.content = content
+        self.count += 1
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A list of what is shown in a notebook."""
+    shown = []
+
+    def display(first, display_id):
+        shown.append(Shown(first))
+        return shown[-1]
+    module = SimpleNamespace(display=display, Image=lambda content: content)
+    monkeypatch.setitem(sys.modules, 'IPython.display', module)
+    return shown
+
+
+def test_a_picture_grows_while_a_run_trains(notebook, tmp_path):
+    """The folder does not exist at first, and a line of its file is half written."""
+    folder = tmp_path / 'out'
+    line = json.dumps(dict(iter=0, loss=2.0))
+    second = json.dumps(dict(iter=1, loss=1.5))
+
+    def train():
+        wait_for(lambda: notebook and notebook[0].content == 'waiting for the first losses')
+        write_records(folder, line, second[:9])
+        wait_for(lambda: notebook[0].count == 1)
+        (folder / 'metrics.jsonl').write_text(f'{line}\n{second}\n')
+        wait_for(lambda: notebook[0].count == 2)
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    plot.live(folder, thread, seconds=0.01)
+    assert not thread.is_alive() and notebook[0].count == 2
+    assert notebook[0].content.startswith(b'\x89PNG')
+
+
+def wait_for(is_true):
+    """Wait a minute at most."""
+    end = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_the_last_picture_has_what_a_process_wrote_before_its_end(notebook, tmp_path, monkeypatch):
+    folder = write_records(tmp_path / 'out', json.dumps(dict(iter=0, loss=2.0)))
+    drawn = []
+    monkeypatch.setattr(plot, 'draw', lambda runs, path: drawn.append(runs))
+    plot.live(folder, SimpleNamespace(poll=lambda: 0))
+    assert drawn == [{'out': [dict(iter=0, loss=2.0)]}]
+
+
+def test_without_ipython_a_line_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'IPython.display', None)
+    with pytest.raises(UserError, match='needs IPython; elsewhere draw with: python plot.py out-a'):
+        plot.live('out-a')

@@ -31,7 +31,7 @@ def shakespeare():
 @pytest.fixture
 def data(tmp_path):
     """The folder data/ in a copy of the scripts, so that their output goes to a temporary one."""
-    for pattern in ('configurator.py', 'console.py', 'engine/**/*.py', 'data/*/prepare.py'):
+    for pattern in ('configurator.py', 'console.py', 'engine/**/*.py', 'data/**/*.py'):
         for path in ROOT.glob(pattern):
             copy = tmp_path / 'repo' / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,8 @@ def run(data, name, *arguments, **environment):
 def load(data, name, monkeypatch, /, *arguments, **settings):
     """The script as a module, configured. Its main() runs in this process, with its engine."""
     monkeypatch.setattr(sys, 'path', list(sys.path))
+    for known in [known for known in sys.modules if known.split('.')[0] == 'data']:
+        monkeypatch.delitem(sys.modules, known)         # it imports those of its own copy
     spec = importlib.util.spec_from_file_location(f'prepare_{name}', data / name / 'prepare.py')
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

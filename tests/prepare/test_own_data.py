@@ -272,3 +272,22 @@ def test_a_tokenizer_that_is_named_already_stays(data, monkeypatch, letters):
     assert meta(data / 'own')['chars'] == 'abcde'
     with pytest.raises(UserError, match='names a tokenizer already'):
         script.main()
+
+
+def test_a_file_of_its_own_becomes_val(data, monkeypatch, tmp_path, capsys):
+    write_jsonl(tmp_path / 'one.jsonl', ['abc', 'bcd'])
+    write_jsonl(tmp_path / 'two.jsonl', ['dcb'])
+    load(data, 'text', monkeypatch, f'--input={tmp_path / "one.jsonl"}', '--tokenizer=char',
+         f'--val_input={tmp_path / "two.jsonl"}').main()
+    found = {split: decode(data / 'one', split) for split in ('train', 'val')}
+    assert found == dict(train='abc\nbcd\n', val='dcb\n')
+    assert 'val.bin holds all documents of its own input, 1' in capsys.readouterr().out
+
+
+def test_a_file_for_val_without_text_is_refused(data, monkeypatch, tmp_path):
+    write_jsonl(tmp_path / 'one.jsonl', ['abc', 'bcd'])
+    write_jsonl(tmp_path / 'two.jsonl', [''])
+    script = load(data, 'text', monkeypatch, f'--input={tmp_path / "one.jsonl"}',
+                  f'--val_input={tmp_path / "two.jsonl"}', '--tokenizer=char')
+    with pytest.raises(UserError, match='should both have some text'):
+        script.main()
