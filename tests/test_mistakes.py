@@ -153,7 +153,6 @@ SAMPLE = ['--out_dir=out-run', '--start=a']
     ('train.py', [NEW, '--init_from=resume'], 'out-none holds no run to resume', nothing),
     ('train.py', ['--out_dir=out-run'],
      'already holds a run; go on with --init_from=resume', nothing),
-    ('train.py', [*RESUME, '--block_size=64'], 'block_size=64 is over the 32', nothing),
     ('train.py', ['--out_dir=out-file'], 'cannot be written', file_as_folder),
     ('train.py', ['--out_dir=out-file/below'], 'cannot be written', file_as_folder),
     ('sample.py', [*SAMPLE, '--temprature=1'], 'did you mean temperature?', nothing),
