@@ -51,6 +51,7 @@ def export_hf(source, folder):
         iter_num=saved.iter_num,
         best_val_loss=saved.best_val_loss,
         losses=read_losses(folder_of_run),
+        chat=load_model.checkpoint_chat(saved),
     )
     for note in save_pretrained.write(folder, trained, dtype, trim_vocab):
         print0(f'note: {note}', file=sys.stderr)

@@ -15,7 +15,13 @@ from engine.checkpoint.gathered import MODEL
 from engine.checkpoint.kept import NAME
 from engine.dataloader.batches import dataset_tokenizer
 from engine.errors import UserError
-from engine.hf.tokenizer_json import download_pretrained, extends, pretrained_spec, tokens_from
+from engine.hf.tokenizer_json import (
+    download_pretrained,
+    extends,
+    pretrained_chat,
+    pretrained_spec,
+    tokens_from,
+)
 from engine.log import log
 from engine.tokenizer import GPT2, TokenizerSpec, same_tokens
 
@@ -102,7 +108,7 @@ def load_pretrained(GPT, source):
                      'put its own tokenizer.json beside the weights, or give them rows for these, '
                      f'as train.py --init_from={shlex.quote(source)} does, or '
                      f'resize_token_embeddings({spec.vocab_size}) of transformers')
-    return LoadedModel(model, spec, None)
+    return LoadedModel(model, spec, None, pretrained_chat(source))
 
 
 def check_vocabulary(model, spec, source, advice):

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from engine.chat_layout import ChatLayout
 from engine.errors import UserError
+from engine.hf.chat_template import chat_template
+from engine.hf.own_fields import FIELD, own_fields
 from engine.hf.tokenizer_json import OWN_BPE, tokenizer_files
 from engine.hf.weights import to_transformers
 from engine.tokenizer import Tokenizer, TokenizerSpec
@@ -67,6 +70,7 @@ class TrainedModel:
     config: the GPTConfig of the model.
     weights: the state_dict of the GPT.
     spec: the spec of the tokenizer.
+    chat: the layout of the conversations that it was trained on, or None.
 
     For the model card:
 
@@ -82,6 +86,7 @@ class TrainedModel:
     iter_num: int | None
     best_val_loss: float | None
     losses: list[tuple[int, float, float]]
+    chat: ChatLayout | None = None
 
 
 def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
@@ -117,6 +122,11 @@ def write(folder: str | Path, trained: TrainedModel, dtype: str = 'float32',
     tokenizer_config['model_max_length'] = trained.config.block_size
     if is_own_bpe(trained.spec):                    # transformers then pads batches of texts
         tokenizer_config['pad_token'] = tokenizer_config['eos_token']
+    own = own_fields(trained.spec, trained.chat).to_dict()
+    if own:
+        tokenizer_config[FIELD] = own
+    if trained.chat:                                # None is as good as no template
+        tokenizer_config['chat_template'] = chat_template(trained.chat, tokenizer)
     files['tokenizer_config.json'] = json.dumps(tokenizer_config, indent=2)
     files['README.md'] = model_card(model, trained, dtype)
     for name, text in files.items():

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from engine.chat_layout import ChatLayout
 from engine.downloads import Download, download_files, split_revision
 from engine.errors import RunError, UserError
+from engine.hf.own_fields import read_own_fields
 from engine.log import is_main_process
 from engine.tokenizer import (
     END_NAMES,
@@ -64,6 +66,15 @@ def pretrained_spec(source: str) -> TokenizerSpec | None:
     if not has_vocabulary(folder):
         return None
     return spec_of_files(folder, source, revision)
+
+
+def pretrained_chat(source: str) -> ChatLayout | None:
+    """The layout of conversations that our export wrote beside the weights `source`, or None."""
+    from engine.hf.weights import NAMES
+    if split_revision(source)[0] in NAMES and not Path(source).is_dir():
+        return None
+    folder, _ = find_folder(source)
+    return read_own_fields(folder).chat
 
 
 def download_pretrained(source: str) -> None:
@@ -166,7 +177,7 @@ def spec_of_files(folder, name, revision):
         spec = known_spec(text)
         if spec is None:
             spec = hf_spec(text, json.dumps(config, indent=2), end, name, revision)
-        return spec
+        return read_own_fields(folder).complete(spec)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:      # many kinds; the tokenizers' panics are not Exceptions
