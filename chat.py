@@ -58,7 +58,7 @@ HELP = '''\
 /retry             answer the last message again
 /save FILE.jsonl   write the conversation, as data/text/prepare.py reads it
 /quit              leave, as Ctrl-D does; Ctrl-C ends an answer
-/NAME VALUE        change how answers are sampled, now with'''
+/NAME VALUE        change a setting of the answers; the present ones are'''
 
 
 def answer_settings():
@@ -163,7 +163,7 @@ def read_number(text):
     """The number that a text spells, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -174,7 +174,9 @@ def serve(chat_model, settings, name):
     try:
         server = ChatServer(host, port, chat_model, settings, name, max_readers)
     except (OSError, UnicodeError) as error:
-        other_port = 8000 if port < 1024 else port - 1
+        other_port = port - 1
+        if other_port < 1024:                           # these need special rights
+            other_port = 8000
         raise UserError(f'no page can be served at host={host!r}, port={port} ({error}); try '
                         f'--host=127.0.0.1 --port={other_port}') from None
 

@@ -72,7 +72,7 @@ class Conversation:
         Raises UserError where there is nothing to write, where another file has that name, and
         where the file cannot be written.
         """
-        path = Path(name).expanduser()
+        path = Path(name)
         if not self.turns:
             raise UserError('there is nothing to save yet; say something first')
         if path.suffix != '.jsonl':
@@ -82,10 +82,13 @@ class Conversation:
         messages = [dict(role=turn.role, content=turn.text) for turn in self.turns]
         line = json.dumps(dict(messages=messages), ensure_ascii=False)
         try:
+            path = path.expanduser()
             if path.exists() and path != self.saved_to:
                 raise UserError(f'{name} is there already; choose another name')
             with atomic_write(path) as file:
                 file.write(line + '\n')
-        except (OSError, UnicodeEncodeError) as error:
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:    # ~nobody, or a name with a NUL
             raise UserError(f'{name} was not written ({error}); {advice_on(error)}') from None
         self.saved_to = path

@@ -85,6 +85,7 @@ def test_help_lists_every_command_within_80_columns(run_folder, monkeypatch, cap
 @pytest.mark.parametrize('typed, said', [
     ('/retry', 'there is no answer yet'), ('/save', 'needs the name of a file'),
     ('/temperature hot', "temperature='hot' should be a number"),
+    ('/temperature {[]: 1}', "temperature='{[]: 1}' should be a number"),
     ('/top_p 2', 'top_p=2.0 should be at most 1 and above 0'),
     ('/nonsense', 'there is no command /nonsense'), ('/', 'there is no command /'),
     ('☺', "'☺' is not in the vocabulary"), ('x' * 300, 'shorten it')])

@@ -196,7 +196,9 @@ def test_a_saved_conversation_is_read_by_the_preparation(tmp_path):
     conversation.begin_anew()
     list(conversation.ask('Hi'))
     for name, words in ((path, 'there already'), (tmp_path / 'a.txt', 'end in .jsonl'),
-                        (tmp_path / 'no' / 'a.jsonl', 'was not written')):
+                        (tmp_path / 'no' / 'a.jsonl', 'was not written'),
+                        ('~no-such-user/a.jsonl', 'was not written'),
+                        (tmp_path / 'a\0.jsonl', 'was not written')):
         with pytest.raises(UserError, match=words):
             conversation.save(str(name))
     assert path.read_text() == 'mine'
