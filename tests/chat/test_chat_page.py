@@ -129,3 +129,32 @@ def test_what_the_model_cannot_read_returns_to_where_it_was_typed(page):
     assert page.run(TURNS) == []
     browser_lines = page.errors()                   # the browser itself tells of the status 400
     assert len(browser_lines) == 1 and '400' in browser_lines[0]
+
+
+def test_a_retry_that_fails_keeps_the_answer_before_it(page):
+    page.type('#text', 'Hello' + ENTER)
+    page.wait(f'return {LAST}.textContent.length == 20')
+    page.wait(IS_DONE)
+    before = page.run(TURNS)
+    set_tokens(page, 0)                             # the server refuses this
+    page.type('#text', 'typed meanwhile')
+    page.click('#retry')
+    page.wait("return document.getElementById('note').className == 'error'")
+    page.wait(IS_DONE)
+    assert page.run(TURNS) == before
+    assert page.run("return document.getElementById('text').value") == 'typed meanwhile'
+    page.reload()
+    assert page.run(TURNS) == before
+    assert len(page.errors()) == 1                  # the browser itself tells of the status 400
+
+
+def test_a_conversation_that_is_cut_begins_with_a_question(page):
+    """MOST is 80,000 characters."""
+    roles = page.run("""
+        turns = [];
+        for (let i = 0; i < 4; i++)
+            turns.push({role: 'user', content: 'x'.repeat(30000)},
+                       {role: 'assistant', content: 'y'});
+        turns.push({role: 'user', content: 'x'});
+        return latestTurns().map(turn => turn.role)""")
+    assert roles == ['user', 'assistant', 'user', 'assistant', 'user']
