@@ -64,8 +64,8 @@ class ChatServer(ThreadingHTTPServer):
         self.name = name
         self.page = PAGE.read_bytes()
         self.page_headers = security_headers(self.page.decode())
-        self.arriving: dict[socket.socket, float] = {}      # until when a request has to be there
-        self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.arriving: dict[socket.socket, float] = {}      # when a request has to have arrived
+        self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)   # free ones
         self.answers = AnswerQueue(chat_model, max_readers)
         if ':' in host:
             self.address_family = socket.AF_INET6
@@ -88,7 +88,12 @@ class ChatServer(ThreadingHTTPServer):
             self.shutdown_request(request)
             return
         self.arriving[request] = time.monotonic() + SECONDS_TO_ASK
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:                                # the system has no more threads
+            self.arriving.pop(request, None)
+            self.places.release()
+            raise
 
     def process_request_thread(self, request, client_address):
         try:
@@ -204,7 +209,8 @@ class Handler(BaseHTTPRequestHandler):
         """Refusal for a request that a page from elsewhere may have sent."""
         hosts = self.headers.get_all('Host', [])
         if len(hosts) != 1 or not is_own_name(hosts[0], self.server.host):
-            raise Refusal(HTTPStatus.FORBIDDEN, 'the request is for another host')
+            raise Refusal(HTTPStatus.FORBIDDEN, 'the request is for another host; open the page '
+                          'by the address of this machine, as in http://127.0.0.1:8000')
 
         host = hosts[0].lower()
         for origin in self.headers.get_all('Origin', []):
