@@ -97,7 +97,7 @@ def read_tokens(meta):
 
     is_table = isinstance(itos, dict) and all(type(i) is int and i >= 0 for i in itos)
     if not is_table:
-        raise UserError('itos should map ids to tokens')
+        raise UserError('itos should map ids to tokens, and ids are whole numbers from 0 on')
     return itos
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from engine.errors import UserError
 
-LONGEST_TEXT = 10_000       # characters of a numpy.str_, which is a copy of its bytes
+LONGEST_TEXT = 10_000       # characters of a numpy.str_, of which each use makes a copy
 LARGEST_KEY = 2 ** 60       # a larger int may have the hash of many others
 MOST_ARGUMENTS = 3          # what any name of NAMES is called with
 
@@ -51,7 +51,7 @@ def load_plain(content: bytes) -> Any:
 # What stands for the names that a pickle may have
 
 class NumpyType:
-    """Stands for numpy.dtype, so that nothing of numpy runs on what a file says."""
+    """Stands for numpy.dtype, so that no code of numpy reads what a file says."""
 
     def __init__(self, name, *rest):
         self.name = name
@@ -90,19 +90,24 @@ def numpy_scalar(kind, content):
 
 
 def encode_latin1(text, encoding):
-    """The bytes of a number of numpy, as protocols before 3 hold them."""
+    """The bytes of a number of numpy, which protocols before 3 hold as a text."""
     if encoding != 'latin1' or len(text) > 4 * LONGEST_TEXT:
         raise UserError('it asks to run _codecs.encode')
     return text.encode('latin-1')
 
 
 def plain_dict(factory=None):
-    """An empty dict, for an OrderedDict and for a defaultdict, whatever its factory is."""
+    """An empty dict, for an OrderedDict and for a defaultdict, whatever its factory is.
+
+    Its items come later. Python 2 writes an OrderedDict with a list of them in place of a factory.
+    """
+    if isinstance(factory, list):
+        raise UserError('it holds an OrderedDict of Python 2; save a plain dict')
     return {}
 
 
 def plain_list(items=()):
-    """The list that an old pickle makes a set of."""
+    """Stands for `set`, which protocols before 4 call on a list. The list itself is returned."""
     return items
 
 

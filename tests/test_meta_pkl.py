@@ -48,6 +48,19 @@ def test_characters_are_read_however_their_tables_are_written(tmp_path, meta, pr
     assert read_meta(tmp_path) == TokenizerSpec('char', 9, chars=''.join(CHARS))
 
 
+class OrderedDictOfPython2:
+    """Is pickled as Python 2 pickles an OrderedDict: a call with a list of its items."""
+
+    def __reduce__(self):
+        return collections.OrderedDict, ([[0, 'a'], [1, 'b']],)
+
+
+def test_an_ordered_dict_of_python_2_is_refused_and_not_read_as_empty(tmp_path):
+    write_meta(tmp_path, dict(vocab_size=2, itos=OrderedDictOfPython2()), protocol=2)
+    with pytest.raises(UserError, match='an OrderedDict of Python 2; save a plain dict'):
+        read_meta(tmp_path)
+
+
 WORDS = ['the', 'cat', 'sat', 'a', '<eos>']
 
 
