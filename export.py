@@ -126,7 +126,7 @@ def export_peft(source, folder):
         notes = [f'{origin} is a run; python export.py {shlex.quote(origin)} FOLDER writes it as '
                  f'the weights that peft takes']
     else:
-        base = peft.read_config(origin)
+        base = read_base_config(source, origin)
         notes = []
 
     model = GPT.from_checkpoint(saved)
@@ -135,6 +135,17 @@ def export_peft(source, folder):
     notes = peft.write(folder, trained) + notes
     for note in notes:
         print0(f'note: {note}', file=sys.stderr)
+
+
+def read_base_config(source, origin):
+    """The config.json of the weights `origin` that the run `source` adapts, {name: value}."""
+    from engine.hf import peft
+
+    try:
+        return peft.read_config(origin)
+    except UserError as error:
+        raise UserError(f'{source} has adapters of {origin}, which cannot be read ({error}); put '
+                        f'that back, or try --to=hf, which does without it') from None
 
 
 def check_settings():

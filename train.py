@@ -265,6 +265,7 @@ def build_model(saved, data, overrides):
     adapts = saved and saved.base       # then the state has no weights, only adapters
     if adapts:
         source = saved.base['source']
+        print_text(f'note: {saved.path} has adapters alone; their base is read again from {source}')
 
     if saved and not adapts:
         model = GPT.from_checkpoint(saved, dropout)

@@ -120,6 +120,13 @@ def test_what_has_no_adapter_in_the_format_of_peft_is_refused(adapted, tmp_path)
         refused_with('n_positions=16, and .* has 8; .*--to=hf')
 
 
+def test_a_base_that_has_gone_is_named(adapted, tmp_path):
+    run, _ = adapted
+    (tmp_path / 'base').rename(tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match='run has adapters of .*base, which cannot be .*--to=hf'):
+        export_adapter(run, tmp_path / 'adapter')
+
+
 def test_adapters_of_a_run_say_how_its_weights_are_exported(adapted, tmp_path, capsys):
     run, _ = adapted
     saved = gathered.read_ckpt(run)
