@@ -48,7 +48,7 @@ def load_plain(content: bytes) -> Any:
         raise UserError(f'it is damaged ({type(error).__name__}: {reason})') from None
 
 
-# What stands for the names that a pickle may have
+# A pickle gets these in place of what it names
 
 class NumpyType:
     """Stands for numpy.dtype, so that no code of numpy reads what a file says."""

@@ -18,7 +18,8 @@ class Answer:
         self.settings = settings
         self.is_cancelled = False
         self.parts: queue.SimpleQueue = queue.SimpleQueue()     # texts, then None or a RunError
-        self.steps: Iterator[str] | None = None                 # of the thread of the model
+        # used only by the thread that computes the answer
+        self.steps: Iterator[str] | None = None
         self.text_cache: TextCache | None = None
 
     def cancel(self) -> None:
@@ -58,11 +59,11 @@ class AnswerQueue:
         """max_answers: how many are computed at once, and how many caches are kept."""
         self.chat_model = chat_model
         self.max_answers = max_answers
-        self.places = threading.BoundedSemaphore(max_answers)
+        self.places = threading.BoundedSemaphore(max_answers)   # for answers that are under way
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()   # Answers; None wakes the thread
         self.is_closed = False
-        self.free: list[TextCache] = []                         # the latest one comes last
-        self.n_caches = 0
+        self.free: list[TextCache] = []                         # of finished answers, oldest first
+        self.n_caches = 0                                       # free ones and those in use
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 

@@ -1,8 +1,8 @@
-"""How a token file holds its ids: plain, behind a header of llm.c or of numpy, or in a width that
-nothing tells.
+"""How a token file holds its ids: plain, or after a header of llm.c or of numpy.
 
-A file is little-endian. llm.c's files begin with a header of 1,024 bytes, as int32: a magic number,
-a version, and the number of tokens. numpy's .npy files begin with a header that has the type.
+A plain file does not tell how wide its ids are; find_width guesses that. All files are
+little-endian. llm.c's files begin with a header of 1,024 bytes, as int32: a magic number, a version,
+and the number of tokens. numpy's .npy files begin with a header that has the type.
 """
 
 import io
@@ -32,7 +32,7 @@ MAGICS = range(20240101, 20400101)  # its magic numbers are dates
 MOST_VERSIONS = 1000
 
 NUMPY_MAGIC = b'\x93NUMPY'
-NUMPY_HEADER_BYTES = 1 << 12        # of one that is no header of a one-dimensional array
+NUMPY_HEADER_BYTES = 1 << 12        # no header of a one-dimensional array is longer
 START_BYTES = NUMPY_HEADER_BYTES    # how much of a file tells its format
 
 # A file that nothing describes is sampled, to see how wide its ids are
@@ -128,15 +128,14 @@ def parse_numpy_header(path, start):
     return FileFormat(INTEGERS[dtype.itemsize], file.tell()), shape[0]
 
 
-# The width of ids that nothing tells
+# The width of ids in a plain file
 
 def find_width(path: Path, dtype: str) -> str | None:
     """The type that the ids of a file without a header seem to have, where they are wider.
 
     dtype: the type that they should have, 'uint16' or 'uint32'. None where they seem to have it. A
-    sample of at most SAMPLED_BLOCKS is read. In a file of wider ids, the upper parts are all 0,
-    where ids of the right width would need the same id at every second, or at three of four,
-    places.
+    sample of at most SAMPLED_BLOCKS is read. Read as `dtype`, wider ids show a 0 at every second
+    number, or at three of four. A text of ids that have this type hardly does.
     """
     low, high = sample_parts(path, dtype, 8)
     if np.count_nonzero(low) >= FEWEST_IDS and not high.any():

@@ -12,9 +12,11 @@ from engine.log import log
 def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) -> None:
     """Let a GPT read contexts of block_size tokens, and log what that means.
 
-    saved: the state that the run goes on from, or None. Where learned positions are stretched, its
-    optimizer has moments of fewer positions, and is forgotten. That of adapters has none of them.
-    Raises UserError where the moments are in shards, which cannot be read without the others.
+    saved: the state that the run goes on from, or None. If learned positions are stretched, its
+    optimizer is dropped, as the moments of positions are too few. An optimizer of adapters stays:
+    it has no moments of positions.
+    Raises UserError where positions would be stretched and the optimizer is in shards, of which no
+    part can be dropped alone.
     """
     context = model.config.block_size
     if block_size == context:
@@ -29,7 +31,7 @@ def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) 
     model.resize_context(block_size)
     adapts = saved is not None and saved.base is not None
     if adapts and saved.model_args.get('block_size') == block_size:
-        return          # the base has the context that it came with, and the run had this one
+        return          # only the base changes; the run has had this context before
     log.info(f'note: the weights have read contexts of {context} tokens, '
              f'and now read {block_size}')
     if not is_stretched:

@@ -9,7 +9,7 @@ is the step of full finetuning, projected on r directions.
 Source: Hu et al. 2021 (arXiv:2106.09685), where A begins with normal numbers.
 
 A dataset may have tokens that the base does not know. Their rows of the embedding and of the head
-are trained too, as a frozen one would say nothing of them.
+are trained too: frozen, they would all stay the mean of the others.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from engine.log import log
 # The names of what is trained, in its layer: A and B, and the rows of new tokens
 ADAPTERS = ('lora_a', 'lora_b', 'lora_rows')
 TOKEN_LAYERS = ('transformer.wte', 'lm_head')   # they have a row for each token
-# What a run may change of its base: learned positions are cut or stretched to block_size.
+# A run may change these weights of its base: it cuts or stretches them to block_size.
 NOT_IN_FINGERPRINT = 'transformer.wpe.weight'
 
 
@@ -103,7 +103,7 @@ class GrownEmbedding(nn.Module):
         return torch.cat([before, self.lora_rows, after])
 
     def forward(self, idx):                                         # (B, T)
-        # without `weight`, whose gradient would be a whole matrix
+        # It does not read `weight`, whose gradient would be a whole matrix.
         n_new = len(self.new_tokens)
         index = idx - self.new_tokens.start
         is_new = (index >= 0) & (index < n_new)
@@ -225,8 +225,8 @@ def is_target(name, targets):
 def fingerprint(model: nn.Module) -> str:
     """The SHA-256 of a model's weights, in the order of their names.
 
-    It leaves out learned positions and the rows of new tokens, which begin as a mean: that may be
-    rounded differently on another machine.
+    It leaves out learned positions, which block_size changes, and the rows of new tokens: these
+    begin as a mean, which another machine may round differently.
     """
     tokens = new_tokens(model)
     digest = hashlib.sha256()
@@ -257,8 +257,8 @@ def named_adapters(model):
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """{name: weight} of a GPT without adapters that computes the same.
 
-    They are on the CPU on rank 0, and None on the others. The matrices of the blocks are float32,
-    and rounded to bfloat16 before the merger where the model has them so.
+    They are on the CPU on rank 0, and None on the others. The matrices of the blocks are float32.
+    Where the model keeps its base in bfloat16, it is that rounded base which the adapters join.
     """
     weights = gather_weights(model)
 
