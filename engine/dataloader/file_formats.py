@@ -1,8 +1,8 @@
 """How a token file holds its ids: plain, or after a header of llm.c or of numpy.
 
 A plain file does not tell how wide its ids are; find_width guesses that. All files are
-little-endian. llm.c's files begin with a header of 1,024 bytes, as int32: a magic number, a version,
-and the number of tokens. numpy's .npy files begin with a header that has the type.
+little-endian. llm.c's files begin with a header of 1,024 bytes, as int32: a magic number, a
+version, and the number of tokens. numpy's .npy files begin with a header that has the type.
 """
 
 import io
