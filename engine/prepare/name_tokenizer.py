@@ -33,8 +33,10 @@ def name_tokenizer(folder: Path, spec: TokenizerSpec) -> DatasetMeta:
     if dtype is None:
         dtype = find_dtype(folder, files['train'], token_dtype(spec.vocab_size))
     tokens = {}
+    formats = []
     for split in SPLITS:
         stream = TokenStream(folder, files[split], dtype)
+        formats.append(stream.format)
         contents = read_split(stream, split, {})
         if contents.largest >= spec.vocab_size:
             raise UserError(f'{contents.path}: token {contents.position:,} has id '
@@ -42,7 +44,9 @@ def name_tokenizer(folder: Path, spec: TokenizerSpec) -> DatasetMeta:
                             f'name the --tokenizer= that made them')
         tokens[split] = len(stream)
 
-    meta = DatasetMeta(spec, dtype=stream.format.dtype, tokens=tokens)
+    if all(file_format.header_bytes for file_format in formats):
+        dtype = formats[0].dtype            # for people alone: the headers have it
+    meta = DatasetMeta(spec, dtype=dtype, tokens=tokens)
     with atomic_write(folder / 'meta.json') as file:
         json.dump(meta.to_dict(), file)
     return meta

@@ -248,6 +248,20 @@ def test_a_tokenizer_is_named_for_token_files(data, monkeypatch, letters, dtype,
     assert (found['chars'], found['dtype'], found['tokens']['val']) == ('abcde', name, 150)
 
 
+@pytest.mark.parametrize('split, other', [('train', 'val'), ('val', 'train')])
+def test_a_type_is_named_for_the_file_without_a_header(data, monkeypatch, letters, split, other):
+    """The other file has a header of llm.c, which says uint32."""
+    ids = list(range(5)) * 30
+    write_token_files(data / 'own', ids)
+    header = np.zeros(256, '<i4')
+    header[:3] = 20240801, 7, len(ids)
+    content = header.tobytes() + np.array(ids, '<u4').tobytes()
+    (data / 'own' / f'{other}.bin').write_bytes(content)
+    load(data, 'text', monkeypatch, token_files=str(data / 'own'), tokenizer=str(letters)).main()
+    found = meta(data / 'own')
+    assert (found['dtype'], found['tokens']) == ('uint16', dict(train=150, val=150))
+
+
 @pytest.mark.parametrize('settings, words', [
     (dict(tokenizer='LETTERS'), 'token 3 has id 5, and char has 5 tokens; name the --tokenizer='),
     (dict(tokenizer='char'), 'has ids already'),
