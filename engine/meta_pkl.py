@@ -90,8 +90,9 @@ def read_tokens(meta):
             raise UserError('stoi should map tokens to ids')
         itos = {}
         for token, i in stoi.items():
-            if type(i) is int:
-                itos.setdefault(i, token)       # the first one, where several have an id
+            if type(i) is not int:
+                raise UserError('stoi should map tokens to ids, which are whole numbers')
+            itos.setdefault(i, token)           # the first one, where several have an id
     if isinstance(itos, (list, tuple)):
         itos = dict(enumerate(itos))
 

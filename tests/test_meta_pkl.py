@@ -162,6 +162,7 @@ def test_a_meta_json_may_have_a_size_alone(tmp_path):
     (dict(itos={'a': 0}), 'itos should map ids'),
     (dict(itos='abc'), 'itos should map ids'),
     (dict(stoi=['a']), 'stoi should map tokens'),
+    (dict(vocab_size=2, stoi={'a': 0, 'b': 1.0}), 'stoi should map tokens to ids, which are whole'),
     (dict(itos=['a', 'bc', 'a']), "ids 0 and 2 are both 'a'"),
 ])
 def test_an_impossible_vocabulary_is_refused(tmp_path, meta, words):
