@@ -71,6 +71,9 @@ def check_settings():
     check(globals(), 'seed', 0, 2 ** 63 - 1)
     check(globals(), 'port', 0, 65535)
     check(globals(), 'max_readers', 1, 64)
+    if not host:                                        # it would stand for every address
+        raise UserError("host='' is no address; try --host=127.0.0.1, or --host=0.0.0.0 for other "
+                        'machines too')
     answer_settings()
 
 

@@ -144,6 +144,11 @@ def test_a_taken_port_is_one_line_with_another(run_folder, server, monkeypatch, 
         talk(monkeypatch, capsys, run_folder, '', f'--port={server.server_port}')
 
 
+def test_an_empty_host_does_not_open_the_page_to_every_machine(run_folder, monkeypatch, capsys):
+    with pytest.raises(UserError, match="host='' is no address; try --host=127.0.0.1"):
+        talk(monkeypatch, capsys, run_folder, '', '--port=8000', '--host=')
+
+
 def test_the_page_is_served_until_ctrl_c(run_folder, monkeypatch, capsys):
     served = []
 
