@@ -111,16 +111,25 @@ def talk(conversation):
 
 
 def read_line(is_terminal):
-    """A line of stdin; None at its end, and where Ctrl-C is typed in place of one."""
-    prompt = ''
-    if is_terminal:
-        prompt = '> '
+    """A line of stdin; None at its end, and where Ctrl-C is typed twice in place of one."""
+    if not is_terminal:
+        try:
+            return input()
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    # The first Ctrl-C may have come too late for the end of an answer.
     try:
-        return input(prompt)
-    except (EOFError, KeyboardInterrupt):
-        if is_terminal:
-            print0()
-        return None
+        return input('> ')
+    except EOFError:
+        pass
+    except KeyboardInterrupt:
+        print0()
+        print_text('Ctrl-C again, or Ctrl-D, leaves.', file=sys.stderr)
+        with suppress(EOFError, KeyboardInterrupt):
+            return input('> ')
+    print0()
+    return None
 
 
 def print_answer(parts):

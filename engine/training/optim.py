@@ -249,8 +249,9 @@ def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
                             f'optimizer={kind} cannot take; go on with --optimizer={other}')
         if scaler.is_enabled() and saved.scaler:
             scaler.load_state_dict(saved.scaler)
-        moments = read_moments(optimizer, saved.optimizer['state'])
         saved_groups = [group['params'] for group in saved.optimizer['param_groups']]
+        check_trained(optimizer, sum(map(len, saved_groups)))
+        moments = read_moments(optimizer, saved.optimizer['state'])
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -261,6 +262,14 @@ def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
         raise UserError('the optimizer state belongs to a model of another shape, or to one of '
                         'which other layers are frozen')
     optimizer.load_state_dict({'state': moments, 'param_groups': groups})
+
+
+def check_trained(optimizer, n_saved):
+    """UserError where a state has moments of fewer or of more parameters."""
+    n_trained = len(parameters_of(optimizer))
+    if n_saved != n_trained:
+        raise UserError(f'the optimizer state is of {n_saved} weights, and {n_trained} are trained '
+                        f'now; go on with the --freeze of the run and the same shape')
 
 
 def was_muon(saved):

@@ -96,7 +96,8 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(run_folder, monkeypatch,
 
 
 def test_a_terminal_gets_a_prompt_and_ctrl_c_ends_an_answer_only(run_folder, monkeypatch, capsys):
-    """Ctrl-C comes with the fifth part of the first answer, and then in place of a line."""
+    """Ctrl-C comes with the fifth part of the first answer, then in place of a line, and then twice
+    in place of one."""
     answer = ChatModel.answer
     n_parts = 0
 
@@ -108,7 +109,7 @@ def test_a_terminal_gets_a_prompt_and_ctrl_c_ends_an_answer_only(run_folder, mon
                 raise KeyboardInterrupt
             yield part
 
-    typed = ['Hi', 'Bye', KeyboardInterrupt]
+    typed = ['Hi', KeyboardInterrupt, 'Bye', KeyboardInterrupt, KeyboardInterrupt]
     prompts = []
 
     def type_line(prompt):
@@ -123,10 +124,10 @@ def test_a_terminal_gets_a_prompt_and_ctrl_c_ends_an_answer_only(run_folder, mon
     terminal = Terminal()
     monkeypatch.setattr(sys, 'stdout', terminal)
     talk(monkeypatch, capsys, run_folder, '', stream=Terminal)
-    assert prompts == ['> '] * 3 and not typed
+    assert prompts == ['> '] * 5 and not typed
     shown = terminal.getvalue()
     assert ' (stopped)\n' in shown and shown.endswith('\n')
-    assert len(shown) < 4 + len(' (stopped)\n') + 21 + 2
+    assert len(shown) < 4 + len(' (stopped)\n') + 21 + 4
 
 
 def test_a_model_without_a_layout_continues_the_text(run_folder, monkeypatch, capsys, tmp_path):
