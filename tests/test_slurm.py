@@ -70,6 +70,7 @@ def slurm(workspace):
             os.killpg(job.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_job_saves_before_its_time_limit_queues_again_and_goes_on(workspace, slurm):
     out_dir = workspace.folder / 'out-slurm'
     requests = workspace.folder / 'scontrol.txt'

@@ -180,6 +180,7 @@ def test_patience_is_judged_as_train_py_does_it(finetuning, trained, patience):
     assert finetuning.stopped(whole, patience) == (max(patient), min(patient.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_FORK, reason='a fork of this process has what the test changed')
 def test_the_study_finetunes_the_weights_and_repeats_no_run(workspace, monkeypatch, capsys):
     transformers = pytest.importorskip('transformers')

@@ -142,6 +142,7 @@ def test_generation_compiles_once_and_never_per_token(counters):
     assert model.decoder.kv_caches is caches
 
 
+@pytest.mark.slow
 def test_any_number_of_shapes_can_be_compiled(monkeypatch, counters):
     """PyTorch refuses a ninth variant of one function by default, with any backend."""
     torch_compile = torch.compile

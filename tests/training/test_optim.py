@@ -449,6 +449,7 @@ def train_rank(rank, ranks, folder, changes):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_with_muon_are_one(tmp_path):
     """With the options of a modern shape. The ranks keep the same weights to the bit."""
     changes = dict(position='rotary', norm='rmsnorm', activation='relu2', qk_norm=True,
