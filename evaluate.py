@@ -17,7 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-from console import log_to, print0, print_text, report_errors  # before torch: see console.py
+from console import (  # before torch: see console.py
+    log_to,
+    print0,
+    print_text,
+    report_errors,
+    terminal_width,
+)
 
 import torch
 
@@ -61,8 +67,12 @@ dtype = 'auto'              # auto, float32, bfloat16 or float16; published figu
 rank_timeout = 600          # seconds that ranks wait for a lost one before they give up
 
 
-def format_table(results):
-    """The results as lines of aligned columns."""
+def format_table(results, width=None):
+    """The results as lines of aligned columns.
+
+    width: the columns of a terminal. If the lines do not fit it, each protocol has a line of its
+    own below its row.
+    """
     rows = [('task', 'metric', 'value', 'stderr', 'examples', 'protocol')]
     for result in results:
         stderr = 'n/a'
@@ -73,11 +83,25 @@ def format_table(results):
 
     widths = [max(len(text) for text in column) for column in zip(*rows)]
     lines = []
+    is_narrow = width is not None and sum(widths) + 2 * (len(widths) - 1) > width
     for task, metric, *numbers, protocol in rows:
         cells = [task.ljust(widths[0]), metric.ljust(widths[1])]
-        cells += [text.rjust(width) for text, width in zip(numbers, widths[2:])]
-        lines.append('  '.join([*cells, protocol]))
+        cells += [text.rjust(size) for text, size in zip(numbers, widths[2:])]
+        if not is_narrow:
+            lines.append('  '.join([*cells, protocol]))
+            continue
+        lines.append('  '.join(cells))
+        if lines[1:]:                               # a row below the names of the columns
+            lines.append(f'  {protocol}')
     return '\n'.join(lines)
+
+
+def print_table(results):
+    """Print the results, on a terminal so that they fit it."""
+    width = None
+    if sys.stdout.isatty():
+        width = terminal_width()
+    print0(format_table(results, width))
 
 
 def example_lines(task, scores):
@@ -144,7 +168,7 @@ def score_text(own_text, model, env):
     else:
         for _ in lines:                                 # every rank reads its part of the text
             pass
-    print0(format_table(scorer.results()))
+    print_table(scorer.results())
 
 
 def main(overrides):
@@ -199,7 +223,7 @@ def main(overrides):
 
     # the table and the files
     if env.is_main:
-        print0(format_table(results))
+        print_table(results)
         content = dict(
             results=results,
             iter_num=iter_num,

@@ -73,6 +73,15 @@ def test_the_table_and_the_file_hold_the_same_results(scored):
     assert counts == dict(choices=10, contexts=10, words=10, exact=10, story=n_windows)
 
 
+def test_a_table_that_is_wider_than_the_terminal_has_protocols_below():
+    result = dict(task='x', metric='acc', value=0.5, stderr=None, examples=7, protocol='p ' * 30)
+    wide, narrow = (evaluate.format_table([result], width).splitlines() for width in (None, 80))
+    assert len(wide) == 2 and wide[1].split()[:5] == ['x', 'acc', '0.5000', 'n/a', '7']
+    head = wide[0].removesuffix('  protocol')
+    assert narrow == [head, wide[1][:len(head)], f'  {result["protocol"]}']
+    assert max(map(len, narrow)) <= 80
+
+
 def test_the_file_of_examples_proves_the_results(scored):
     _, content = run(scored, '--examples=examples.jsonl')
     examples = read_lines(scored.folder / 'examples.jsonl')
