@@ -14,7 +14,7 @@ wandb_project = 'chat'
 
 gradient_accumulation_steps = 1
 batch_size = 8
-block_size = 256                    # about ten turns, as a token is a letter
+block_size = 256                    # a few questions and answers: a token is a letter
 
 n_layer = 4
 n_head = 2
