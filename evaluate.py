@@ -3,7 +3,7 @@
     python evaluate.py --out_dir=out-gpt2 --tasks=hellaswag,lambada,wikitext2
     python evaluate.py --init_from=gpt2 --tasks=hellaswag --limit=1000
     python evaluate.py --init_from=gpt2 --tasks=core --data=eval_bundle
-    python evaluate.py --out_dir=out-chat --tasks=held_out --data=data/chat --chat=True
+    python evaluate.py out-chat --tasks=held_out --data=data/chat --chat=True
     python evaluate.py --out_dir=out-gpt2 --text=FILE --per_token=tokens.jsonl
     torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out-gpt2
 

@@ -168,6 +168,7 @@ def forked_runs(workspace, toy, monkeypatch):
     return commands
 
 
+@pytest.mark.slow
 def test_a_study_trains_once_and_goes_on_from_its_csv(
         tmp_path, monkeypatch, forked_runs, capsys):
     fit = partial(scaling_laws.fit_loss_law, starts=FEW_STARTS)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from engine.chat_layout import ChatLayout
@@ -414,7 +415,7 @@ def tokens_from(spec: TokenizerSpec, first: int) -> list[str]:
 def tokenizer_files(spec: TokenizerSpec) -> dict[str, str]:
     """{name: text} of the files that transformers and others load as the tokenizer of `spec`."""
     if spec.kind == 'gpt2':
-        return gpt2_files()
+        return dict(gpt2_files())
     if spec.kind == 'char':
         return char_files(spec.chars)
 
@@ -422,6 +423,7 @@ def tokenizer_files(spec: TokenizerSpec) -> dict[str, str]:
             'tokenizer_config.json': spec.tokenizer_config}
 
 
+@cache
 def gpt2_files() -> dict[str, str]:
     """GPT-2's tokenizer files, made from tiktoken's ranks.
 

@@ -252,6 +252,7 @@ def test_tokens_that_cannot_be_added_are_refused(workspace, folder, gpt2, flag, 
     assert not (folder / 'data' / 'mine').exists()
 
 
+@pytest.mark.slow
 def test_a_vocabulary_over_65536_takes_four_bytes_per_token(workspace, folder, monkeypatch):
     save_tokenizer(folder / 'large', size=70_000)
     text = '<60000> and <66000>'

@@ -112,7 +112,7 @@ def test_frozen_layers_stay_frozen_on_several_ranks(place):
 
 @pytest.mark.parametrize('flag, strategy, ranks', [
     ('--checkpoint=gathered', 'ddp', 3),        # three ranks sum in an order that may change
-    ('--checkpoint=gathered', 'fsdp', 3),
+    pytest.param('--checkpoint=gathered', 'fsdp', 3, marks=pytest.mark.slow),
     ('--checkpoint=sharded', 'fsdp', 2),
     pytest.param('--recompute=True', 'fsdp', 2, marks=pytest.mark.slow),
     ('--dtype=bfloat16', 'fsdp', 2),
