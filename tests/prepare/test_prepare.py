@@ -605,6 +605,9 @@ def test_help_lists_the_settings_and_the_path_as_typed(data, name, monkeypatch, 
 def test_the_last_line_is_a_next_command_whose_settings_exist(data, tmp_path, monkeypatch, capsys,
                                                               gpt2, name):
     text = write_jsonl(tmp_path / 'a.jsonl', ['some text'] * 5)
+    if name == 'chat':                      # which reads conversations only
+        rows = [json.dumps(dict(question=f'Why {i}?', answer='So.')) for i in range(20)]
+        text.write_text('\n'.join(rows), encoding='utf-8')
     script = load(data, name, monkeypatch)
     if hasattr(script, 'input'):
         script.input = str(text)
