@@ -49,8 +49,8 @@ dataset = 'openwebtext'  # a folder of data/, or a path; or a mixture, by
 n_layer = 12             # blocks; loaded weights keep their own shape
 n_head = 12              # heads of attention in each block
 n_embd = 768             # channels, a multiple of n_head
-block_size = 1024        # tokens of context; loaded weights are cut to it, and
-                         # stretched to it only if a flag or a config file names it
+block_size = 1024        # tokens of context; loaded weights are cut to it,
+                         # and stretched to it only if a flag or a config file names it
 batch_size = 12          # sequences per micro-batch; fewer take less memory
 learning_rate = 6e-4     # the highest, after warm-up
 max_iters = 600000       # optimizer steps in all
@@ -100,7 +100,7 @@ beta2 = 0.95             # AdamW's decay of the mean of their squares
 grad_clip = 1.0          # largest norm of the gradient; 0 does not clip
 # finetuning
 lora_rank = 0            # rank of the adapters beside frozen weights; 0: none
-lora_alpha = 16.0        # an adapter's output is multiplied by lora_alpha / lora_rank
+lora_alpha = 16.0        # adapters are multiplied by lora_alpha / lora_rank
 lora_targets = 'c_attn,c_proj,c_fc'     # Linears that get an adapter
 lora_dropout = 0.0       # dropout of what the adapters read
 freeze = ''              # layers to freeze, such as wte,wpe,h.0-5; empty: none
@@ -185,8 +185,7 @@ def train_step(run, batches, env):
     grad_norm = optim.clip_grad_norm(run.optimizer, run.grad_clip)
 
     # update; a fused optimizer skips it where `found_inf` is 1, so the host need not read the loss.
-    # A GradScaler sets `found_inf` by itself. AdamW on a Mac ignores it, and updates; StepLog then
-    # ends the run unsaved.
+    # A GradScaler sets it by itself. AdamW on a Mac updates all the same; StepLog ends that run.
     if not run.scaler.is_enabled():
         run.optimizer.found_inf = (~torch.isfinite(loss + grad_norm)).float()
     run.scaler.step(run.optimizer)
@@ -200,8 +199,7 @@ def train_step(run, batches, env):
 def estimate_loss(run, data, env):
     """{'train': nats, 'val': nats}, means over the targets of the same eval_iters batches.
 
-    For a mixture, they average the losses of its datasets by their shares, and 'val/NAME' is the
-    val loss of one dataset.
+    For a mixture, they are averages over its datasets by their shares, with a 'val/NAME' for each.
     None if a signal reached any rank. The model is left in evaluation mode.
     """
     run.wrapped_model.eval()
@@ -220,8 +218,7 @@ def estimate_loss(run, data, env):
 def evaluate(run, data, env):
     """Evaluate, print and record. Returns whether the val loss is the best so far.
 
-    Returns None, and records nothing, if a signal reached any rank. The model is left in training
-    mode.
+    Returns None, and records nothing, if a signal reached any rank. The model is left training.
     """
     iter_num = run.progress.iter_num
     losses = estimate_loss(run, data, env)
@@ -265,10 +262,9 @@ def resume_or_begin(overrides, env):
 def build_model(saved, data, overrides):
     """The model to train: new, of a saved run, or of pretrained weights."""
     source = init_from
-    adapts = saved and saved.base       # the state then has adapters, and no other weights
+    adapts = saved and saved.base       # the state then has only adapters
     if adapts:
         source = saved.base['source']
-        print_text(f'note: {saved.path} has adapters alone; their base is read again from {source}')
 
     if saved and not adapts:
         model = GPT.from_checkpoint(saved, dropout)

@@ -129,6 +129,9 @@ def training_notes(settings: dict, saved: Checkpoint | None, env: Environment) -
     saved: the state that the run goes on from, or None.
     """
     notes = []
+    if saved and saved.base:
+        notes.append(f'{saved.path} has adapters alone; their base is read again from '
+                     f'{saved.base["source"]}')
     if env.world_size == 1 and settings['strategy'] != 'ddp':
         notes.append(f'strategy={settings["strategy"]} shards nothing here, as there is one rank; '
                      f'torchrun starts several')
