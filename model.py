@@ -38,12 +38,12 @@ class GPTConfig:
                                 # gelu is exact, gelu_tanh is OpenAI's approximation of it;
                                 # relu2: arXiv:2109.08668; swiglu: arXiv:2002.05202
     # beyond GPT-2; the defaults are GPT-2's
+    attention_dropout: bool = True  # dropout of attention weights too; a CPU is faster without
     position: Literal['learned', 'rotary', 'alibi'] = 'learned'
                                 # learned embeddings, rotary (arXiv:2104.09864), alibi (2108.12409)
     rope_theta: float = 1e4     # the slowest rotary channels turn once in 2 pi rope_theta positions
     norm: Literal['layernorm', 'rmsnorm', 'rmsnorm_gain'] = 'layernorm'
-                                # rmsnorm (arXiv:1910.07467) has no parameters, rmsnorm_gain has
-                                # some
+                                # rmsnorm: arXiv:1910.07467; rmsnorm_gain multiplies by parameters
     norm_eps: float = 1e-5      # keeps a norm of zeros finite
     qk_norm: bool = False       # normalizes queries and keys in each head (arXiv:2010.04245)
     embedding_norm: bool = False    # normalizes what the first block reads
@@ -136,7 +136,8 @@ class MLP(nn.Module):
 
 
 def relu2(x):
-    return F.relu(x).square()
+    y = F.relu(x)
+    return y * y            # the gradient of square() takes three times as long on a CPU
 
 
 def swiglu(x):                                                  # (..., 2 F)
@@ -236,7 +237,7 @@ class GPT(nn.Module):
 
         # what each layer attends over, and where in the text idx lies
         if attenders is None:
-            dropout = config.dropout if self.training else 0.0
+            dropout = config.dropout if self.training and config.attention_dropout else 0.0
             attenders = [CausalAttention(dropout)] * config.n_layer
         if positions is None:
             start = attenders[0].length
@@ -342,9 +343,8 @@ class GPT(nn.Module):
         Raises UserError where a name or shape is missing, unknown or different."""
         with torch.device('meta'):
             model = cls(config)
-        # assigned, not copied
         check_weights(model, weights)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, assign=True)             # not copied
         if config.tied:
             model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True)

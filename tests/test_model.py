@@ -151,13 +151,30 @@ def test_a_longer_context_stretches_learned_positions():
     assert model(torch.randint(50, (2, 41)))[0].shape == (2, 1, 50)
 
 
-def test_dropout_is_where_gpt2_has_it():
+def test_dropout_is_where_gpt2_has_it(monkeypatch):
     """After the embedding, in the attention weights, and after each half of a block."""
     model = tiny_gpt(dropout=0.5)
     kept = []
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.register_forward_hook(lambda m, i, o: kept.append((o != 0).float().mean().item()))
+    rates = record_attention_dropout(monkeypatch)
+    model(torch.randint(50, (8, 16)))
+    model.eval()(torch.randint(50, (8, 16)))
+    assert kept[:5] == pytest.approx([0.5] * 5, abs=0.05)
+    assert rates == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_attention_weights_can_go_without_dropout(monkeypatch):
+    rates = record_attention_dropout(monkeypatch)
+    model = tiny_gpt(dropout=0.5, attention_dropout=False)
+    idx = torch.randint(50, (8, 16))
+    assert model.hidden(idx).ne(model.hidden(idx)).any()        # the other places drop as before
+    assert rates == [0.0] * 4
+
+
+def record_attention_dropout(monkeypatch):
+    """A list that gets the dropout of each later call of PyTorch's attention."""
     attention = F.scaled_dot_product_attention
     rates = []
 
@@ -165,14 +182,8 @@ def test_dropout_is_where_gpt2_has_it():
         rates.append(dropout_p)
         return attention(*args, dropout_p=dropout_p, **kwargs)
 
-    F.scaled_dot_product_attention = spy
-    try:
-        model(torch.randint(50, (8, 16)))
-        model.eval()(torch.randint(50, (8, 16)))
-    finally:
-        F.scaled_dot_product_attention = attention
-    assert kept[:5] == pytest.approx([0.5] * 5, abs=0.05)
-    assert rates == [0.5, 0.5, 0.0, 0.0]
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
+    return rates
 
 
 def test_activation_checkpointing_gives_the_same_gradients():

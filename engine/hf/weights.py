@@ -37,7 +37,8 @@ class Kind:
 # Every kind has these options of GPTConfig, or they matter in training alone.
 COMMON_OPTIONS = {
     'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'n_kv_head',
-    'n_inner', 'norm_eps', 'rope_theta', 'tied', 'softcap', 'zero_init', 'init_std'}
+    'n_inner', 'norm_eps', 'rope_theta', 'tied', 'softcap', 'zero_init', 'init_std',
+    'attention_dropout'}
 
 # What NanoChat, Llama and Qwen3 share
 PLAIN_SETTINGS = dict(
@@ -285,7 +286,7 @@ def write_gpt2_options(config):
         layer_norm_epsilon=config.norm_eps,
         resid_pdrop=config.dropout,
         embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
+        attn_pdrop=dropout_of_attention(config),
     )
 
 
@@ -299,10 +300,17 @@ def write_rotary_options(config):
         intermediate_size=config.mlp_width,
         head_dim=config.head_size,
         rms_norm_eps=config.norm_eps,
-        attention_dropout=config.dropout,
+        attention_dropout=dropout_of_attention(config),
         pad_token_id=None,
         rope_parameters=dict(rope_type='default', rope_theta=float(config.rope_theta)),
     )
+
+
+def dropout_of_attention(config):
+    """The share of attention weights that training sets to zero."""
+    if config.attention_dropout:
+        return config.dropout
+    return 0.0
 
 
 # Weights

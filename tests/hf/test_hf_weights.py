@@ -110,6 +110,18 @@ def test_there_and_back_again_is_the_same_to_the_bit(tmp_path):
     assert_same_weights(model.state_dict(), again.state_dict())
 
 
+@pytest.mark.parametrize('options, name', [
+    (dict(), 'attn_pdrop'),
+    (dict(position='rotary', norm='rmsnorm_gain', activation='swiglu', bias=False),
+     'attention_dropout'),
+])
+@pytest.mark.parametrize('attention_dropout, rate', [(True, 0.25), (False, 0.0)])
+def test_an_export_has_the_dropout_of_attention(options, name, attention_dropout, rate):
+    config = GPTConfig(16, 50, 1, 2, 32, 0.25, attention_dropout=attention_dropout, **options)
+    exported = hf_weights.to_transformers(config, GPT(config).state_dict())
+    assert getattr(exported.config, name) == rate
+
+
 def test_dropout_is_the_one_thing_that_can_be_chosen(tmp_path):
     reference_gpt2().save_pretrained(tmp_path)
     assert GPT.from_pretrained(str(tmp_path), {'dropout': 0.25}).config.dropout == 0.25

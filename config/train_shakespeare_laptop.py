@@ -1,0 +1,45 @@
+# Trains on Shakespeare's plays for about half an hour of two CPU cores, to the loss that nanoGPT
+# reaches on an A100. studies/recipe.md has the figures, and what was tried.
+#   python train.py config/train_shakespeare_laptop.py
+# Add --embedding_norm=True for a model that export.py can write: transformers has no other.
+out_dir = 'out-shakespeare-laptop'
+sample_tokens = 200                 # printed after each evaluation
+dataset = 'shakespeare_char'
+eval_interval = 700
+eval_iters = 30                     # 240 windows
+log_interval = 10
+always_save_checkpoint = True       # the last model counts, whatever its val loss
+device = 'cpu'
+compile = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'laptop'
+
+gradient_accumulation_steps = 1
+batch_size = 8
+block_size = 256
+
+n_layer = 6
+n_head = 3
+n_embd = 192
+dropout = 0.1
+attention_dropout = False           # as fast on a CPU as no dropout at all
+
+position = 'rotary'
+norm = 'rmsnorm'                    # it has no parameters
+qk_norm = True
+activation = 'relu2'
+tied = False
+softcap = 15.0
+zero_init = True
+
+optimizer = 'muon'
+learning_rate = 1e-2                # rate of the embedding and the head
+muon_lr = 0.02
+muon_momentum = 0.85
+weight_decay = 0.0
+beta2 = 0.99
+max_iters = 2800
+lr_schedule = 'linear'              # the rate falls from the first iteration on
+lr_decay_iters = 2800
+warmup_iters = 0
+min_lr = 0.0
