@@ -63,3 +63,10 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(dataloader, 'DATA', tmp_path / 'data')
     write_toy_dataset(tmp_path / 'data' / 'toy')
     return tmp_path / 'data' / 'toy'
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """Undo what a script did that ran in this process: some send the log to stderr."""
+    from console import log_to
+    log_to('stdout')

@@ -14,13 +14,6 @@ from engine.chat.chat_model import ChatModel
 from engine.chat_layout import ChatLayout
 from engine.checkpoint import gathered
 from engine.errors import UserError
-from engine.log import log
-
-
-@pytest.fixture(autouse=True)
-def same_log(monkeypatch):
-    """main changes the handlers for the process."""
-    monkeypatch.setattr(log, 'handlers', log.handlers)
 
 
 @pytest.fixture(scope='module')

@@ -12,17 +12,10 @@ import sample
 from engine.checkpoint import gathered
 from engine.dataloader import batches as dataloader
 from engine.errors import RunError, UserError
-from engine.log import log
 from engine.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 END = '\n---------------\n'
-
-
-@pytest.fixture(autouse=True)
-def same_log(monkeypatch):
-    """main changes the handlers for the process."""
-    monkeypatch.setattr(log, 'handlers', log.handlers)
 
 
 def run(workspace, *arguments, **options):
