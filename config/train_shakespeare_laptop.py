@@ -5,7 +5,7 @@
 out_dir = 'out-shakespeare-laptop'
 sample_tokens = 200                 # printed after each evaluation
 dataset = 'shakespeare_char'
-eval_interval = 700
+eval_interval = 550
 eval_iters = 30                     # 240 windows
 log_interval = 10
 always_save_checkpoint = True       # the last model counts, whatever its val loss
@@ -33,13 +33,13 @@ softcap = 15.0
 zero_init = True
 
 optimizer = 'muon'
-learning_rate = 1e-2                # rate of the embedding and the head
-muon_lr = 0.02
+learning_rate = 5e-3                # rate of the embedding and the head
+muon_lr = 0.01
 muon_momentum = 0.85
 weight_decay = 0.0
 beta2 = 0.99
-max_iters = 2800
+max_iters = 2200
 lr_schedule = 'linear'              # the rate falls from the first iteration on
-lr_decay_iters = 2800
+lr_decay_iters = 2200
 warmup_iters = 0
 min_lr = 0.0

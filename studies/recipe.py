@@ -2,9 +2,9 @@
 
 It needs data/shakespeare_char, and Linux or macOS.
 
-    python studies/recipe.py                       # both recipes, and the picture
-    python studies/recipe.py --study=ablation      # the fast recipe with each part off
     python studies/recipe.py --study=laptop        # the laptop recipe, and the time of nanoGPT's
+    python studies/recipe.py                       # the other two, and a picture of all three
+    python studies/recipe.py --study=ablation      # the fast recipe with each part off
 
 A call that was stopped goes on where it was: runs that are complete, with the same settings, are
 not repeated.
@@ -196,7 +196,10 @@ def print_recipe(name, folder, seed):
 
 
 def compare():
-    """Train both recipes with each seed, print a table, and draw the curves of the first seed."""
+    """Train both recipes with each seed, print a table, and draw the curves of the first seed.
+
+    The picture also has the laptop recipe, where its study has run it with that seed.
+    """
     print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss '
            f'| {GOAL} after |\n'
            '|---|---|---|---|---|---|---|---|')
@@ -207,7 +210,11 @@ def compare():
         for name, folder in folders.items():
             print_recipe(name, folder, n)
 
-    folders = [folder_of(name, seed).relative_to(ROOT) for name in RECIPES]
+    drawn = [folder_of(name, seed) for name in RECIPES]
+    laptop = folder_of('laptop', seed)
+    if saved_seconds(laptop, LAPTOP) is not None:
+        drawn.append(laptop)
+    folders = [folder.relative_to(ROOT) for folder in drawn]
     command = [sys.executable, 'plot.py', *folders, f'--picture={picture}']
     subprocess.run(command, cwd=ROOT, check=True)
 
