@@ -7,6 +7,9 @@ sums round differently, and a text may change: no layout that is fast for one ro
 rows with the same sums.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -54,6 +57,22 @@ def choose_layout(dtype: torch.dtype, batch_size: int) -> type[nn.Module]:
     return PlainLinear
 
 
+@contextmanager
+def one_token_kernels(idx: torch.Tensor) -> Iterator[None]:
+    """The context in which a model reads `idx` (B, T): without oneDNN, if this is a single token on
+    a CPU.
+
+    PyTorch's own code is faster with one row: docs/benchmarks.md has the figures.
+    """
+    was_enabled = torch.backends.mkldnn.enabled
+    if idx.device.type == 'cpu' and idx.numel() == 1:
+        torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was_enabled
+
+
 def onednn_packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN is part of this PyTorch and packs weights of float32 or bfloat16 on this
     CPU."""
@@ -75,10 +94,9 @@ class PlainLinear(nn.Module):
 
     def forward(self, x):
         x = x.to(self.weight.dtype)
-        if x.numel() == x.size(-1):             # PyTorch's own code reads one row of 16 bits faster
-            return without_onednn(F.linear, x, self.weight, self.bias).float()
-
-        if self.weight.dtype == torch.float16:  # few CPUs multiply several rows fast in float16
+        is_one_row = x.numel() == x.size(-1)
+        if self.weight.dtype == torch.float16 and not is_one_row:
+            # few CPUs multiply several rows fast in float16
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias)
         return F.linear(x, self.weight, self.bias).float()
@@ -155,13 +173,3 @@ def detached_bias(linear):
     if linear.bias is None:
         return None
     return linear.bias.detach()
-
-
-def without_onednn(function, *arguments):
-    """The function's result, computed by PyTorch's own code."""
-    was_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        return function(*arguments)
-    finally:
-        torch.backends.mkldnn.enabled = was_enabled

@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.device import evaluation_mode
 from engine.errors import UserError
+from engine.generation.cpu import one_token_kernels
 from engine.generation.kv_cache import (
     StaticKVCache,
     TextCache,
@@ -161,10 +162,11 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
             if decoder and kv_caches[0].length:
                 unread = decoder(unread, noise[i])              # (B, 1)
             else:
-                x = model.hidden(unread, kv_caches)
-                if text_cache is not None:
-                    text_cache.ids += unread[0].tolist()
-                unread = next_token(model, x, unread, seen, noise[i], sampling)
+                with one_token_kernels(unread):
+                    x = model.hidden(unread, kv_caches)
+                    if text_cache is not None:
+                        text_cache.ids += unread[0].tolist()
+                    unread = next_token(model, x, unread, seen, noise[i], sampling)
         if prompt_rest is not None and i < prompt_rest.size(1):
             given = prompt_rest[:, i:i + 1]                     # (B, 1)
             unread = torch.where(given < 0, unread, given)

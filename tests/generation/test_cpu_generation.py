@@ -64,7 +64,6 @@ def test_each_layout_is_a_product_with_the_stored_weight(layout, dtype, n_in, bi
         y = found(x)
         assert y.dtype == torch.float32
         torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
-    assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize('layout, dtype', CASES)
@@ -86,6 +85,25 @@ def test_the_layout_depends_on_precision_and_batch_size_alone(dtype, batch_size)
         model = build(**shape).to(dtype)
         optimize_for_generation(model, batch_size)
         assert layouts_of(model) == {choose_layout(dtype, batch_size)}
+
+
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_one_token_of_one_sequence_is_read_without_onednn(batch_size):
+    """A prompt, and several sequences at once, are read with it; and so is all that the caller of
+    stream does between two tokens."""
+    model = build()
+    hidden = model.hidden
+    before = torch.backends.mkldnn.enabled
+    found = []
+
+    def spy(idx, *arguments):
+        found.append((idx.size(1), torch.backends.mkldnn.enabled))
+        return hidden(idx, *arguments)
+    model.hidden = spy
+    for _ in model.stream(torch.zeros(batch_size, 3, dtype=torch.long), 3):
+        assert torch.backends.mkldnn.enabled == before
+    enabled = before and batch_size > 1
+    assert found == [(3, before), (1, enabled), (1, enabled)]
 
 
 @pytest.fixture
