@@ -7,8 +7,9 @@ PyTorch's own operations hold (positions, vocabulary) numbers several times over
 import torch
 
 # Logits held at once in float32, and four times as many in lower precision: at GPT-2's vocabulary
-# 83 and 333 positions on a CPU, 1,334 and 5,336 on a GPU. Other devices take no chunks.
-CHUNK_LOGITS = {'cpu': 2 ** 22, 'cuda': 2 ** 26}
+# 166 and 667 positions on a CPU, 1,334 and 5,336 on a GPU. Other devices take no chunks.
+# docs/benchmarks.md says what smaller chunks cost.
+CHUNK_LOGITS = {'cpu': 2 ** 23, 'cuda': 2 ** 26}
 MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 
 
