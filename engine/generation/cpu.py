@@ -62,7 +62,7 @@ def one_token_kernels(idx: torch.Tensor) -> Iterator[None]:
     """The context in which a model reads `idx` (B, T): without oneDNN, if this is a single token on
     a CPU.
 
-    PyTorch's own code is faster with one row: docs/benchmarks.md has the figures.
+    PyTorch's own code is a little faster with one row: docs/benchmarks.md has the figures.
     """
     was_enabled = torch.backends.mkldnn.enabled
     if idx.device.type == 'cpu' and idx.numel() == 1:
