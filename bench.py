@@ -618,7 +618,7 @@ def write_model(folder, shape, dataset):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**shape._asdict(), bias=False))
     payload = model.to_checkpoint()
-    payload['config'] = dict(dataset=str(dataset))
+    payload.update(iter_num=0, best_val_loss=1e9, config=dict(dataset=str(dataset)))
     folder.mkdir()
     gathered.write(folder / gathered.MODEL, payload)
 
