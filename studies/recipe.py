@@ -327,8 +327,7 @@ if __name__ == '__main__':
     with report_errors():
         configurator.configure(globals(), sys.argv[1:])
         check_choice(globals(), 'study', ('compare', 'ablation', 'laptop'))
-        check_range(globals(), 'seeds iters', 1, 10 ** 6)
-        check_range(globals(), 'steps', 1, 10 ** 6)
+        check_range(globals(), 'seeds iters steps', 1, 10 ** 6)
         if study == 'compare':
             compare()
         elif study == 'ablation':
