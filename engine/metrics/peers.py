@@ -26,7 +26,7 @@ from engine.errors import RunError
 from engine.log import log
 
 # In this order, a machine that becomes slower or faster meanwhile does so for both.
-TURNS = ('peer', 'here', 'here', 'peer')
+TURNS = ('peer', 'here', 'here', 'peer', 'peer', 'here')
 LIMIT = 600                         # seconds after which a process is ended
 ITERATION = re.compile(r'iter \d+:')
 ROW = '| {:<24} | {:>11} | {:>11} | {:<19} |'    # 78 columns
@@ -155,7 +155,7 @@ CASES = dict(
                        dtype='float32', warmup=1, steps=3),
     step_124m_bfloat16=StepCase('step of 124M, bfloat16', Shape(12, 12, 768, 256, 50304),
                                 batch_size=4, dtype='bfloat16', warmup=1, steps=3),
-    sample_124m=SamplingCase('sampling, 124M', Shape(12, 12, 768, 1024, 50304), few=10, many=110),
+    sample_124m=SamplingCase('sampling, 124M', Shape(12, 12, 768, 1024, 50304), few=10, many=310),
     sample_6x384=SamplingCase('sampling, 6 x 384', Shape(6, 6, 384, 512, 65), few=10, many=500),
 )
 

@@ -83,9 +83,9 @@ def test_both_take_turns_with_the_same_settings(checkout, tmp_path):
 
     # what was started
     lines = [line.split() for line in (tmp_path / 'turns.txt').read_text().splitlines()]
-    assert [line[0] for line in lines] == ['peer', 'here', 'here', 'peer']
+    assert [line[0] for line in lines] == ['peer', 'here', 'here', 'peer', 'peer', 'here']
     settings = [[flag for flag in line[1:] if 'out_dir' not in flag] for line in lines]
-    assert settings[1:] == settings[:1] * 3
+    assert settings == settings[:1] * 6
 
     # nothing is written into a checkout, and nothing is left behind
     assert sorted(tmp_path.rglob('*')) == sorted([*before, tmp_path / 'turns.txt'])
@@ -133,7 +133,7 @@ def test_a_case_that_fails_is_one_line_and_the_next_one_is_timed(
     comparisons = compare([peer, checkout('here', 0.01)], STEP, SAMPLING)
 
     assert comparisons[0].seconds is None
-    assert comparisons[1].seconds == dict(peer=[0.5, 0.5], here=[0.5, 0.5])
+    assert comparisons[1].seconds == dict(peer=[0.5] * 3, here=[0.5] * 3)
     assert logged[0] == 'a step ...'
     assert logged[1].startswith('failed: peer: ')
     assert reason in logged[1]
