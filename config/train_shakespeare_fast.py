@@ -2,7 +2,8 @@
 # depth and width are those of the README's command for a CPU. In the same time it reaches a lower
 # loss; studies/recipe.md has the figures.
 #   python train.py config/train_shakespeare_fast.py
-# Add --embedding_norm=True for a model that export.py can write: transformers has no other.
+# Add --embedding_norm=True for a model that export.py can write, as transformers has this model
+# only with that norm. In a short run it made the val loss 0.09 worse.
 out_dir = 'out-shakespeare-fast'
 sample_tokens = 200                 # printed after each evaluation
 dataset = 'shakespeare_char'

@@ -1,8 +1,8 @@
-"""Makes the tables and the picture of studies/recipe.md.
+"""Makes the picture of studies/recipe.md, and its tables of whole runs and of the ablation.
 
 It needs data/shakespeare_char, and Linux or macOS.
 
-    python studies/recipe.py --study=laptop        # the laptop recipe, and the time of nanoGPT's
+    python studies/recipe.py --study=laptop        # the laptop recipe, beside nanoGPT's settings
     python studies/recipe.py                       # the other two, and a picture of all three
     python studies/recipe.py --study=ablation      # the fast recipe with each part off
 
@@ -10,12 +10,14 @@ A call that was stopped goes on where it was: runs that are complete, with the s
 not repeated.
 """
 
+import ast
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from statistics import mean, median
@@ -39,8 +41,8 @@ seed = 1337             # seed of the first run of each variant
 seeds = 3               # runs of each kind, each with the next seed
 stretch = 10.0          # compare: seconds that one run trains while the other waits
 iters = 200             # ablation: iterations of a run
-steps = 3               # laptop: steps of nanoGPT's settings that each of two turns times
-picture = 'pictures/recipe.png'
+steps = 3               # laptop: steps of nanoGPT's settings that a turn times; it has two turns
+picture = 'pictures/recipe.png'     # compare: where the curves are drawn
 
 # GPT-2's recipe is the README's command for a CPU.
 GPT2 = '''
@@ -51,8 +53,8 @@ GPT2 = '''
 FAST = ['config/train_shakespeare_fast.py']
 RECIPES = {'gpt2': GPT2, 'fast': FAST}
 LAPTOP = ['config/train_shakespeare_laptop.py']
-# nanoGPT's settings for an A100, on a CPU; its README promises a val loss of 1.4697. Where in the
-# 5,000 iterations that is, is not known here; 2,250 is an assumption.
+# nanoGPT's settings for an A100, on a CPU; its README reports a val loss of 1.4697. We do not know
+# at which of its 5,000 iterations; 2,250 is an assumption.
 A100 = ['config/train_shakespeare_char.py', '--device=cpu', '--compile=False']
 A100_ITERATIONS = 2250
 
@@ -70,7 +72,7 @@ ABLATION = {
     'four heads': '--n_head=4',
 }
 DONE = 'recipe.json'    # in the folder of a complete run: its settings, and its CPU seconds
-GOAL = 1.88             # val loss, in nats per character, that both recipes are timed to
+GOAL = 1.88             # val loss, in nats per character; GPT-2 ends just above it
 
 
 # One run
@@ -80,15 +82,34 @@ def folder_of(name, seed):
 
 
 def settings(arguments):
-    """The flags of a run and the text of its config file."""
-    return [*arguments, (ROOT / arguments[0]).read_text(encoding='utf-8')]
+    """The flags of a run and the code of its config file, whose comments do not count."""
+    config = ast.parse((ROOT / arguments[0]).read_text(encoding='utf-8'))
+    return [*arguments, ast.unparse(config)]
 
 
-def start(folder, arguments, seed):
-    """Start a training run, and return its process."""
+@contextmanager
+def training(folder, arguments, seed):
+    """The process of a training run. It does not outlive the context."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, 'train.py', *arguments, f'--out_dir={folder}', f'--seed={seed}']
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def train(folder, arguments, seed):
+    """Train a run to its end. Returns its CPU seconds."""
+    with training(folder, arguments, seed) as process:
+        return wait(process)
+
+
+def train_once(folder, arguments, seed):
+    """Train a run to its end, unless its folder has the whole run already."""
+    if saved_seconds(folder, arguments) is None:
+        save_seconds(folder, arguments, train(folder, arguments, seed))
 
 
 def save_seconds(folder, arguments, cpu_seconds):
@@ -127,25 +148,27 @@ def run_in_turn(folders, seed):
     folders: {recipe: the folder of its run}. The seconds of metrics.jsonl are afterwards those
     in which the run was not stopped.
     """
-    runs = {name: start(folder, RECIPES[name], seed) for name, folder in folders.items()}
-    for process in runs.values():
-        process.send_signal(signal.SIGSTOP)
-
-    # in turn, with notes of (iteration, seconds so far) after each stretch
     cpu_seconds = {}
-    progress = {name: [(0, 0.0)] for name in runs}
-    while len(cpu_seconds) < len(runs):
-        for name, process in runs.items():
-            if name in cpu_seconds:
-                continue
-            began = perf_counter()
-            process.send_signal(signal.SIGCONT)
-            user = wait(process, stretch)
-            if user is None:
-                process.send_signal(signal.SIGSTOP)
-            else:
-                cpu_seconds[name] = user
-            add_progress(progress[name], folders[name], perf_counter() - began)
+    progress = {name: [(0, 0.0)] for name in folders}   # (iteration, seconds so far)
+    with ExitStack() as stack:
+        runs = {}
+        for name, folder in folders.items():
+            runs[name] = stack.enter_context(training(folder, RECIPES[name], seed))
+            runs[name].send_signal(signal.SIGSTOP)
+
+        # in turn, with a note of the progress after each stretch
+        while len(cpu_seconds) < len(runs):
+            for name, process in runs.items():
+                if name in cpu_seconds:
+                    continue
+                began = perf_counter()
+                process.send_signal(signal.SIGCONT)
+                user = wait(process, stretch)
+                if user is None:
+                    process.send_signal(signal.SIGSTOP)
+                else:
+                    cpu_seconds[name] = user
+                add_progress(progress[name], folders[name], perf_counter() - began)
 
     for name, folder in folders.items():
         correct_seconds(folder, progress[name])
@@ -173,7 +196,7 @@ def correct_seconds(folder, progress):
 
 
 def median_ms(records):
-    """Milliseconds of the median iteration."""
+    """The median of the milliseconds per iteration that a run logged."""
     return median(record['ms'] for record in records if 'ms' in record)
 
 
@@ -191,8 +214,8 @@ def print_recipe(name, folder, seed):
 
     last = evaluations[-1]
     best = min(record['val_loss'] for record in evaluations)
-    print0(f'| {seed} | {name} | {last["iter"]} | {median_ms(records):.1f} '
-           f'| {last["seconds"]:.0f} | {cpu_seconds:.0f} | {best:.4f} | {reached} |')
+    print0(f'| {seed} | {name} | {last["iter"]} | {last["seconds"]:.0f} | {cpu_seconds:.0f} '
+           f'| {best:.4f} | {reached} |')
 
 
 def compare():
@@ -200,9 +223,8 @@ def compare():
 
     The picture also has the laptop recipe, where its study has run it with that seed.
     """
-    print0('| seed | recipe | iterations | ms, median | seconds | CPU seconds | val loss '
-           f'| {GOAL} after |\n'
-           '|---|---|---|---|---|---|---|---|')
+    print0(f'| seed | recipe | iterations | seconds | CPU seconds | val loss | {GOAL} after |\n'
+           '|---|---|---|---|---|---|---|')
     for n in range(seed, seed + seeds):
         folders = {name: folder_of(name, n) for name in RECIPES}
         if any(saved_seconds(folder, RECIPES[name]) is None for name, folder in folders.items()):
@@ -236,10 +258,7 @@ def run_part(name, seed):
         *ABLATION[name].split(),
     ]
     folder = folder_of(name, seed)
-    if saved_seconds(folder, arguments) is None:
-        process = start(folder, arguments, seed)
-        save_seconds(folder, arguments, wait(process))
-
+    train_once(folder, arguments, seed)
     records = read_metrics(folder / FILE)
     loss = records[-1]['val_loss']
     print0(f'{name}, seed {seed}: val loss {loss:.4f}, '
@@ -277,7 +296,7 @@ def time_steps():
             run = Path(folder, 'run')
             flags = [f'--max_iters={1 + count}', '--eval_iters=1', '--sample_tokens=0',
                      '--log_interval=1']
-            wait(start(run, [*recipe, *flags], seed))
+            train(run, [*recipe, *flags], seed)
             records = [record for record in read_metrics(run / FILE) if 'ms' in record]
         times[name] += [record['ms'] for record in records[1:]]     # the first one warms up
     return {name: median(values) for name, values in times.items()}
@@ -306,21 +325,20 @@ def train_laptop():
            '|---|---|---|---|---|---|')
     for n in range(seed, seed + seeds):
         folder = folder_of('laptop', n)
-        if saved_seconds(folder, LAPTOP) is None:
-            process = start(folder, LAPTOP, n)
-            save_seconds(folder, LAPTOP, wait(process))
+        train_once(folder, LAPTOP, n)
         records = read_metrics(folder / FILE)
         last = [record for record in records if 'val_loss' in record][-1]
         print0(f'| {n} | {last["iter"]} | {last["seconds"] / 60:.1f} | {median_ms(records):.0f} '
                f'| {last["val_loss"]:.4f} | {whole_val_loss(folder):.4f} |')
+    iterations = last['iter']                           # the same with each seed
 
     times = time_steps()
     a100_minutes = A100_ITERATIONS * times['A100'] / 60_000
-    laptop_minutes = last['iter'] * times['laptop'] / 60_000
+    laptop_minutes = iterations * times['laptop'] / 60_000
     print0(f"A100's settings: {times['A100']:.0f} ms per iteration, so {a100_minutes:.0f} minutes "
            f'for {A100_ITERATIONS:,} iterations')
     print0(f'laptop: {times["laptop"]:.0f} ms per iteration, so {laptop_minutes:.0f} minutes for '
-           f'{last["iter"]:,}: {a100_minutes / laptop_minutes:.1f} times as fast')
+           f'{iterations:,}: {a100_minutes / laptop_minutes:.1f} times as fast')
 
 
 if __name__ == '__main__':
@@ -328,6 +346,7 @@ if __name__ == '__main__':
         configurator.configure(globals(), sys.argv[1:])
         check_choice(globals(), 'study', ('compare', 'ablation', 'laptop'))
         check_range(globals(), 'seeds iters steps', 1, 10 ** 6)
+        check_range(globals(), 'stretch', 0.1, 10 ** 6)
         if study == 'compare':
             compare()
         elif study == 'ablation':

@@ -11,6 +11,7 @@ from harness import CAN_FORK, ROOT, SETTINGS, script_settings
 
 import configurator
 import train
+from engine.metrics import bench_report, peers
 from engine.training.settings_checks import check_training
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -91,6 +92,28 @@ def test_the_script_and_settings_of_a_command_exist(command):
         with script_settings(train):
             vars(train).update(settings)
             check_training(vars(train))
+
+
+def test_what_is_timed_on_a_cpu_is_shakespeares_command_for_a_cpu():
+    (command,) = [command for command in commands_of('train.py')
+                  if 'train_shakespeare_char' in command and '--device=cpu' in command]
+    settings = configured(*script_and_arguments(command))
+
+    # the study of faster recipes, and the report of bench.py
+    tree = ast.parse((ROOT / 'studies/recipe.py').read_text(encoding='utf-8'))
+    (study,) = [node.value.func.value.value for node in tree.body
+                if isinstance(node, ast.Assign) and node.targets[0].id == 'GPT2']
+    report = bench_report.rows(ROOT, 'cpu', True, 'out')[-1].command
+    for arguments in (study.split(), report[1:]):
+        timed = configured('train.py', arguments)
+        differing = {name for name in settings if timed[name] != settings[name]}
+        assert differing <= {'log_interval', 'compile', 'out_dir', 'sample_tokens'}
+
+    # bench.py --peers
+    case = peers.CASES['shakespeare']
+    assert case.batch_size == settings['batch_size']
+    for name in ('n_layer', 'n_head', 'n_embd', 'block_size'):
+        assert getattr(case.shape, name) == settings[name]
 
 
 def test_commands_do_not_write_to_the_same_folder():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from harness import CAN_FORK, ROOT
 
 from engine.attention import CausalAttention
 from engine.dataloader import batches as dataloader
+from engine.errors import RunError
 from engine.positions import PositionEncoding
 from engine.training import optim
 from model import GPT, GPTConfig
@@ -229,3 +231,45 @@ def test_the_study_finetunes_the_weights_and_repeats_no_run(workspace, monkeypat
     monkeypatch.setattr(study, 'train', None)                   # a run would fail
     study.main()
     assert capsys.readouterr().out == first
+
+
+# studies/recipe.py
+
+STAND_IN = '''
+import sys, time
+from pathlib import Path
+flags = dict(argument[2:].split('=', 1) for argument in sys.argv[2:])
+Path(flags['out_dir']).mkdir()
+with open('runs.txt', 'a') as file:
+    file.write(flags['seed'] + ' ')
+time.sleep(float(flags.get('sleep', 0)))
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The study, with a train.py that notes the seed and sleeps."""
+    pytest.importorskip('resource', reason='the study measures CPU seconds, on Linux and macOS')
+    module = load(ROOT / 'studies/recipe.py')
+    monkeypatch.setattr(module, 'ROOT', tmp_path)
+    (tmp_path / 'train.py').write_text(STAND_IN)
+    return module
+
+
+def test_a_whole_run_is_repeated_for_other_settings_and_not_for_other_comments(recipe, tmp_path):
+    runs = []
+    for config in ('a = 1  # one', '# another comment\na = 1', 'a = 2'):
+        (tmp_path / 'config.py').write_text(config)
+        recipe.train_once(tmp_path / 'run', ['config.py'], 7)
+        runs.append((tmp_path / 'runs.txt').read_text().split())
+    assert runs == [['7'], ['7'], ['7', '7']]
+
+    recipe.train_once(tmp_path / 'run', ['config.py', '--sleep=0.01'], 8)
+    assert (tmp_path / 'runs.txt').read_text().split() == ['7', '7', '8']
+
+
+def test_a_failure_leaves_no_stopped_run_behind(recipe, tmp_path):
+    with pytest.raises(RunError), recipe.training(tmp_path / 'run', ['', '--sleep=60'], 7) as run:
+        run.send_signal(signal.SIGSTOP)
+        raise RunError('the other run failed')
+    assert run.returncode == -signal.SIGKILL

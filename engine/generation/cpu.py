@@ -2,9 +2,9 @@
 
 Most of a token's time goes into reading the weights from memory. `optimize_for_generation` stores
 the weight of each Linear in a layout that depends only on the precision and the number of
-sequences. So a command gives the same text each time. With another number of sequences at once,
-sums round differently, and a text may change: no layout that is fast for one row multiplies several
-rows with the same sums.
+sequences. So a command gives the same text each time. With another number of sequences at once, a
+text may change, because sums round differently: a layout that is fast for one row adds the products
+in another order than one that is fast for several.
 """
 
 from collections.abc import Iterator
@@ -59,10 +59,10 @@ def choose_layout(dtype: torch.dtype, batch_size: int) -> type[nn.Module]:
 
 @contextmanager
 def one_token_kernels(idx: torch.Tensor) -> Iterator[None]:
-    """The context in which a model reads `idx` (B, T): without oneDNN, if this is a single token on
-    a CPU.
+    """Turn oneDNN off while a model reads idx (B, T), if this is a single token on a CPU.
 
-    PyTorch's own code is a little faster with one row: docs/benchmarks.md has the figures.
+    PyTorch's own code is faster for one row, which shows in small models. docs/benchmarks.md has
+    the figures.
     """
     was_enabled = torch.backends.mkldnn.enabled
     if idx.device.type == 'cpu' and idx.numel() == 1:
@@ -82,7 +82,7 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 
 
 # The layouts: each is made of an nn.Linear, takes float32 (..., in) and returns float32 (..., out).
-# Their weights are plain tensors, which a module finds faster than parameters.
+# Their weights are plain tensors, as a module looks these up faster than parameters.
 
 class PlainLinear(nn.Module):
     """The weight as it is."""
@@ -105,8 +105,8 @@ class PlainLinear(nn.Module):
 class SplitLinear(nn.Module):
     """The weight of float32 as (in, out), in PARTS parts of the inputs.
 
-    One row is multiplied part by part, and the results are added: so each core reads memory in
-    order.
+    One row is multiplied part by part, and the results are added. This way each core reads memory
+    in order.
     """
 
     def __init__(self, linear):

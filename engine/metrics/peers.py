@@ -1,8 +1,8 @@
 """The training step and sampling of this project beside another checkout, in turns.
 
-The other checkout is nanoGPT's, or any that has its two commands. Both sides are used through
-them alone, in processes of their own: train.py prints a line `iter N: ...` for each iteration,
-and sample.py prints the text. Nothing is written into either checkout.
+The other checkout is nanoGPT's, or any that has its two commands. Both sides are used only through
+these commands, in separate processes: train.py prints a line `iter N: ...` for each iteration, and
+sample.py prints the text. Nothing is written into either checkout.
 """
 
 import os
@@ -25,7 +25,7 @@ import numpy as np
 from engine.errors import RunError
 from engine.log import log
 
-# In this order, a machine that becomes slower or faster meanwhile does so for both.
+# The turns of a pair are neighbours, so a slow hour slows both. Who goes first alternates.
 TURNS = ('peer', 'here', 'here', 'peer', 'peer', 'here')
 LIMIT = 600                         # seconds after which a process is ended
 ITERATION = re.compile(r'iter \d+:')
@@ -56,7 +56,7 @@ class Setup:
     compile: bool                   # setting of that name, for training
 
 
-# What is timed: seconds() of a case times a checkout, and amount() writes that time for people.
+# What is timed: measure() of a case times a checkout, and format_time() writes that for people.
 
 @dataclass(frozen=True)
 class StepCase:
@@ -68,8 +68,8 @@ class StepCase:
     warmup: int                     # iterations that are not timed
     steps: int                      # iterations that are timed in each turn
 
-    def seconds(self, checkout: Checkout, setup: Setup) -> float:
-        """The median time of an iteration, from one line of train.py to the next."""
+    def measure(self, checkout: Checkout, setup: Setup) -> float:
+        """The median time of an iteration in seconds, from one line of train.py to the next."""
         n_lines = 1 + self.warmup + self.steps      # start-up and evaluation end before the first
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             settings = self.settings(setup, Path(folder, 'run'), n_lines)
@@ -98,7 +98,7 @@ class StepCase:
         )
 
     @staticmethod
-    def amount(seconds: float) -> str:
+    def format_time(seconds: float) -> str:
         return f'{seconds * 1000:,.1f} ms'
 
 
@@ -107,23 +107,24 @@ class SamplingCase:
     """A token of one sample, from a model with random weights, within its context."""
     what: str
     shape: Shape
-    few: int                        # tokens of a sample
-    many: int                       # tokens of another one
+    short_tokens: int               # of the shorter of two samples
+    long_tokens: int                # of the longer one
 
-    def seconds(self, checkout: Checkout, setup: Setup) -> float:
-        """The time of a token: what the longer sample takes more, so that the start-up cancels."""
-        few_seconds, few_characters = self.sample(checkout, setup, self.few)
-        many_seconds, many_characters = self.sample(checkout, setup, self.many)
+    def measure(self, checkout: Checkout, setup: Setup) -> float:
+        """The seconds that a token takes: the longer sample's time less the shorter one's, per
+        token, so that the start-up cancels."""
+        short_seconds, short_characters = self.sample(checkout, setup, self.short_tokens)
+        long_seconds, long_characters = self.sample(checkout, setup, self.long_tokens)
 
-        n_tokens = self.many - self.few
-        n_characters = many_characters - few_characters
+        n_tokens = self.long_tokens - self.short_tokens
+        n_characters = long_characters - short_characters
         if n_characters < n_tokens:                 # a token of the dataset is a character
             raise RunError(f'{checkout.name}: sample.py printed {n_characters} characters more '
                            f'for {n_tokens} tokens more')
-        if many_seconds <= few_seconds:
+        if long_seconds <= short_seconds:
             raise RunError(f'{checkout.name}: sample.py took no longer for {n_tokens} tokens more; '
                            f'try again on a machine that is less busy')
-        return (many_seconds - few_seconds) / n_tokens
+        return (long_seconds - short_seconds) / n_tokens
 
     def sample(self, checkout, setup, n_tokens):
         """(seconds, characters printed) of a whole sample.py."""
@@ -143,7 +144,7 @@ class SamplingCase:
         )
 
     @staticmethod
-    def amount(seconds: float) -> str:
+    def format_time(seconds: float) -> str:
         return f'{1 / seconds:,.1f} tok/s'
 
 
@@ -155,8 +156,10 @@ CASES = dict(
                        dtype='float32', warmup=1, steps=3),
     step_124m_bfloat16=StepCase('step of 124M, bfloat16', Shape(12, 12, 768, 256, 50304),
                                 batch_size=4, dtype='bfloat16', warmup=1, steps=3),
-    sample_124m=SamplingCase('sampling, 124M', Shape(12, 12, 768, 1024, 50304), few=10, many=310),
-    sample_6x384=SamplingCase('sampling, 6 x 384', Shape(6, 6, 384, 512, 65), few=10, many=500),
+    sample_124m=SamplingCase('sampling, 124M', Shape(12, 12, 768, 1024, 50304),
+                             short_tokens=10, long_tokens=310),
+    sample_6x384=SamplingCase('sampling, 6 x 384', Shape(6, 6, 384, 512, 65),
+                              short_tokens=10, long_tokens=500),
 )
 
 
@@ -169,7 +172,8 @@ class Comparison:
     seconds: dict[str, list[float]] | None      # {name of the checkout: times}; None: it failed
 
     def row(self) -> str:
-        """A row of the table: medians over the turns, and the ratios of the turns."""
+        """A row of the table: the medians of the turns, and the median and range of the ratios of
+        the pairs."""
         if self.seconds is None:
             return ROW.format(self.case.what, '', '', 'failed')
 
@@ -178,8 +182,9 @@ class Comparison:
         ratios = [a / b for a, b in zip(self.seconds['peer'], self.seconds['here'])]
         low = format_ratio(min(ratios))
         high = format_ratio(max(ratios))
-        return ROW.format(self.case.what, self.case.amount(peer), self.case.amount(here),
-                          f'{format_ratio(peer / here)} ({low} to {high})')
+        middle = format_ratio(statistics.median(ratios))
+        return ROW.format(self.case.what, self.case.format_time(peer),
+                          self.case.format_time(here), f'{middle} ({low} to {high})')
 
 
 def compare(checkouts: list[Checkout], cases: Iterable[StepCase | SamplingCase], device: str,
@@ -187,6 +192,7 @@ def compare(checkouts: list[Checkout], cases: Iterable[StepCase | SamplingCase],
     """Time the cases, each in turns of the two checkouts. Logs a line before each case, and one
     where a case fails.
 
+    checkouts: the one with the name 'peer', and the one with the name 'here'.
     device, compile: settings of those names; samples are never compiled.
     write_model: is called with a new folder, the shape and the folder of the dataset, and writes a
     ckpt.pt that both checkouts read.
@@ -203,7 +209,7 @@ def compare(checkouts: list[Checkout], cases: Iterable[StepCase | SamplingCase],
                 if isinstance(case, SamplingCase):
                     write_model(setup.model, case.shape, setup.dataset)
                 for name in TURNS:
-                    seconds[name].append(case.seconds(by_name[name], setup))
+                    seconds[name].append(case.measure(by_name[name], setup))
         except RunError as error:
             log.warning(f'failed: {error}')
             seconds = None
@@ -221,9 +227,11 @@ def table(comparisons: list[Comparison]) -> list[str]:
 
 
 def format_ratio(ratio):
-    if ratio < 10:
-        return f'{ratio:.2f}'
-    return f'{ratio:.1f}'
+    """A positive ratio in at most four characters."""
+    for digits, limit in ((2, 9.995), (1, 99.95)):
+        if ratio < limit:
+            return f'{ratio:.{digits}f}'
+    return f'{ratio:.0f}'
 
 
 # Processes
@@ -249,21 +257,26 @@ def run_script(checkout: Checkout, script: str, settings: dict[str, Any],
         process = subprocess.Popen(
             command, cwd=checkout.folder, env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=errors, encoding='utf-8', errors='replace')
-        timer = threading.Timer(LIMIT, process.kill)
+        is_late = threading.Event()
+
+        def end_late():
+            is_late.set()
+            process.kill()
+
+        timer = threading.Timer(LIMIT, end_late)
         timer.start()
         try:
             result = read(process)
             if result is not None:
                 return result
             process.wait()
-            is_late = not timer.is_alive()
         finally:
             timer.cancel()
             process.kill()
             process.wait()
             process.stdout.close()
 
-        if is_late:
+        if is_late.is_set():
             reason = f'ended after {LIMIT / 60:.0f} minutes'
         else:
             reason = last_line(errors).removeprefix(f'{script}: ')
@@ -312,7 +325,7 @@ def write_dataset(folder: Path, vocab_size: int) -> None:
         tokens = random.integers(vocab_size, size=100_000).astype('<u2')
         tokens.tofile(folder / f'{split}.bin')
 
-    # both sample.py begin with a line break; the others are letters from U+0100 on
+    # both sample.py begin with a line break; the others are characters from U+0100 on
     characters = ['\n', *(chr(256 + i) for i in range(vocab_size - 1))]
     meta = dict(
         vocab_size=vocab_size,

@@ -6,9 +6,9 @@ PyTorch's own operations hold (positions, vocabulary) numbers several times over
 
 import torch
 
-# Logits held at once in float32, and four times as many in lower precision: at GPT-2's vocabulary
-# 166 and 667 positions on a CPU, 1,334 and 5,336 on a GPU. Other devices take no chunks.
-# docs/benchmarks.md says what smaller chunks cost.
+# Logits that are held at once. Where autocast lowers the precision, they are four times as many.
+# With GPT-2's vocabulary that makes 166 or 667 positions on a CPU, and 1,334 or 5,336 on a GPU.
+# Other devices take no chunks. docs/benchmarks.md says what smaller chunks cost.
 CHUNK_LOGITS = {'cpu': 2 ** 23, 'cuda': 2 ** 26}
 MIN_LOGITS = 2 ** 20        # below this, PyTorch's own operations are faster
 
@@ -30,8 +30,8 @@ def chunked_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.
     softcap: if not 0, the logits are softcap * tanh(logits / softcap).
 
     The logits of one chunk of positions exist at a time. The products have the precision of
-    autocast, or else that of x. If gradients are enabled, the forward pass takes them too, so that
-    no logit is computed twice. The loss can be differentiated once.
+    autocast, or else that of x. If gradients are enabled, the forward pass computes them too, so
+    that no logit is computed twice. The loss can be differentiated once.
     """
     with_gradients = torch.is_grad_enabled()
     return LinearCrossEntropy.apply(
@@ -50,8 +50,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = product_dtype(x)
         x_low = x.to(dtype)
         weight_low = weight.to(dtype)
-        counts = (targets >= 0).float()[:, None]                # (N, 1)
-        n_counted = counts.sum()
+        is_counted = (targets >= 0).float()[:, None]            # (N, 1)
+        n_counted = is_counted.sum()
 
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         d_x = None
@@ -65,7 +65,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(x), size):
             rows = slice(first, first + size)
             chunk_loss, d_logits = chunk_loss_and_gradient(
-                x_low[rows], weight_low, targets[rows], counts[rows], softcap, with_gradients)
+                x_low[rows], weight_low, targets[rows], is_counted[rows], softcap,
+                with_gradients)
             loss += chunk_loss
             if with_gradients:
                 d_x[rows] = (d_logits @ weight_low).to(x.dtype)
@@ -103,11 +104,11 @@ def positions_in_a_chunk(weight, dtype):
     return max(1, n_logits // len(weight))
 
 
-def chunk_loss_and_gradient(x, weight, targets, counts, softcap, with_gradient):
+def chunk_loss_and_gradient(x, weight, targets, is_counted, softcap, with_gradient):
     """The sum of the losses of n positions, and its gradient with respect to their logits, (n, V).
 
     x: (n, C). weight: (V, C). targets: (n,).
-    counts: (n, 1), 1 where a position counts and 0 where it does not.
+    is_counted: (n, 1), 1 where a position counts and 0 where it does not.
     The gradient has the precision of x. It is None if with_gradient is False.
     """
     logits = (x @ weight.t()).float()                           # (n, V)
@@ -121,13 +122,13 @@ def chunk_loss_and_gradient(x, weight, targets, counts, softcap, with_gradient):
     target_logit = logits.gather(1, target) - largest           # (n, 1)
     exponentials = logits.sub_(largest).exp_()
     total = exponentials.sum(dim=-1, keepdim=True)
-    loss = ((total.log() - target_logit) * counts).sum()
+    loss = ((total.log() - target_logit) * is_counted).sum()
     if not with_gradient:
         return loss, None
 
     # The gradient: the probabilities, less 1 at the target. It is of the sum, not of the mean, as
     # a division by the number of positions would turn it into zero in float16.
-    d_logits = exponentials.mul_(counts / total).scatter_add_(1, target, -counts)
+    d_logits = exponentials.mul_(is_counted / total).scatter_add_(1, target, -is_counted)
     if softcap:
         d_logits.addcmul_(d_logits * squeezed, squeezed, value=-1)      # times 1 - tanh^2
     return loss, d_logits.to(x.dtype)
