@@ -11,6 +11,7 @@ leaves. The answers go to stdout, everything else to stderr.
 """
 
 import ast
+import errno
 import sys
 from contextlib import closing, suppress
 from dataclasses import asdict, fields
@@ -74,7 +75,7 @@ def check_settings():
     if not host:                                        # it would stand for every address
         raise UserError("host='' is no address; try --host=127.0.0.1, or --host=0.0.0.0 for other "
                         'machines too')
-    answer_settings()
+    answer_settings()                                   # raises UserError for a bad one
 
 
 def make_chat_model(env):
@@ -160,7 +161,7 @@ def run_command(conversation, line):
     elif name == 'save':
         raise UserError('/save needs the name of a file, as in /save talk.jsonl')
     elif name == 'help':
-        lines = [f'/{name} {value}' for name, value in settings.items()]
+        lines = [f'/{setting} {value}' for setting, value in settings.items()]
         print0('\n  '.join([HELP, *lines]), file=sys.stderr)
     elif name in settings and argument:
         conversation.settings = conversation.settings.changed({name: read_number(argument)})
@@ -186,11 +187,14 @@ def serve(chat_model, settings, name):
     try:
         server = ChatServer(host, port, chat_model, settings, name, max_readers)
     except (OSError, UnicodeError) as error:
+        other_host = '127.0.0.1'
+        if getattr(error, 'errno', None) == errno.EADDRINUSE:
+            other_host = host
         other_port = port - 1
         if other_port < 1024:                           # these need special rights
             other_port = 8000
         raise UserError(f'no page can be served at host={host!r}, port={port} ({error}); try '
-                        f'--host=127.0.0.1 --port={other_port}') from None
+                        f'--host={other_host} --port={other_port}') from None
 
     shown_host = host
     if ':' in host:

@@ -28,7 +28,7 @@ HELP_COLUMN = 30        # where the comments of --help begin
 
 # What other programs call our settings, {their name: ours}.
 OTHER_NAMES = dict(
-    lr='learning_rate', epochs='max_iters', num_train_epochs='max_iters', steps='max_iters',
+    lr='learning_rate', steps='max_iters',
     max_steps='max_iters', context_length='block_size', max_seq_len='block_size',
     seq_len='block_size', data_dir='dataset', data_path='dataset', output_dir='out_dir',
     save_dir='out_dir', checkpoint_dir='out_dir', model='init_from', resume='init_from',
@@ -88,7 +88,8 @@ def statements_with_comments(body, source):
         end_of_last = node.end_lineno
 
         # the comment behind the statement goes on in the lines below it, further to the right
-        parts = [lines[node.end_lineno - 1][node.end_col_offset:].strip('# ')]
+        last_line = lines[node.end_lineno - 1].encode()     # Python counts columns in bytes
+        parts = [last_line[node.end_col_offset:].decode().strip('# ')]
         for line in lines[node.end_lineno:]:
             indent = len(line) - len(line.lstrip())
             if indent <= node.col_offset or not line.strip().startswith('#'):
@@ -122,7 +123,8 @@ def read_options(tree, folder, call, group):
     class_name = call.args[1].id
     leave_out = ()
     for keyword in call.keywords:
-        leave_out = ast.literal_eval(keyword.value)
+        if keyword.arg == 'leave_out':
+            leave_out = ast.literal_eval(keyword.value)
     module = next(node.module for node in tree.body if isinstance(node, ast.ImportFrom)
                   and any(alias.name == class_name for alias in node.names))
 
@@ -230,10 +232,10 @@ def find_config(name, path_setting=None):
     known = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     close = difflib.get_close_matches(Path(name).stem, known, n=1)
     advice = f'config/ has {", ".join(known)}'
-    if close:
-        advice = f'did you mean {close[0]}?'
-    elif path_setting:
+    if path_setting:                                # the name of a run is often like a config's
         advice = f'check the name, or see --help for {path_setting}'
+    elif close:
+        advice = f'did you mean {close[0]}?'
     raise UserError(f'there is no {what} {shorten(name)}; {advice}')
 
 

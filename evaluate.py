@@ -47,7 +47,8 @@ out_dir = 'out'             # where ckpt.pt lies, and where eval.json is written
 tasks = 'hellaswag,lambada,wikitext2'   # names of files in data, without .jsonl or .txt; core for
                                         # the CORE bundle
 data = 'data/evals'         # folder of the tasks
-limit = 0                   # examples of each task, from the first on; of a text, documents; 0: all
+limit = 0                   # examples of each task, from the first on; of wikitext2, documents;
+                            # 0: all
 batch_size = 32             # texts read at once; lower it where memory is short, the results stay
                             # the same
 chat = False                # True asks the prompts of a task as a user does, with a model that is
@@ -147,9 +148,11 @@ def check_settings(overrides):
         raise UserError(f'{of_tasks[0]} is for tasks, and --text={text} scores a text; name one')
     if of_a_text and not text:
         raise UserError(f'{of_a_text[0]} is for a text; name it with --text=FILE')
-    if Path(per_token).is_dir() and per_token:
-        raise UserError(f'per_token={per_token!r} is a folder; name a file, as in '
-                        f'--per_token={Path(per_token) / "tokens.jsonl"}')
+    for name, example in (('per_token', 'tokens.jsonl'), ('examples', 'examples.jsonl')):
+        path = globals()[name]
+        if path and Path(path).is_dir():
+            raise UserError(f'{name}={path!r} is a folder; name a file, as in '
+                            f'--{name}={Path(path) / example}')
 
 
 def read_text(tokenizer, block_size):

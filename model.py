@@ -41,7 +41,7 @@ class GPTConfig:
     attention_dropout: bool = True  # dropout of attention weights too; a CPU is faster without
     position: Literal['learned', 'rotary', 'alibi'] = 'learned'
                                 # learned embeddings, rotary (arXiv:2104.09864), alibi (2108.12409)
-    rope_theta: float = 1e4     # the slowest rotary channels turn once in 2 pi rope_theta positions
+    rope_theta: float = 1e4     # rotary channels turn once in at most 2 pi rope_theta positions
     norm: Literal['layernorm', 'rmsnorm', 'rmsnorm_gain'] = 'layernorm'
                                 # rmsnorm: arXiv:1910.07467; rmsnorm_gain multiplies by parameters
     norm_eps: float = 1e-5      # keeps a norm of zeros finite

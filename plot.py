@@ -244,7 +244,7 @@ def draw_run(column, abscissa, run, scores):
     if xs:
         loss_panel.plot(xs, ys, color=run.color, label=f'{run.name}, training', lw=0.8, alpha=0.6)
 
-    # A gap follows the evaluation of the untrained model: a line from it would be no curve.
+    # No line joins the loss of the untrained model to the next one: it would only show a jump.
     start = [record for record in run.records if record['iter'] == 0]
     rest = [record for record in run.records if record['iter'] > 0]
     xs, ys = find_points(rest, abscissa, 'val_loss')
@@ -366,7 +366,7 @@ def draw_health(name, records, path):
 def find_trouble(found, records):
     """A line for each quantity that is over its limit, where it is worst.
 
-    found: as of health_by_layer(records).
+    found: what health_by_layer(records) returned.
     """
     lines = []
     for quantity in ('update_ratio', 'attention_logit'):
@@ -460,7 +460,7 @@ def read_runs(folders):
         if not records:
             raise UserError(f'{folder} holds no {FILE} with records; name the out_dir of a run')
         if not health and not any(is_number(record.get('seconds')) for record in records):
-            print0(f'note: {folder} has no times, so only its iterations are drawn')
+            print0(f'note: {folder} has no times, so nothing of it is drawn against minutes')
 
         label = Path(folder).name
         if label in runs:

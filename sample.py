@@ -141,6 +141,11 @@ def check_settings(overrides):
                         '--prompts=FILE.jsonl')
     if prompts and 'start' in overrides:
         raise UserError('start and prompts are both named; name one')
+    if out and Path(out).resolve() == Path(prompts).resolve():
+        raise UserError(f'prompts and out are the same file, {out}; name another one for the '
+                        f'answers')
+    if chat and not prompts and 'start' not in overrides:
+        raise UserError('chat=True needs a message; try --start="Hello"')
     if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
         raise UserError(f'out={out!r} should be a file in a folder that exists')
 

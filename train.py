@@ -3,7 +3,7 @@
     python train.py config/train_shakespeare_char.py
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Everything random depends only on the seed, the iteration and the index in it. So a stopped run
+Everything random depends only on the seed, the iteration and the place in it. So a stopped run
 goes on exactly (--init_from=resume), and several ranks draw the batches that one would.
 """
 
@@ -43,7 +43,7 @@ from model import GPT, GPTConfig
 out_dir = 'out'          # folder of the run: its model, state and metrics
 init_from = 'scratch'    # scratch, resume, auto (resume if there is a run), or
                          # weights to begin with: gpt2, gpt2-medium, -large, -xl,
-                         # OWNER/NAME[@REVISION], a folder of them, or the folder of a run
+                         # OWNER/NAME[@REVISION], a folder of them, a run's folder or kept model
 dataset = 'openwebtext'  # a folder of data/, or a path; or a mixture, by
                          # shares of the sequences: openwebtext:0.7,mine:0.3
 n_layer = 12             # blocks; loaded weights keep their own shape
@@ -68,10 +68,10 @@ overwrite = False        # True replaces the run that out_dir holds
 sample_tokens = 0        # length of a sample at each evaluation; 0: none
 sample_prompt = '\n'     # text that the sample continues
 eval_tasks = ''          # tasks of evaluate.py, such as hellaswag,lambada
-eval_tasks_interval = 0  # iterations between such scores; 0: at every evaluation
+eval_tasks_interval = 0  # iterations between such scores, a multiple of eval_interval; 0: always
 eval_tasks_limit = 0     # score only the first examples, such as 1,000; 0: all
 eval_tasks_data = 'data/evals'  # folder that data/evals/prepare.py fills
-patience = 0             # evaluations without a better val loss that end the run; 0: never
+patience = 0             # eval_intervals without a better val loss that end the run; 0: never
 health_interval = 0      # iterations between measurements of each layer; 0: none
 # wandb
 wandb_log = False        # True sends the metrics to wandb
@@ -85,7 +85,7 @@ documents = 'any'        # any: sequences start anywhere; whole: where documents
 gradient_accumulation_steps = 40    # micro-batches of batch_size in an iteration
 batch_ramp_start = 0     # tokens of the first batch, which then grows; 0 is no ramp
 batch_ramp_tokens = 0    # tokens until the batch is full; with a ramp,
-                         # warmup_iters and lr_decay_iters count full batches
+                         # warmup_, cooldown_ and lr_decay_iters count full batches
 # model; what follows bias comes from GPTConfig in model.py
 dropout = 0.0            # 0 for pretraining; 0.1 or more for small data
 bias = False             # biases in Linears and LayerNorms; GPT-2 has them
@@ -223,8 +223,8 @@ def evaluate(run, data, env):
     iter_num = run.progress.iter_num
     losses = estimate_loss(run, data, env)
     scores = {}
-    interval = eval_tasks_interval or eval_interval
-    scores_are_due = eval_only or iter_num % interval == 0 or iter_num >= max_iters
+    is_between = eval_tasks_interval and iter_num % eval_tasks_interval and iter_num < max_iters
+    scores_are_due = eval_only or not is_between
     if losses and run.scorer and scores_are_due:
         scores = run.scorer(run.model, env)
     run.wrapped_model.train()

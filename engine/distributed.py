@@ -1,6 +1,6 @@
 """The ranks of a run: start-up, collectives, errors that end all of them, signals, exits.
 
-`start()` returns one Environment. A single process is one rank and runs the same code.
+`start_environment()` returns one Environment. A single process is one rank and runs the same code.
 """
 
 import os

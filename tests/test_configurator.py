@@ -194,6 +194,8 @@ def test_an_existing_path_is_a_setting_where_a_script_says_so(script, tmp_path):
         configurator.configure(script, [str(folder), str(tmp_path)], path_setting='name')
     with pytest.raises(UserError, match="no folder or config file 'out-none'"):
         configurator.configure(script, ['out-none'], path_setting='name')
+    with pytest.raises(UserError, match='check the name, or see --help for name$'):
+        configurator.configure(script, ['out-shakespeare-char'], path_setting='name')
     with pytest.raises(UserError, match='is a folder, and a config file is expected here'):
         configurator.configure(script, [str(folder)])
 

@@ -162,7 +162,7 @@ def check_keys(payload, path, also_needed):
     if not missing:
         return
     if set(missing) <= set(RESUME_NEEDS):
-        fault = 'no run can go on from it; sample.py and export.py need neither'
+        fault = 'no run can go on from it; sample.py and export.py do without'
     elif payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
         fault = ('it holds weights alone; if they are of transformers, name it pytorch_model.bin, '
                  'put its config.json beside it, and name the folder with --init_from=')

@@ -42,7 +42,8 @@ def holds_run(out_dir: str | Path) -> bool:
 
 
 def find_run(source: str) -> Path | None:
-    """The folder of the run that `source` names: itself, or that of its ckpt.pt.
+    """The run that `source` names: its folder, also where `source` is its ckpt.pt; or a kept model,
+    such as out/ckpt_001000.pt.
 
     None where `source` names no run. A folder with a config.json holds weights of Hugging Face.
     """
@@ -51,6 +52,8 @@ def find_run(source: str) -> Path | None:
     path = Path(source)
     if path.name == MODEL and path.is_file():
         return path.parent
+    if NAME.fullmatch(path.name) and path.is_file():
+        return path
     if path.is_dir() and not (path / 'config.json').exists() and holds_run(path):
         return path
     return None
@@ -318,9 +321,9 @@ class RunLock:
 def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
     """Make out_dir ready for saves, once the run is sure to start.
 
-    state: what the run goes on from. None removes the files of an earlier run, which a new one
-    replaces. If it is the previous state, because the newest was damaged, the damaged one moves
-    aside, so that the next save keeps the good one.
+    state: what the run goes on from. None removes the models, states and scores of an earlier run,
+    which a new one replaces. If it is the previous state, because the newest was damaged, the
+    damaged one moves aside, so that the next save keeps the good one.
     """
     out_dir = Path(out_dir)
 
@@ -334,7 +337,9 @@ def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
     # what must not be taken for this run's
     if state is None:
         remove(out_dir / MODEL)
+        remove(out_dir / 'eval.json')
         for path in kept_models(out_dir).values():
+            remove(path.with_suffix('.eval.json'))
             remove(path)
         for newest, previous in STATES:             # the newest one last, in case of a kill
             remove(out_dir / previous)

@@ -340,7 +340,8 @@ def load(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer,
     """Read the weights into `model`. A collective.
 
     Returns `saved` with the moments for optim.load_state_dict, sharded as the parameters are.
-    Raises UserError where the shapes or the optimizers differ, and for what is not finite.
+    Raises UserError where the shapes differ, and for what is not finite. The caller has checked
+    that the optimizers are of one kind and train equally many parameters.
     """
     folder = saved.shards_folder
     reader, sizes = read_sizes(folder)
@@ -377,20 +378,13 @@ def check_sizes(tensors, sizes, folder):
     """UserError unless the files have the tensors that are to be read, of the same shapes, and no
     others."""
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if any(parse_name(name).weight is None for name in expected.keys() ^ sizes.keys()):
-        raise UserError(f'{folder} cannot be used: the run had another --optimizer')
-
     for name in sorted(expected.keys() | sizes.keys()):
         found = sizes.get(name, 'missing')
         wanted = expected.get(name, 'missing')
         if found == wanted:
             continue
-        if name == 'model.transformer.wpe.weight':
-            advice = 'block_size cannot change with --checkpoint=sharded'
-        else:
-            advice = 'move it away, and the state before it is read'
         raise UserError(f'{folder} cannot be used: {name[:100]} is {found} in its files and '
-                        f'{wanted} in the model; {advice}')
+                        f'{wanted} in the model; move it away, and the state before it is read')
 
 
 def with_moments(saved, moments):

@@ -274,8 +274,8 @@ class TokenDataset:
     def windows(self, split: str, starts: np.ndarray, dtype: type | None = None) -> np.ndarray:
         """The tokens of each window, and the one after it: (windows, block_size + 1).
 
-        starts: where the windows start, as of `starts`. dtype: of the result; None takes that of
-        the files. Raises RunError for an id beyond the vocabulary.
+        starts: where the windows start, as `starts` returns it. dtype: of the result; None takes
+        that of the files. Raises RunError for an id beyond the vocabulary.
         """
         tokens = self.tokens[split]
         windows = ring_windows(tokens, starts, self.block_size + 1, dtype or tokens.dtype)
@@ -449,12 +449,13 @@ def advice(folder, setting):
     is_in_data = folder.parent == DATA
     if (folder / 'prepare.py').is_file() and is_in_data:
         return f'run: python data/{name}/prepare.py'
-    if Path(setting).is_dir() and folder != Path(setting).resolve():
+    if Path(setting).is_dir() and folder.resolve() != Path(setting).resolve():
         return (f'a relative path begins at {DATA}; '
                 f'try --dataset={shlex.quote(str(Path(setting).resolve()))}')
 
     if ':' in name:                     # no folder of prepare.py has it in its name
-        return 'a share is a number, as in --dataset=NAME:0.7,OTHER:0.3'
+        return (f'several datasets have shares, as in --dataset=NAME:0.7,OTHER:0.3; '
+                f'one has none: try --dataset={shlex.quote(name.partition(":")[0])}')
 
     token_files = [*DATA.glob('*/*train*.bin'), *DATA.glob('*/*train*.npy')]
     names = sorted({path.parent.name for path in token_files})

@@ -56,6 +56,10 @@ def parse_mixture(text: str) -> dict[str, Fraction]:
         weights[name] = number
 
     total = sum(weights.values())
+    for name, weight in weights.items():
+        if weight / total < Fraction(1, MAX_DENOMINATOR):       # ratios_of would make it 0
+            raise UserError(f'dataset={text}: the share of {name} is less than a millionth; '
+                            f'leave it out')
     return {name: weight / total for name, weight in weights.items()}
 
 
@@ -122,7 +126,7 @@ def multiply(numbers, ratio):
 class MixedDataset:
     """Several datasets with the same tokens, of which each sequence is drawn from one.
 
-    text: the setting `dataset`. sampling, documents: as of TokenDataset, for each of them.
+    text: the setting `dataset`. sampling, documents: as for TokenDataset, for each of them.
     It has the attributes and methods of a TokenDataset that training uses. Changed shares leave the
     fingerprint as it is.
 

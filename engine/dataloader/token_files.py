@@ -344,7 +344,7 @@ def vocabulary_cure(stream, contents):
 def find_dtype(folder: Path, files: Sequence[TokenFile], dtype: str) -> str:
     """The type that the ids of a split's first file seem to have, where nothing names it.
 
-    dtype: the type of the vocabulary. It is also that of a file whose header names another one.
+    dtype: the type of the vocabulary, which a file with a header has.
     """
     path = folder / files[0].name
     if read_format(path, dtype).header_bytes:

@@ -27,7 +27,7 @@ SAMPLE_TEMPERATURE = 0.8        # of TextSampler; the defaults of sample.py
 SAMPLE_TOP_K = 200
 
 
-class Sampling(NamedTuple):
+class DrawOptions(NamedTuple):
     """The options of `stream` that decide how a token is drawn."""
     temperature: float
     top_k: int | None
@@ -44,13 +44,13 @@ class CompiledDecoder:
     once as a CUDA graph: launching the small kernels of one token takes longer than running them.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, positions: int, sampling: Sampling):
+    def __init__(self, model: nn.Module, batch_size: int, positions: int, options: DrawOptions):
         self.kv_caches = new_caches(model, batch_size, positions, StaticKVCache)
         device = self.kv_caches[0].keys.device
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.noise = torch.zeros(batch_size, 1, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.seen = new_seen(model, batch_size, sampling, device)
+        self.seen = new_seen(model, batch_size, options, device)
 
         buffers = [self.token, self.noise, self.position, self.seen]
         for cache in self.kv_caches:
@@ -60,7 +60,7 @@ class CompiledDecoder:
 
         def step(token, position, noise, seen, kv_caches):
             x = model.hidden(token, kv_caches, position)
-            token.copy_(next_token(model, x, token, seen, noise, sampling))
+            token.copy_(next_token(model, x, token, seen, noise, options))
             position.add_(1)
 
         self.step = torch.compile(step, mode='reduce-overhead', fullgraph=True, dynamic=False)
@@ -75,11 +75,14 @@ class CompiledDecoder:
 
         # Each (batch size, cache size, options) compiles once; PyTorch's limit of 8 is for
         # accidents.
-        with torch._dynamo.config.patch(recompile_limit=1000):
-            self.step(self.token, self.position, self.noise, self.seen, self.kv_caches)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=1000):
+                self.step(self.token, self.position, self.noise, self.seen, self.kv_caches)
+        finally:                        # also after Ctrl-C: the model keeps this decoder
+            for kv_cache in self.kv_caches:
+                kv_cache.position = None
 
         for kv_cache in self.kv_caches:
-            kv_cache.position = None
             kv_cache.length += 1
         return self.token.clone()
 
@@ -116,8 +119,8 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
     is full, the model reads the last half of the window again, and the cache goes on from there:
     one pass per half block. exact_window=True reads the whole window again for every token.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
-    check_sampling(sampling)
+    options = DrawOptions(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
+    check_draw_options(options)
     B = idx.size(0)
     block_size = model.config.block_size
     if noise is None:
@@ -131,12 +134,12 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
     decoder = None
     if compile:
         n_positions = COMPILED_POSITIONS * math.ceil(n_positions / COMPILED_POSITIONS)
-        decoder = compiled_decoder(model, B, min(block_size, n_positions), sampling)
+        decoder = compiled_decoder(model, B, min(block_size, n_positions), options)
         kv_caches = decoder.kv_caches
         seen = decoder.seen.zero_()
         empty(kv_caches)
     else:
-        seen = new_seen(model, B, sampling, idx.device)
+        seen = new_seen(model, B, options, idx.device)
         if text_cache is None:
             kv_caches = new_caches(model, B, n_positions)
 
@@ -166,7 +169,7 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
                     x = model.hidden(unread, kv_caches)
                     if text_cache is not None:
                         text_cache.ids += unread[0].tolist()
-                    unread = next_token(model, x, unread, seen, noise[i], sampling)
+                    unread = next_token(model, x, unread, seen, noise[i], options)
         if prompt_rest is not None and i < prompt_rest.size(1):
             given = prompt_rest[:, i:i + 1]                     # (B, 1)
             unread = torch.where(given < 0, unread, given)
@@ -174,15 +177,15 @@ def stream(model: nn.Module, idx: torch.Tensor, max_new_tokens: int, temperature
         yield unread[:, 0]
 
 
-def check_sampling(sampling):
+def check_draw_options(options):
     """UserError for an option that is out of its range."""
-    if not sampling.temperature >= 0 or (sampling.top_k or 0) < 0 or not 0 < sampling.top_p <= 1:
-        raise UserError(f'temperature={sampling.temperature} and top_k={sampling.top_k} should be '
-                        f'0 or more, top_p={sampling.top_p} should be above 0 and at most 1')
+    if not options.temperature >= 0 or (options.top_k or 0) < 0 or not 0 < options.top_p <= 1:
+        raise UserError(f'temperature={options.temperature} and top_k={options.top_k} should be '
+                        f'0 or more, top_p={options.top_p} should be above 0 and at most 1')
 
-    if not 0 <= sampling.min_p <= 1 or not 0 < sampling.repetition_penalty < math.inf:
-        raise UserError(f'min_p={sampling.min_p} should be from 0 to 1, '
-                        f'repetition_penalty={sampling.repetition_penalty} above 0')
+    if not 0 <= options.min_p <= 1 or not 0 < options.repetition_penalty < math.inf:
+        raise UserError(f'min_p={options.min_p} should be from 0 to 1, '
+                        f'repetition_penalty={options.repetition_penalty} above 0')
 
 
 def empty(kv_caches):
@@ -237,25 +240,25 @@ class TextSampler:
 
 # From logits to tokens
 
-def new_seen(model, batch_size, sampling, device):
+def new_seen(model, batch_size, options, device):
     """(B, V), where a token occurs in the text so far. Empty without a repetition penalty."""
     width = model.config.vocab_size
-    if sampling.repetition_penalty == 1:
+    if options.repetition_penalty == 1:
         width = 0
     return torch.zeros(batch_size, width, dtype=torch.bool, device=device)
 
 
-def next_token(model, x, read, seen, noise, sampling):
+def next_token(model, x, read, seen, noise, options):
     """The sampled tokens (B, 1), from hidden's x (B, T, C). read: its tokens (B, T)."""
-    vocab_size = sampling.vocab_size
-    penalty = sampling.repetition_penalty
+    vocab_size = options.vocab_size
+    penalty = options.repetition_penalty
     logits = model.logits(x[:, -1]).float()[:, :vocab_size]     # (B, V)
     if penalty != 1:
         seen.scatter_(1, read, True)
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen[:, :vocab_size], penalized, logits)
-    tokens = sample_token(logits, sampling.temperature, sampling.top_k, sampling.top_p, noise,
-                          sampling.min_p)
+    tokens = sample_token(logits, options.temperature, options.top_k, options.top_p, noise,
+                          options.min_p)
     return tokens[:, None]
 
 

@@ -22,7 +22,7 @@ def read_prompts(path: str) -> Iterator[Prompt]:
     """Yield the Prompt of each line that is not empty. One line at a time is held.
 
     A line is an object with "prompt" and perhaps "id", a text or a whole number; other fields are
-    ignored. Raises UserError that names the line which is none, and where there are no prompts.
+    ignored. Raises UserError that names a line without a prompt, and where there are no prompts.
     """
     is_empty = True
     try:

@@ -464,8 +464,11 @@ def find_weights(source: str) -> Path:
 
     name, revision = split_revision(source)
     if name.endswith('.pt'):
-        raise UserError(f'there is no file {source}; name a file of a run, such as '
-                        f'out/ckpt_001000.pt, or its folder')
+        fault = f'there is no file {source}'
+        if Path(source).is_file():
+            fault = f'{source} is no file of a run'
+        raise UserError(f'{fault}; name the folder of a run, or a model that it keeps, such as '
+                        f'out/ckpt_001000.pt')
     if name not in NAMES and not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise UserError(f'{source!r} is neither a folder nor a hub model '
                         f'({", ".join(NAMES)}, OWNER/NAME, OWNER/NAME@REVISION); '

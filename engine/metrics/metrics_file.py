@@ -140,11 +140,11 @@ class MetricsWriter:
             return None
         return self.seconds + time.perf_counter() - self.began
 
-    def elapsed(self) -> str:
-        """'12 min 5 s': the time that the run took so far, or '' where it is not known."""
+    def elapsed(self) -> str | None:
+        """'12 min 5 s': the time that the run took so far, or None where it is not known."""
         elapsed = self.elapsed_seconds()
         if elapsed is None:
-            return ''
+            return None
 
         minutes, seconds = divmod(round(elapsed), 60)
         return f'{minutes:,} min {seconds} s'

@@ -12,20 +12,20 @@ from engine.log import log
 def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) -> None:
     """Let a GPT read contexts of block_size tokens, and log what that means.
 
-    saved: the state that the run goes on from, or None. If learned positions are stretched, its
-    optimizer is dropped, as the moments of positions are too few. An optimizer of adapters stays:
-    it has no moments of positions.
-    Raises UserError where positions would be stretched and the optimizer is in shards, of which no
-    part can be dropped alone.
+    saved: the state that the run goes on from, or None. drop_outgrown_optimizer says what becomes
+    of its optimizer.
+    Raises UserError where the number of learned positions would change and the state is in shards,
+    which are read into tensors of the same shape.
     """
     context = model.config.block_size
     if block_size == context:
         return
 
-    is_stretched = block_size > context and model.config.position == 'learned'
-    if is_stretched and saved and saved.shards_folder:
-        raise UserError(f'{saved.path} has shards of {context} positions, which cannot be '
-                        f'stretched to block_size={block_size}; begin a new run with its model, '
+    is_learned = model.config.position == 'learned'
+    is_stretched = is_learned and block_size > context
+    if is_learned and saved and saved.shards_folder:
+        raise UserError(f'{saved.path} has shards of {context} positions, which cannot be changed '
+                        f'to block_size={block_size}; begin a new run with its model, '
                         f'by --init_from={Path(saved.path).parent} and another --out_dir')
 
     model.resize_context(block_size)
@@ -40,5 +40,17 @@ def change_context(model: nn.Module, block_size: int, saved: Checkpoint | None) 
     log.info(f'note: the {context} learned positions are stretched to {block_size} by linear '
              f'interpolation, and need some training')
     if saved and saved.optimizer and not adapts:
-        saved.optimizer = None
         log.info('note: the optimizer starts afresh, as its moments are of fewer positions')
+
+
+def drop_outgrown_optimizer(saved: Checkpoint, block_size: int) -> None:
+    """Drop the optimizer of a state whose learned positions were stretched to block_size, because
+    its moments are of fewer positions.
+
+    An optimizer of adapters stays: it has no moments of positions. All ranks call this, as
+    change_context may have run on one alone.
+    """
+    arguments = saved.model_args
+    is_learned = arguments.get('position', 'learned') == 'learned'
+    if is_learned and saved.base is None and arguments.get('block_size', block_size) < block_size:
+        saved.optimizer = None

@@ -5,6 +5,7 @@ PyTorch's flag that makes a step change nothing.
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -240,23 +241,13 @@ def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
     """
     if saved is None or saved.optimizer is None:
         return
-    is_muon = isinstance(optimizer, Muon)
-    kind, other = ('muon', 'adamw') if is_muon else ('adamw', 'muon')
+    check_same_optimizer(optimizer, saved)
     groups = optimizer.state_dict()['param_groups']
-    try:
-        if was_muon(saved.optimizer) != is_muon:
-            raise UserError(f'the run was trained with optimizer={other}, whose state '
-                            f'optimizer={kind} cannot take; go on with --optimizer={other}')
+    with refuse_malformed_state(optimizer):
         if scaler.is_enabled() and saved.scaler:
             scaler.load_state_dict(saved.scaler)
         saved_groups = [group['params'] for group in saved.optimizer['param_groups']]
-        check_trained(optimizer, sum(map(len, saved_groups)))
         moments = read_moments(optimizer, saved.optimizer['state'])
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f'the optimizer state is not one of {kind} '
-                        f'({type(error).__name__}: {error})') from None
 
     if saved_groups != [group['params'] for group in groups] or not fits(moments, optimizer):
         raise UserError('the optimizer state belongs to a model of another shape, or to one of '
@@ -264,16 +255,46 @@ def load_state_dict(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
     optimizer.load_state_dict({'state': moments, 'param_groups': groups})
 
 
-def check_trained(optimizer, n_saved):
-    """UserError where a state has moments of fewer or of more parameters."""
+def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Checkpoint) -> None:
+    """Raise UserError where the optimizer of a state is of another kind than `optimizer`, or has
+    fewer or more parameters.
+
+    This reads no moments, so it can come before those of a sharded state are read.
+    """
+    kind = kind_of(optimizer)
+    with refuse_malformed_state(optimizer):
+        groups = saved.optimizer['param_groups']
+        was_muon = any('momentum' in group for group in groups)
+        n_saved = sum(len(group['params']) for group in groups)
+
+    if was_muon != (kind == 'muon'):
+        other = 'muon' if was_muon else 'adamw'
+        raise UserError(f'the run was trained with optimizer={other}, whose state '
+                        f'optimizer={kind} cannot take; go on with --optimizer={other}')
+
     n_trained = len(parameters_of(optimizer))
     if n_saved != n_trained:
         raise UserError(f'the optimizer state is of {n_saved} weights, and {n_trained} are trained '
                         f'now; go on with the --freeze of the run and the same shape')
 
 
-def was_muon(saved):
-    return any('momentum' in group for group in saved['param_groups'])
+@contextmanager
+def refuse_malformed_state(optimizer):
+    """Turn what a state that is none of this optimizer raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f'the optimizer state is not one of {kind_of(optimizer)} '
+                        f'({type(error).__name__}: {error})') from None
+
+
+def kind_of(optimizer):
+    """The setting `optimizer` that builds one like this."""
+    if isinstance(optimizer, Muon):
+        return 'muon'
+    return 'adamw'
 
 
 def parameters_of(optimizer):

@@ -5,8 +5,9 @@ the larger one counts: the end of the forward pass, where every layer's activati
 backward pass, and in a compiled step the end of the backward pass, where the gradients of the
 micro-batch wait to be added to those of the micro-batches before.
 
-docs/scaling.md explains the formulas. Left out are about 1 GB that CUDA takes, what PyTorch's
-allocator cannot use, and what Muon's update holds for a moment.
+docs/scaling.md explains the formulas. A MemoryPlan leaves out about 1 GB that CUDA takes, what
+PyTorch's allocator cannot use, and what Muon's update holds for a moment. The lines for people add
+an allowance for the first two.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from engine.training.chunked_loss import CHUNK_LOGITS, MIN_LOGITS
 GB = 1e9
 GPUS_IN_A_MACHINE = 8
 # GB of the GPUs that one can buy or rent
-SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)
+GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)
 # What a GPU needs beside the tensors: CUDA's own bytes, and a share that lies in gaps
 CUDA_BYTES = 1e9
 GAPS = 0.05
@@ -284,7 +285,7 @@ def memory_lines(memory: MemoryPlan, step: Step) -> list[str]:
                 lines.append(f'{n_bytes / GB:18.2f} {when:<14} {name}')
 
     needed = (1 + GAPS) * memory.peak + CUDA_BYTES
-    fitting = [size for size in SIZES if size * GB >= needed]
+    fitting = [size for size in GPU_SIZES if size * GB >= needed]
     room = 'no GPU has room for this'
     if fitting:
         room = f'a GPU of {fitting[0]} GB has room for this'

@@ -23,6 +23,7 @@ from engine.log import log
 from engine.metrics.metrics_file import MetricsWriter
 from engine.metrics.step_log import short_number
 from engine.training import lora, optim, parallel
+from engine.training.context import drop_outgrown_optimizer
 
 MANY_EPOCHS = 100           # a run that reads its text so often says so
 
@@ -140,8 +141,8 @@ class Progress:
     iter_num: int = 0                   # optimizer steps
     sequences: int = 0                  # drawn from the training split
     tokens: int = 0                     # in those sequences
-    best_val_loss: float = math.inf
-    best_iter: int = 0                  # iteration of that evaluation
+    best_val_loss: float = math.inf     # in nats; infinity before the first evaluation
+    best_iter: int = 0                  # iteration of the evaluation that found it
     last_eval: int | None = None        # iteration of the last evaluation
     last_val_loss: float | None = None  # of that evaluation
 
@@ -206,8 +207,8 @@ class Run:
     def summary(self, data: TokenDataset, max_iters: int, env: Environment) -> str:
         """Lines to show: what an iteration computes, and how much of `data` the run reads.
 
-        Others say how many parameters are trained, if some are frozen, and that the run would read
-        a dataset MANY_EPOCHS times or more.
+        Further lines say how many parameters are trained, if some are frozen, and that the run
+        would read a dataset MANY_EPOCHS times or more.
         """
         schedule = self.batch_schedule
         iter_num = self.progress.iter_num
@@ -273,7 +274,8 @@ class Run:
         return at_the_end or any(iter_num % interval == 0 for interval in intervals)
 
     def is_out_of_patience(self) -> bool:
-        """True at an evaluation where the last `patience` ones did not improve the best val loss.
+        """True at an evaluation where `patience` multiples of eval_interval have passed since the
+        best val loss.
 
         With patience=0 it is never True.
         """
@@ -426,8 +428,10 @@ class Run:
         if stopped_early:
             log.info('stopped early, as the val loss did not improve; '
                      'go on with more --patience, or with --patience=0')
-        log.info(f'{progress.iter_num:,} iterations, {short_number(progress.tokens)} tokens, '
-                 f'{self.writer.elapsed()}; best val loss {progress.best_val_loss:.4f} '
+        parts = [f'{progress.iter_num:,} iterations', f'{short_number(progress.tokens)} tokens']
+        if self.writer.elapsed():
+            parts.append(self.writer.elapsed())
+        log.info(f'{", ".join(parts)}; best val loss {progress.best_val_loss:.4f} '
                  f'at iteration {progress.best_iter}')
         if progress.best_iter == 0 and math.isfinite(progress.best_val_loss):
             log.info('note: the val loss was best at iteration 0, before this run trained the '
@@ -457,7 +461,7 @@ def many_epochs_note(data: TokenDataset, tokens: int) -> list[str]:
     if epochs[name] < MANY_EPOCHS:
         return []
     return [f'note: this run reads {name} {epochs[name]:,.0f} times, so that it will know the text '
-            f'by heart; --max_iters and --lr_decay_iters take fewer iterations']
+            f'by heart; lower --max_iters and --lr_decay_iters']
 
 
 def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
@@ -478,6 +482,7 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
         if saved:
             check_same_dataset(data, saved.tokenizer, saved.fingerprint,
                                settings['accept_dataset_change'])
+            drop_outgrown_optimizer(saved, block_size)
 
     # the shape that the weights have is saved, not the one that was asked for
     settings = dict(settings)
@@ -497,6 +502,7 @@ def start_run(settings: dict, model: torch.nn.Module, data: TokenDataset,
             settings['optimizer'], model, settings['learning_rate'], settings['weight_decay'],
             betas, settings['muon_lr'], settings['muon_momentum'])
         if saved and saved.shards_folder:
+            optim.check_same_optimizer(optimizer, saved)
             saved = sharded.load(saved, model, optimizer, env)
         optim.load_state_dict(optimizer, scaler, saved)
 

@@ -62,7 +62,10 @@ def check_combinations(settings):
                         f'try --health_interval=0, or --strategy=ddp')
 
     source = find_run(settings['init_from'])
-    replaces_source = source and source.resolve() == Path(settings['out_dir']).resolve()
+    folder = source
+    if source and source.is_file():                 # a kept model
+        folder = source.parent
+    replaces_source = source and folder.resolve() == Path(settings['out_dir']).resolve()
     if replaces_source and not settings['eval_only']:
         raise UserError(f'{source} cannot be both what the run begins with and what it replaces; '
                         f'choose another --out_dir, or go on with --init_from=resume')
@@ -147,6 +150,13 @@ def training_notes(settings: dict, saved: Checkpoint | None, env: Environment) -
         notes.append(f'the learning rate stays at min_lr={settings["min_lr"]:g} from iteration '
                      f'{lr_decay_iters} on; --lr_decay_iters={max_iters} lets it fall until '
                      f'max_iters')
+
+    interval = settings['eval_interval']
+    tasks_interval = settings['eval_tasks_interval']
+    if settings['eval_tasks'] and tasks_interval % interval:
+        notes.append(f'eval_tasks_interval={tasks_interval} is no multiple of '
+                     f'eval_interval={interval}, so tasks are scored only where an evaluation '
+                     f'falls on a multiple of {tasks_interval}')
 
     before = saved.dtype if saved else None
     if before in ('float32', 'bfloat16', 'float16') and before != env.dtype:

@@ -1,5 +1,6 @@
 """chat.py in the terminal and with a pipe."""
 
+import errno
 import io
 import json
 import re
@@ -136,6 +137,15 @@ def test_a_model_without_a_layout_continues_the_text(run_folder, monkeypatch, ca
 def test_a_taken_port_is_one_line_with_another(run_folder, server, monkeypatch, capsys):
     with pytest.raises(UserError, match='no page can be served .*in use.*try --host=127.0.0.1'):
         talk(monkeypatch, capsys, run_folder, '', f'--port={server.server_port}')
+
+
+def test_the_advice_on_a_taken_port_keeps_the_page_open_to_other_machines(
+        run_folder, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(errno.EADDRINUSE, 'Address already in use')
+    monkeypatch.setattr(chat, 'ChatServer', refuse)
+    with pytest.raises(UserError, match='try --host=0.0.0.0 --port=8000$'):
+        talk(monkeypatch, capsys, run_folder, '', '--host=0.0.0.0', '--port=1024')
 
 
 def test_an_empty_host_does_not_open_the_page_to_every_machine(run_folder, monkeypatch, capsys):

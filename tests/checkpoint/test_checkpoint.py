@@ -234,7 +234,9 @@ def test_a_damaged_state_falls_back_to_the_one_before_which_the_next_save_keeps(
 
 def test_a_new_run_removes_the_files_of_the_one_that_it_replaces(tmp_path):
     kept = ('ckpt_001000.pt', 'ckpt_001000.pt.tmp', 'ckpt_1000000.pt')
-    for name in (*FILES, *kept, 'state.pt.tmp', 'ckpt.pt.tmp', 'notes.txt', 'ckpt_mine.pt'):
+    scores = ('eval.json', 'ckpt_001000.eval.json')
+    for name in (*FILES, *kept, *scores, 'state.pt.tmp', 'ckpt.pt.tmp', 'notes.txt',
+                 'ckpt_mine.pt'):
         (tmp_path / name).write_text('')
     run_folder.clean_out_dir(tmp_path, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt_mine.pt', 'notes.txt']
@@ -267,6 +269,11 @@ def test_a_kept_model_is_read_by_its_name(tmp_path):
     assert same_weights(later, GPT.from_checkpoint(tmp_path))
     with pytest.raises(UserError, match='has no ckpt_003000.pt; it keeps ckpt_001000.pt$'):
         GPT.from_checkpoint(tmp_path / 'ckpt_003000.pt')
+
+    # other scripts and other runs begin with it
+    assert run_folder.find_run(str(tmp_path / 'ckpt_001000.pt')) == tmp_path / 'ckpt_001000.pt'
+    assert run_folder.find_run(str(tmp_path / 'ckpt_003000.pt')) is None
+    assert run_folder.find_run(str(tmp_path / 'ckpt.pt')) == tmp_path
 
 
 @pytest.mark.parametrize('name, values, line', [
@@ -532,7 +539,7 @@ def test_a_model_needs_no_progress_and_a_run_does(out_dir, key):
     assert getattr(saved, key) is None
     assert GPT.from_checkpoint(saved).config.n_layer == 2
 
-    words = f'lacks {key}; no run can go on from it; sample.py and export.py need neither'
+    words = f'lacks {key}; no run can go on from it; sample.py and export.py do without'
     with pytest.raises(UserError, match=words):
         run_folder.load_state(out_dir)
     for name in ('state.pt', 'state.prev.pt'):

@@ -81,7 +81,7 @@ def test_an_assignment_depends_on_the_number_alone():
 
 @pytest.mark.parametrize('text', [
     'a,b', 'a:0.5,b', 'a:0.5,:0.5', 'a:0,b:1', 'a:-1,b:2', 'a:x,b:1', 'a:nan,b:1', 'a:inf,b:1',
-    'a:1e30,b:1', 'a:1/0,b:1', 'a:1,a:2', 'a:1,', ',',
+    'a:1e30,b:1', 'a:1/0,b:1', 'a:1,a:2', 'a:1,', ',', 'a:1e-7,b:1',
 ])
 def test_a_mixture_that_is_none_is_refused_in_a_line(text):
     with pytest.raises(UserError, match='^dataset=') as refused:

@@ -263,8 +263,10 @@ def test_a_bad_line_is_refused_before_anything_is_answered(
     (['--start=a'], 'start and prompts are both named'),
     (['--prompts=nowhere'], "prompts='nowhere' is no regular file"),
     (['--out=nowhere/a.jsonl'], 'should be a file in a folder that exists'),
-    (['--out=.'], 'should be a file in a folder that exists')])
+    (['--out=.'], 'should be a file in a folder that exists'),
+    (['--out={path}'], 'prompts and out are the same file')])
 def test_a_mistake_with_prompts_is_refused(trained, prompt_file, flags, words):
+    flags = [flag.format(path=prompt_file) for flag in flags]
     with pytest.raises(UserError, match=words):
         answer(trained, prompt_file, *flags)
     prompt_file.write_text('\n')

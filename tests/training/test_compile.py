@@ -142,6 +142,21 @@ def test_generation_compiles_once_and_never_per_token(counters):
     assert model.decoder.kv_caches is caches
 
 
+def test_a_compiled_step_that_is_interrupted_leaves_a_decoder_that_is_right(counters, monkeypatch):
+    """The model keeps the decoder, as a notebook keeps the model."""
+    model = tiny_gpt().eval()
+    idx = torch.randint(50, (1, 3))
+    options = dict(noise=torch.rand(1, 5), compile=True)
+    expected = model.generate(idx, 5, **options)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.decoder, 'step', interrupt)
+        model.generate(idx, 5, **options)
+    assert torch.equal(model.generate(idx, 5, **options), expected)
+
+
 @pytest.mark.slow
 def test_any_number_of_shapes_can_be_compiled(monkeypatch, counters):
     """PyTorch refuses a ninth variant of one function by default, with any backend."""

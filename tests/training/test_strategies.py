@@ -203,6 +203,29 @@ def test_a_sharded_checkpoint_loads_into_any_number_of_ranks(place, sharded, opt
     assert_same(tensors(place, 'resharded'), tensors(place, 'expected'), 1e-5)
 
 
+@pytest.mark.parametrize('flags, words', [
+    (('--optimizer=muon', '--strategy=ddp'),
+     'trained with optimizer=adamw, whose state optimizer=muon cannot take'),
+    (('--freeze=h.0',), 'are trained now; go on with the --freeze of the run'),
+    (('--block_size=64',), 'cannot be changed to block_size=64; begin a new run with its model'),
+    (('--block_size=16',), 'cannot be changed to block_size=16; begin a new run with its model'),
+])
+def test_a_sharded_state_of_another_optimizer_or_context_says_so(place, sharded, flags, words):
+    result = place.launcher.run('train.py', *place.flags(sharded), *SHARED, '--strategy=fsdp',
+                                '--init_from=resume', *flags, ranks=2)
+    assert_refused(result, words)
+
+
+def test_a_longer_context_drops_the_optimizer_on_every_rank(place):
+    """Rank 0 alone builds the model of fsdp."""
+    for out_dir, options in (('longer', dict(strategy='fsdp')), ('longer-ddp', {})):
+        train(place, out_dir, '--max_iters=5', '--overwrite=True', **options)
+        result = train(place, out_dir, '--max_iters=8', '--init_from=resume', '--block_size=48',
+                       **options)
+        assert 'the optimizer starts afresh' in result.stdout
+    assert curve(place, 'longer') == pytest.approx(curve(place, 'longer-ddp'), rel=1e-3)
+
+
 def test_sample_and_export_read_a_sharded_run(place, sharded):
     flags = ('--max_new_tokens=40', '--num_samples=1', '--start=a')
     text = place.run('sample.py', f'--out_dir={sharded}', *flags).stdout

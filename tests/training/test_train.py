@@ -524,11 +524,29 @@ def test_tasks_are_scored_at_evaluations_and_move_nothing(trained, ranks):
     assert 'step 20: exact_acc ' in run.stdout
 
     if ranks == 1:
+        assert 'no multiple' not in run.stdout
         assert records == trained.records('out-toy')
         trained.train('out-tasks-later', '--max_iters=7')       # no multiple of the interval
         shown = trained.train('out-tasks-later', '--init_from=resume', '--eval_only=True',
                               *flags).stdout
         assert 'step 7: exact_acc ' in shown
+
+
+def test_an_interval_of_scores_that_evaluations_miss_is_told(trained):
+    """Evaluations come every 5 iterations, at 4 more for kept models, and at the end."""
+    tasks = trained.folder / 'tasks-between'
+    tasks.mkdir()
+    (tasks / 'exact.jsonl').write_text('{"prompt": "abc", "answer": "d"}\n', encoding='utf-8')
+    flags = ['--eval_tasks=exact', f'--eval_tasks_data={tasks}', '--keep_interval=4']
+    shown = trained.train('out-between', *flags, '--eval_tasks_interval=3').stdout
+    assert ('note: eval_tasks_interval=3 is no multiple of eval_interval=5, so tasks are scored '
+            'only where an evaluation falls on a multiple of 3') in shown
+
+    def scored(out_dir):
+        return [r['iter'] for r in trained.records(out_dir) if 'exact_acc' in r]
+    assert scored('out-between') == [0, 12, 15, 20]
+    trained.train('out-always', *flags, '--max_iters=8')
+    assert scored('out-always') == [0, 4, 5, 8]
 
 
 def test_tasks_of_a_sharded_run_are_refused(trained):
