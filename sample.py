@@ -8,6 +8,7 @@
 The text goes to stdout, everything else to stderr.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -141,7 +142,7 @@ def check_settings(overrides):
                         '--prompts=FILE.jsonl')
     if prompts and 'start' in overrides:
         raise UserError('start and prompts are both named; name one')
-    if out and Path(out).resolve() == Path(prompts).resolve():
+    if out and os.path.realpath(out) == os.path.realpath(prompts):
         raise UserError(f'prompts and out are the same file, {out}; name another one for the '
                         f'answers')
     if chat and not prompts and 'start' not in overrides:
