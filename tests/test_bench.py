@@ -246,7 +246,7 @@ def test_a_mistake_is_refused(flags, words):
 
 def test_another_checkout_is_timed_by_its_commands(monkeypatch, capsys):
     """This checkout is its own peer here, and what takes minutes is left out."""
-    monkeypatch.setattr(bench.peer_timing.SamplingCase, 'seconds',
+    monkeypatch.setattr(bench.peer_timing.SamplingCase, 'measure',
                         lambda self, checkout, setup: dict(peer=0.5, here=0.1)[checkout.name])
     monkeypatch.setattr(bench, 'write_model', lambda folder, shape, dataset: None)
     run_here(f'--peers={ROOT}', '--peers_cases=sample_6x384', '--device=cpu')

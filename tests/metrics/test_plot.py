@@ -212,7 +212,7 @@ def test_damaged_records_are_drawn_as_far_as_they_go(tmp_path, capsys):
     with script_settings(plot, f'--picture={tmp_path / "compare.png"}'):
         plot.main([folder])
     assert (tmp_path / 'compare.png').stat().st_size > 10000
-    assert 'run has no times, so only its iterations are drawn' in capsys.readouterr().out
+    assert 'run has no times, so nothing of it is drawn against minutes' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('folders, words', [
