@@ -152,6 +152,12 @@ def test_fields_of_a_dataclass_are_settings_with_their_comments_and_values(tmp_p
     assert '--size' not in shown
 
 
+def test_a_comment_is_read_whole_behind_letters_of_several_bytes(tmp_path):
+    path = tmp_path / 'script.py'
+    path.write_text("name = 'äöüäöü'  # whose name it is\n", encoding='utf-8')
+    assert configurator.read_settings(path)['name'].comment == 'whose name it is'
+
+
 def test_every_option_of_the_model_is_a_setting_of_train_py():
     """But for the vocabulary, which the data decide."""
     settings = configurator.read_settings(configurator.ROOT / 'train.py')
@@ -170,6 +176,7 @@ def test_every_option_of_the_model_is_a_setting_of_train_py():
     ('sample.py', 'data_dir', None),
     ('train.py', 'gradient_checkpointing', None),
     ('train.py', 'padding_side', None),
+    ('train.py', 'epochs', None),
 ])
 def test_a_guess_is_near_or_is_not_made(script, typed, meant):
     settings = configurator.read_settings(configurator.ROOT / script)

@@ -170,7 +170,8 @@ def test_results_of_a_kept_model_lie_beside_it(out_dir, path):
     (['--stride=65'], 'stride=65 should be at least 0 and at most 64'),
     (['--text=', '--per_token=x'], 'per_token is for a text; name it with --text=FILE'),
     (['--text=nowhere.txt'], 'nowhere.txt is not a regular file'),
-    (['--per_token=.'], 'is a folder; name a file, as in --per_token=tokens.jsonl')])
+    (['--per_token=.'], 'is a folder; name a file, as in --per_token=tokens.jsonl'),
+    (['--text=', '--examples=.'], 'is a folder; name a file, as in --examples=examples.jsonl')])
 def test_a_mistake_is_refused(out_dir, path, flags, words):
     with pytest.raises(UserError, match=words):
         run(out_dir, path, *flags)

@@ -318,6 +318,12 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert capsys.readouterr().out == '' and [p.name for p in tmp_path.iterdir()] == ['prompt.txt']
 
 
+def test_a_chat_without_a_message_is_refused():
+    with pytest.raises(UserError, match='chat=True needs a message; try --start="Hello"'):
+        with script_settings(sample, '--chat=True') as overrides:
+            sample.check_settings(overrides)
+
+
 @pytest.mark.parametrize('changes, words', [
     (dict(tokenizer={'tokenizer': 'char'}), 'ckpt.pt: vocab_size is None'),
     (dict(tokenizer={'tokenizer': 'char', 'vocab_size': 17, 'chars': 7}),
