@@ -28,11 +28,11 @@ HELP_COLUMN = 30        # where the comments of --help begin
 
 # What other programs call our settings, {their name: ours}.
 OTHER_NAMES = dict(
-    lr='learning_rate', steps='max_iters',
-    max_steps='max_iters', context_length='block_size', max_seq_len='block_size',
-    seq_len='block_size', data_dir='dataset', data_path='dataset', output_dir='out_dir',
-    save_dir='out_dir', checkpoint_dir='out_dir', model='init_from', resume='init_from',
-    resume_from_checkpoint='init_from', prompt='start', max_length='max_new_tokens')
+    lr='learning_rate', steps='max_iters', max_steps='max_iters', context_length='block_size',
+    max_seq_len='block_size', seq_len='block_size', data_dir='dataset', data_path='dataset',
+    output_dir='out_dir', save_dir='out_dir', checkpoint_dir='out_dir', model='init_from',
+    resume='init_from', resume_from_checkpoint='init_from', prompt='start',
+    max_length='max_new_tokens')
 
 
 class Setting(NamedTuple):

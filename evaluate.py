@@ -29,6 +29,7 @@ import torch
 
 import configurator
 from engine.atomic_files import atomic_write
+from engine.checkpoint.kept import scores_path
 from engine.checkpoint.load_model import load_model
 from engine.distributed import hard_exit, report_first_failure, start_environment
 from engine.errors import RunError, UserError
@@ -115,14 +116,6 @@ def example_lines(task, scores):
         record['tokens'] = [score.tokens for score in options]
         record['greedy'] = [score.greedy for score in options]
         yield json.dumps(record) + '\n'
-
-
-def eval_path():
-    """Where the results are written: in the folder of the run; beside a kept model."""
-    path = Path(out_dir)
-    if path.is_file():
-        return path.with_suffix('.eval.json')           # ckpt_001000.eval.json
-    return path / 'eval.json'
 
 
 def write_file(path, lines, advice='the results are printed above'):
@@ -237,7 +230,7 @@ def main(overrides):
         )
         # The results of GPT-2 do not belong into the folder of somebody's run.
         if init_from == 'resume' or 'out_dir' in overrides:
-            write_file(eval_path(), json.dumps(content, indent=2) + '\n')
+            write_file(scores_path(out_dir), json.dumps(content, indent=2) + '\n')
         if examples:
             write_file(examples, lines)
     env.barrier()

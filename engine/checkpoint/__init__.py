@@ -4,7 +4,7 @@ For others:
     run_folder    open_run, load_state, newest_checkpoint, find_run, is_one_model, clean_out_dir,
                   locked, write_run_json
     contents      Checkpoint, what a file holds and every reader gets
-    kept          kept_name, kept_models, for which PyTorch is not imported
+    kept          kept_name, kept_models, scores_path, for which PyTorch is not imported
     gathered      gather, gather_weights, write, read, read_ckpt, and the names of its files
     sharded       ShardedSaver, load, load_whole
     load_model    load_model, checkpoint_spec, run_spec, download_source, load_to_train, new_tokens

@@ -1,4 +1,7 @@
-"""The names of kept models: ckpt_001000.pt is that of iteration 1,000, in the format of ckpt.pt."""
+"""The names of kept models, and of the scores of a model.
+
+ckpt_001000.pt is the model of iteration 1,000, in the format of ckpt.pt.
+"""
 
 import re
 from pathlib import Path
@@ -19,3 +22,12 @@ def kept_models(out_dir: str | Path) -> dict[int, Path]:
         if match:
             found[int(match[1])] = path
     return dict(sorted(found.items()))
+
+
+def scores_path(model: str | Path) -> Path:
+    """Where evaluate.py writes the scores of a model: in the folder of a run, or beside the file of
+    a kept model, as ckpt_001000.eval.json."""
+    path = Path(model)
+    if path.is_file():
+        return path.with_suffix('.eval.json')
+    return path / 'eval.json'

@@ -18,7 +18,7 @@ from engine.checkpoint import gathered
 from engine.checkpoint import sharded as sharded_checkpoint
 from engine.checkpoint.contents import RESUME_NEEDS, STATE_NEEDS, Checkpoint
 from engine.checkpoint.gathered import MODEL, PREVIOUS, STATE
-from engine.checkpoint.kept import NAME, kept_models
+from engine.checkpoint.kept import NAME, kept_models, scores_path
 from engine.distributed import Environment
 from engine.errors import UserError
 
@@ -337,9 +337,9 @@ def clean_out_dir(out_dir: str | Path, state: Checkpoint | None) -> None:
     # what must not be taken for this run's
     if state is None:
         remove(out_dir / MODEL)
-        remove(out_dir / 'eval.json')
+        remove(scores_path(out_dir))
         for path in kept_models(out_dir).values():
-            remove(path.with_suffix('.eval.json'))
+            remove(scores_path(path))
             remove(path)
         for newest, previous in STATES:             # the newest one last, in case of a kill
             remove(out_dir / previous)

@@ -98,7 +98,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_source(source) -> Iterator[str]:
-    """The text of a kinds.Source, unchanged, in pieces.
+    """Yield the text of a Source (kinds.py), unchanged, in pieces.
 
     A byte order mark decides which encoding the text has, and is left out of the text. Raises
     UserError for a byte that is not text.

@@ -55,16 +55,16 @@ def export(folder, spec, layout):
 def test_transformers_writes_a_conversation_with_the_tokens_of_training(tmp_path, kind, layout):
     spec = spec_of(kind, layout)
     export(tmp_path / 'hf', spec, layout)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     messages = [dict(role=role, content=text) for role, text in TURNS]
-    found = theirs.apply_chat_template(messages, add_generation_prompt=True)['input_ids']
+    found = exported.apply_chat_template(messages, add_generation_prompt=True)['input_ids']
     assert found == encode_prompt(Tokenizer(spec), layout.prompt(TURNS))
 
 
 def test_no_template_is_written_where_text_changes_the_tokens_of_markers(tmp_path):
     export(tmp_path / 'hf', spec_of('markers are text', LAYOUT), LAYOUT)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
-    assert theirs.chat_template is None
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    assert exported.chat_template is None
 
 
 @pytest.mark.parametrize('kind', ['char', 'markers are tokens', 'markers are text'])
